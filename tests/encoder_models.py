@@ -1,0 +1,91 @@
+"""Small random encoders in the layout of published ones, and what tests ask of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vfmseg.encoders.base import Encoder
+from vfmseg.encoders.build import ENCODERS, build_encoder
+
+DEPTH = 3
+NATIVE = {"dinov2": 56, "registers": 56, "clip": 48, "clip-vision": 48, "sam": 64, "sam-vision": 64}
+PATCH = {"dinov2": 14, "registers": 14, "clip": 16, "clip-vision": 16, "sam": 16, "sam-vision": 16}
+KINDS = tuple(NATIVE)
+
+
+def family(kind: str) -> str:
+    return "dinov2" if kind == "registers" else kind.removesuffix("-vision")
+
+
+def vision_config(kind: str, **changes: Any) -> Any:
+    common: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
+    common["image_size"], common["patch_size"] = NATIVE[kind], PATCH[kind]
+    common.update(changes)
+    if kind == "dinov2":
+        from transformers.models.dinov2 import Dinov2Config
+
+        return Dinov2Config(mlp_ratio=2, **common)
+    if kind == "registers":
+        from transformers.models.dinov2_with_registers import Dinov2WithRegistersConfig
+
+        return Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=2, **common)
+    if kind.startswith("clip"):
+        from transformers.models.clip import CLIPVisionConfig
+
+        return CLIPVisionConfig(intermediate_size=64, **common)
+    from transformers.models.sam import SamVisionConfig
+
+    # two windowed blocks and a global one; 4 x 4 tokens, so windows of 3 must pad
+    settings = {"output_channels": 8, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1], "num_pos_feats": 4}
+    return SamVisionConfig(**settings, **common)
+
+
+def upstream(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A transformers model, whole as published, with every tensor random (upstream starts some at zero)."""
+    config = vision_config(kind, **changes)
+    if kind == "clip":
+        from transformers.models.clip import CLIPConfig, CLIPModel
+
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = CLIPModel(CLIPConfig(text_config={**text, "vocab_size": 20}, vision_config=config.to_dict()))
+    elif kind == "sam":
+        from transformers.models.sam import SamConfig, SamModel
+
+        prompt = {"hidden_size": 8, "image_embedding_size": 4, "image_size": 64, "mask_input_channels": 4}
+        mask = {"hidden_size": 8, "mlp_dim": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+        whole = {"prompt_encoder_config": prompt, "mask_decoder_config": {**mask, "iou_head_hidden_dim": 8}}
+        model = SamModel(SamConfig(vision_config=config.to_dict(), **whole))
+    else:
+        model = ENCODERS[family(kind)].model_class(config.model_type)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.15 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + noise if "norm" in name and name.endswith("weight") else noise)
+    return model.eval()
+
+
+def vision_part(kind: str, model: Any) -> Any:
+    return {"clip": lambda m: m.vision_model, "sam": lambda m: m.vision_encoder}.get(kind, lambda m: m)(model)
+
+
+def save_all(root: Path) -> dict[str, Path]:
+    """A folder for each kind, as transformers saves it."""
+    for kind in KINDS:
+        upstream(kind).save_pretrained(root / kind)
+    return {kind: root / kind for kind in KINDS}
+
+
+def build(folders: dict[str, Path], kind: str, in_channels: int = 3, **settings: Any) -> Encoder:
+    if in_channels != 3:
+        settings = {"mean": [100.0] * in_channels, "std": [50.0] * in_channels, **settings}
+    return build_encoder(family(kind), str(folders[kind]), in_channels, **settings)
+
+
+def picture(height: int, width: int, bands: int = 3, batch: int = 1) -> tuple[Tensor, Tensor]:
+    images = 255 * torch.rand(batch, bands, height, width, generator=torch.Generator().manual_seed(7))
+    return images, torch.ones_like(images, dtype=torch.bool)

@@ -1,0 +1,102 @@
+"""Makers of small scenes, encoders and recipes for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+import yaml
+from rasterio.transform import from_origin
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def write_raster(
+    path: Path, array: np.ndarray, *, nodata: float | None = None, crs: str | None = "EPSG:32633", alpha: bool = False
+) -> Path:
+    """Write (C, H, W) or (H, W) as a GeoTIFF with 10 m pixels."""
+    bands = array[None] if array.ndim == 2 else array
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = {"crs": crs, "transform": from_origin(500000, 5000000, 10, 10)} if crs else {}
+    with rasterio.open(
+        path, "w", driver="GTiff", count=len(bands), height=bands.shape[1], width=bands.shape[2],
+        dtype=bands.dtype, nodata=nodata, **place,
+    ) as target:  # fmt: skip
+        target.write(bands)
+    return path
+
+
+def toy_scene(seed: int, height: int = 64, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A scene that can be learned in seconds: a bright, noisy disc on a dark ground; uint8 (3, H, W), labels 0/1."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    cy, cx = random.uniform(0.3, 0.7, 2) * (height, width)
+    disc = (y - cy) ** 2 + (x - cx) ** 2 < (0.3 * min(height, width)) ** 2
+    image = np.where(disc, 170, 70)[None] + random.normal(0, 20, (3, height, width))
+    return image.clip(0, 255).astype(np.uint8), disc.astype(np.uint8)
+
+
+def toy_folder(folder: Path, scenes: dict[str, int] | None = None, height: int = 64, width: int = 64) -> Path:
+    """Folders train/val/test of image and label GeoTIFFs with equal stems."""
+    for number, (split, count) in enumerate((scenes or {"train": 4, "val": 2, "test": 1}).items()):
+        for i in range(count):
+            image, labels = toy_scene(100 * number + i, height, width)
+            write_raster(folder / split / "images" / f"s{i}_{split}.tif", image)
+            write_raster(folder / split / "labels" / f"s{i}_{split}.tif", labels)
+    return folder
+
+
+def save_encoder(folder: Path, family: str, seed: int = 0) -> Path:
+    """A small random encoder of a family, saved by transformers as published ones are."""
+    torch.manual_seed(seed)
+    if family == "dinov2":
+        from transformers.models.dinov2 import Dinov2Config, Dinov2Model
+
+        config = Dinov2Config(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14
+        )
+        Dinov2Model(config).save_pretrained(folder)
+    elif family == "clip":
+        from transformers.models.clip import CLIPVisionConfig, CLIPVisionModel
+
+        config = CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16
+        )
+        CLIPVisionModel(config).save_pretrained(folder)
+    else:
+        from transformers.models.sam import SamVisionConfig, SamVisionModel
+
+        config = SamVisionConfig(
+            hidden_size=32, output_channels=16, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=16,
+            mlp_dim=64, window_size=2, global_attn_indexes=[2], num_pos_feats=8,
+        )  # fmt: skip
+        SamVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+def recipe_dict(data: Path, encoder: Path | None, output: Path, family: str = "dinov2") -> dict:  # type: ignore[type-arg]
+    """A complete recipe for a toy folder, as a dictionary to be changed by a test."""
+    section = {"name": family, "checkpoint": str(encoder)} if encoder else {"name": "builtin"}
+    sources = {
+        split: {"rgb": f"{data}/{split}/images/*.tif", "labels": f"{data}/{split}/labels/*.tif"}
+        for split in ("train", "val", "test")
+    }
+    return {
+        "name": "toy",
+        "data": {"classes": {0: "ground", 1: "disc"}, "modalities": {"rgb": {}}, "tile": 32, **sources},
+        "model": {
+            "encoder": section,
+            "adapter": {"name": "lora", "rank": 2} if encoder else {"name": "full"},
+            "decoder": {"name": "linear"},
+        },
+        "train": {"epochs": 2, "batch_size": 4, "optimizer": {"lr": 0.01}},
+        "output_dir": str(output),
+    }
+
+
+def write_recipe(path: Path, content: dict) -> Path:  # type: ignore[type-arg]
+    """Write a recipe dictionary as YAML."""
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path

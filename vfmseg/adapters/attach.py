@@ -1,0 +1,115 @@
+"""Attaching adapters: freeze the encoder, add what is to learn, and know afterwards what that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vfmseg.adapters import bottleneck, lora
+from vfmseg.encoders.base import Encoder
+from vfmseg.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+BOTTLENECK_FILE = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What was attached to an encoder. sites: names of the adapted layers inside the backbone."""
+
+    name: str
+    sites: tuple[str, ...] = ()
+    peft_model: PeftModel | None = None
+    bottlenecks: Mapping[str, bottleneck.ParallelMlp] | None = None
+
+
+def attach_none(encoder: Encoder) -> Attached:
+    """The backbone stays frozen; only a stem for extra bands learns."""
+    encoder.backbone.requires_grad_(False)
+    return Attached("none")
+
+
+def attach_full(encoder: Encoder) -> Attached:
+    """All of the backbone learns."""
+    encoder.backbone.requires_grad_(True)
+    encoder.moving = (encoder.backbone,)
+    return Attached("full")
+
+
+def attach_lora(encoder: Encoder, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> Attached:
+    """Low-rank updates of the named linear layers (q, k, v, o, mlp) of every block."""
+    encoder.backbone.requires_grad_(False)
+    wrapper, sites, modes = lora.inject(encoder, rank, alpha, dropout, targets)
+    encoder.moving = modes
+    return Attached("lora", sites=sites, peft_model=wrapper)
+
+
+def attach_bottleneck(encoder: Encoder, hidden: int, scale: float) -> Attached:
+    """A small MLP beside the MLP of every block."""
+    encoder.backbone.requires_grad_(False)
+    placed = bottleneck.inject(encoder, hidden, scale)
+    return Attached("adapter", sites=tuple(placed), bottlenecks=placed)
+
+
+ADAPTERS: dict[str, Callable[..., Attached]] = {
+    "none": attach_none,
+    "full": attach_full,
+    "lora": attach_lora,
+    "adapter": attach_bottleneck,
+}
+
+
+def save_adapter(attached: Attached, folder: Path) -> None:
+    """Write an adapter: LoRA in peft's own format, bottlenecks as safetensors; nothing for the others."""
+    if attached.peft_model is not None:
+        folder.mkdir(parents=True)
+        lora.save(attached.peft_model, folder)
+    elif attached.bottlenecks is not None:
+        folder.mkdir(parents=True)
+        tensors = bottleneck.tensors_of(dict(attached.bottlenecks))
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / BOTTLENECK_FILE)
+
+
+def load_adapter(encoder: Encoder, attached: Attached, folder: Path) -> None:
+    """Fill an attached adapter from its folder, strictly: CheckpointError for a missing, extra or misshapen tensor."""
+    if attached.peft_model is not None:
+        config = attached.peft_model.peft_config["default"]
+        lora.load(encoder, folder, config.r, attached.sites)
+    elif attached.bottlenecks is not None:
+        placed = dict(attached.bottlenecks)
+        file = folder / BOTTLENECK_FILE
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; the checkpoint is incomplete, copy it again")
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from None
+        lora.check(file, tensors, {n: tuple(t.shape) for n, t in bottleneck.tensors_of(placed).items()})
+        bottleneck.fill(placed, tensors)
+
+
+def merge_lora(encoder: Encoder, folder: Path, rank: int, alpha: float, targets: tuple[str, ...]) -> Attached:
+    """A saved LoRA added into the frozen weights; faster than beside them, and peft is not imported."""
+    lora.merge(encoder, folder, rank, alpha, targets)
+    return attach_none(encoder)
+
+
+def parameter_table(parts: Mapping[str, nn.Module]) -> list[tuple[str, int, int]]:
+    """(part, trainable, total) for each part, and their sum."""
+    rows = [
+        (
+            name,
+            sum(p.numel() for p in part.parameters() if p.requires_grad),
+            sum(p.numel() for p in part.parameters()),
+        )
+        for name, part in parts.items()
+    ]
+    return [*rows, ("all", sum(r[1] for r in rows), sum(r[2] for r in rows))]

@@ -1,0 +1,66 @@
+"""AdaptFormer (Chen et al. 2022): a small MLP beside each block's MLP, y = MLP(x) + scale * up(relu(down(x))).
+
+x is what the MLP gets, normed tokens; where a block scales its MLP (DINOv2), it scales the sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vfmseg.encoders.base import Encoder
+from vfmseg.errors import AdapterError
+
+
+class ParallelMlp(nn.Module):
+    """A frozen MLP with its adapter; `up` starts at zero, so at first nothing changes."""
+
+    def __init__(self, mlp: nn.Module, width: int, hidden: int, scale: float) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        self.scale = scale
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        return self.mlp(x) + self.scale * self.up(F.relu(self.down(x)))
+
+
+def inject(encoder: Encoder, hidden: int, scale: float) -> dict[str, ParallelMlp]:
+    """Put an adapter beside the MLP of every block, in place; returns them by dotted name."""
+    placed: dict[str, ParallelMlp] = {}
+    for prefix, block in encoder.blocks:
+        children = dict(block.named_children())
+        if "mlp" not in children:
+            raise AdapterError(
+                f"model.adapter: block {prefix} has no part called mlp, but {', '.join(children)}; "
+                "choose lora for this encoder"
+            )
+        adapter = ParallelMlp(children["mlp"], encoder.channels[0], hidden, scale)
+        device = next(block.parameters()).device
+        block.add_module("mlp", adapter.to(device))
+        placed[f"{prefix}.mlp"] = adapter
+    return placed
+
+
+def tensors_of(placed: dict[str, ParallelMlp]) -> dict[str, Tensor]:
+    """The adapter's own tensors by dotted name."""
+    return {
+        f"{name}.{part}.{kind}": tensor
+        for name, adapter in placed.items()
+        for part, layer in (("down", adapter.down), ("up", adapter.up))
+        for kind, tensor in (("weight", layer.weight), ("bias", layer.bias))
+    }
+
+
+def fill(placed: dict[str, ParallelMlp], tensors: dict[str, Tensor]) -> None:
+    """Copy tensors that were checked before."""
+    with torch.no_grad():
+        for name, tensor in tensors_of(placed).items():
+            tensor.copy_(tensors[name])

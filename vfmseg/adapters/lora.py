@@ -1,0 +1,156 @@
+"""LoRA (Hu et al. 2022): y = W x + (alpha / rank) B A x with W frozen and B = 0 at the start, by peft."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vfmseg.adapters.sites import chosen_sites
+from vfmseg.encoders.base import Encoder
+from vfmseg.errors import AdapterError, CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def inject(
+    encoder: Encoder, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]
+) -> tuple[PeftModel, tuple[str, ...], tuple[nn.Module, ...]]:
+    """Put peft's LoRA layers into the backbone, in place.
+
+    Returns peft's wrapper (to save with), the adapted layers' names, and the modules that differ in training
+    (dropout). Of a fused qkv layer only the wanted thirds learn: the rows of B for the others stay zero, so the
+    file remains plain peft and loads anywhere.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise AdapterError(
+            f"model.adapter: rank = {rank}, alpha = {alpha}, dropout = {dropout}; expected a rank of at least 1, "
+            "an alpha above 0 and a dropout from 0 to below 1"
+        )
+    sites = chosen_sites(encoder, targets)
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=list(sites),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        # peft asks transformers for attributes that are about to be renamed; nothing a user could act on
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapper: Any = get_peft_model(encoder.backbone, settings)
+    wrapper.eval()
+    # peft shortens a long list of targets to suffixes that suffice for this backbone; upstream's whole model has more
+    # blocks, which those suffixes would hit too
+    settings.target_modules = list(sites)
+    settings.base_model_name_or_path = encoder.base.id
+    settings.revision = encoder.base.revision
+    modes: list[nn.Module] = []
+    for name, thirds in sites.items():
+        layer: Any = encoder.backbone.get_submodule(name)
+        modes += list(layer.lora_dropout.values())
+        if thirds and set(thirds) != {"q", "k", "v"}:
+            up: Tensor = layer.lora_B["default"].weight  # (3 D, rank)
+            up.register_hook(_Keep(up, thirds))
+    return wrapper, tuple(sites), tuple(modes)
+
+
+class _Keep:
+    """A gradient hook that lets only some thirds of a fused qkv layer learn."""
+
+    def __init__(self, up: Tensor, thirds: tuple[str, ...]) -> None:
+        third = up.shape[0] // 3
+        mask = torch.zeros(up.shape[0], 1)
+        for part in thirds:
+            start = "qkv".index(part) * third
+            mask[start : start + third] = 1.0
+        self.mask = mask
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return gradient * self.mask.to(gradient)
+
+
+def save(wrapper: PeftModel, folder: Path) -> None:
+    """Write peft's own two files; its README says nothing that the segmenter's does not."""
+    wrapper.save_pretrained(str(folder))
+    (folder / "README.md").unlink()
+
+
+def load(encoder: Encoder, folder: Path, rank: int, sites: Iterable[str]) -> None:
+    """Fill the injected layers from a folder, strictly."""
+    tensors = read_adapter(folder)[1]
+    check(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
+    with torch.no_grad():
+        for name in sites:
+            layer: Any = encoder.backbone.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(tensors[f"{name}.lora_A.weight"])
+            layer.lora_B["default"].weight.copy_(tensors[f"{name}.lora_B.weight"])
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a peft folder; tensor names without peft's prefix."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing; the checkpoint is incomplete, copy it again")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder}: the adapter cannot be read ({error}); copy it again") from None
+    return config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def expected_shapes(encoder: Encoder, rank: int, sites: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Names (as in the file, without prefix) and shapes of the tensors that a LoRA of this encoder has."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sites:
+        layer: Any = encoder.backbone.get_submodule(name)
+        shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+    return shapes
+
+
+def check(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor there, none too many, each of its shape."""
+    missing = sorted(set(expected) - set(tensors))
+    extra = sorted(set(tensors) - set(expected))
+    wrong = sorted(n for n in expected if n in tensors and tuple(tensors[n].shape) != expected[n])
+    if missing or extra or wrong:
+        parts = [("missing", missing), ("not expected", extra), ("of another shape", wrong)]
+        found = "; ".join(f"{len(names)} tensors {what} ({', '.join(names[:3])})" for what, names in parts if names)
+        raise CheckpointError(f"{file}: {found}; this adapter belongs to another encoder or recipe")
+
+
+def merge(encoder: Encoder, folder: Path, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+    """Add (alpha / rank) B A into the frozen weights: the same function, faster, and without importing peft."""
+    config, tensors = read_adapter(folder)
+    variants = [
+        key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or variants:
+        raise CheckpointError(
+            f"{folder / CONFIG}: peft_type = {config.get('peft_type')} with {', '.join(variants) or 'no variant'}; "
+            "expected plain LoRA, as vfmseg writes it"
+        )
+    if config.get("r") != rank or config.get("lora_alpha") != alpha:
+        raise CheckpointError(
+            f"{folder / CONFIG}: rank {config.get('r')} and alpha {config.get('lora_alpha')}, but recipe.yaml says "
+            f"{rank} and {alpha}; the folder mixes two checkpoints"
+        )
+    sites = chosen_sites(encoder, targets)
+    check(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
+    with torch.no_grad():
+        for name in sites:
+            layer: Any = encoder.backbone.get_submodule(name)
+            update = tensors[f"{name}.lora_B.weight"].float() @ tensors[f"{name}.lora_A.weight"].float()
+            layer.weight += (alpha / rank) * update.to(layer.weight)

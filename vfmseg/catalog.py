@@ -1,0 +1,142 @@
+"""One frozen row per published checkpoint: what it is, its licence, and how its images were normalised.
+
+No torch here: recipes are checked against these rows before anything heavy is imported. `python -m vfmseg.catalog`
+prints `checkpoints.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vfmseg.errors import CheckpointError, nearest
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# CLIP was trained on its own collection and has that collection's mean and std.
+CLIP: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+# Mean and std (red, green, blue) of images scaled to 0..1 that a family's weights expect. `builtin` shares DINOv2's.
+FAMILY_STATISTICS: dict[str, Statistics] = {"sam": IMAGENET, "dinov2": IMAGENET, "clip": CLIP, "builtin": IMAGENET}
+
+
+@dataclass(frozen=True)
+class Published:
+    """Facts about the image encoder of one published checkpoint."""
+
+    family: str  # name of the encoder in recipes
+    checkpoint: str  # id on the Hugging Face hub
+    licence: str  # SPDX identifier of the weights
+    mean: tuple[float, float, float]  # red, green, blue of images scaled to 0..1
+    std: tuple[float, float, float]
+    patch: int  # pixels per side of a patch
+    width: int  # channels of a token
+    depth: int  # number of blocks
+    parameters: int  # of the image encoder alone, as the class in `loads_with` counts them
+    loads_with: str  # class of transformers
+
+
+def _sam(size: str, width: int, depth: int, parameters: int) -> Published:
+    return Published(
+        "sam", f"facebook/sam-vit-{size}", "Apache-2.0", *IMAGENET, 16, width, depth, parameters, "SamVisionModel"
+    )
+
+
+def _dinov2(size: str, width: int, depth: int, parameters: int) -> Published:
+    return Published(
+        "dinov2", f"facebook/dinov2-{size}", "Apache-2.0", *IMAGENET, 14, width, depth, parameters, "Dinov2Model"
+    )
+
+
+def _registers(size: str, width: int, depth: int, parameters: int) -> Published:
+    checkpoint, loads_with = f"facebook/dinov2-with-registers-{size}", "Dinov2WithRegistersModel"
+    return Published("dinov2", checkpoint, "Apache-2.0", *IMAGENET, 14, width, depth, parameters, loads_with)
+
+
+def _clip(size: str, patch: int, width: int, depth: int, parameters: int) -> Published:
+    return Published(
+        "clip", f"openai/clip-vit-{size}", "MIT", *CLIP, patch, width, depth, parameters, "CLIPVisionModel"
+    )
+
+
+_ROWS = (
+    _sam("base", 768, 12, 89_670_912),
+    _sam("large", 1024, 24, 308_278_272),
+    _sam("huge", 1280, 32, 637_026_048),
+    _dinov2("small", 384, 12, 22_056_576),
+    _dinov2("base", 768, 12, 86_580_480),
+    _dinov2("large", 1024, 24, 304_368_640),
+    _dinov2("giant", 1536, 40, 1_136_480_768),
+    _registers("small", 384, 12, 22_058_112),
+    _registers("base", 768, 12, 86_583_552),
+    _registers("large", 1024, 24, 304_372_736),
+    _registers("giant", 1536, 40, 1_136_486_912),
+    _clip("base-patch32", 32, 768, 12, 87_456_000),
+    _clip("base-patch16", 16, 768, 12, 85_799_424),
+    _clip("large-patch14", 14, 1024, 24, 303_179_776),
+    _clip("large-patch14-336", 14, 1024, 24, 303_507_456),
+)
+
+CATALOG: dict[str, Published] = {row.checkpoint: row for row in _ROWS}
+
+
+def published_statistics(family: str, checkpoint: str | None) -> Statistics:
+    """Mean and std (red, green, blue; images scaled to 0..1) that the weights of a checkpoint expect.
+
+    A checkpoint outside the catalog (a local folder, say) has those of its family. Raises CheckpointError for an
+    unknown family, or for a checkpoint of another family.
+    """
+    if family not in FAMILY_STATISTICS:
+        raise CheckpointError(f"encoder family '{family}' is not known; {nearest(family, FAMILY_STATISTICS)}")
+    row = CATALOG.get(checkpoint or "")
+    if row is None:
+        return FAMILY_STATISTICS[family]
+    if row.family != family:
+        raise CheckpointError(f"{checkpoint} is a {row.family} checkpoint, not {family}; use the encoder {row.family}")
+    return row.mean, row.std
+
+
+_HEADER = """\
+# Checkpoints
+
+Published checkpoints that vfmseg is made for. This page is the output of `python -m vfmseg.catalog`.
+
+Mean and std are those of red, green and blue in images scaled to 0..1; vfmseg applies them itself. Parameters are those
+of the image encoder alone, as the class of transformers in the last column counts them. Weights are downloaded from
+the Hugging Face hub on first use, under the licence of their publisher; any local folder that such a class has saved
+works too.
+
+| encoder | hub id | licence | patch | width | blocks | parameters | mean | std | loads with |
+|---|---|---|---:|---:|---:|---:|---|---|---|
+"""
+
+_BUILTIN = """
+`builtin` has no hub id: it is a small ViT of DINOv2's architecture (patch 16, about 5 million parameters, licence of
+vfmseg, normalised like DINOv2) that starts from random weights, so a recipe trains all of it (`adapter: {name: full}`).
+"""
+
+
+def _row(row: Published) -> str:
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (row.mean, row.std))
+    cells = (
+        row.family,
+        f"`{row.checkpoint}`",
+        row.licence,
+        str(row.patch),
+        str(row.width),
+        str(row.depth),
+        f"{row.parameters:,}",
+        mean,
+        std,
+        f"`{row.loads_with}`",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def checkpoints_markdown() -> str:
+    """The page `checkpoints.md`: one line per row of the catalog."""
+    return _HEADER + "\n".join(_row(row) for row in CATALOG.values()) + "\n" + _BUILTIN
+
+
+if __name__ == "__main__":
+    print(checkpoints_markdown(), end="")

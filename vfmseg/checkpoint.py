@@ -1,0 +1,261 @@
+"""The published segmenter folder: what was trained, and how to find the rest.
+
+    recipe.yaml           the resolved recipe, classes and colours
+    segmenter.json        format, base encoder with the hash of its tensors, bands and statistics, metrics, versions
+    adapters/<modality>/  the adapter, in peft's own format where peft made it
+    head.safetensors      trained tensors outside the encoder, with their buffers (normalisation too)
+    encoder.safetensors   only if the run trained the encoder itself
+    README.md             a model card
+
+Everything is written beside its target, flushed and renamed: a folder or file under its final name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adapter
+from vfmseg.catalog import CATALOG
+from vfmseg.decoders.build import build_decoder
+from vfmseg.encoders.base import Encoder
+from vfmseg.encoders.build import build_encoder, build_encoder_from_config
+from vfmseg.errors import CheckpointError
+from vfmseg.files import whole_folder
+from vfmseg.model import InputFacts, SegmentationModel, normalization, stacked_statistics
+from vfmseg.recipe import Recipe, dump_recipe, load_recipe
+
+FORMAT = 1
+LIBRARIES = ("torch", "torchvision", "transformers", "peft", "accelerate", "rasterio", "datasets", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of vfmseg, Python and the libraries a result depends on."""
+    found = {"python": platform.python_version(), "vfmseg": version("vfmseg")}
+    return found | {name: version(name) for name in LIBRARIES}
+
+
+def save_segmenter(
+    folder: Path, model: SegmentationModel, recipe: Recipe, facts: InputFacts, metrics: Mapping[str, Any]
+) -> None:
+    """Write a segmenter folder that `load_segmenter` and a stranger can use; replaces an older one whole."""
+    encoder = model.encoder
+    trains_encoder = recipe.model.adapter.name == "full"
+    chosen = normalization(recipe, facts.bands, facts.dtypes)
+    record = {
+        "format": FORMAT,
+        "encoder": {"name": encoder.family, **asdict(encoder.base), "stored": trains_encoder},
+        "input": {
+            name: {
+                "bands": facts.bands[name],
+                "dtype": facts.dtypes[name],
+                "normalize": chosen[name],
+                "statistics": facts.statistics.get(name),
+            }
+            for name in facts.bands
+        },
+        "parameters": {
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total": sum(p.numel() for p in model.parameters()),
+        },
+        "metrics": dict(metrics),
+        "versions": versions(),
+    }
+    with whole_folder(folder) as aside:
+        (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        if trains_encoder:
+            record["encoder"]["config"] = encoder.config()
+            save_file(plain_tensors(encoder.backbone.state_dict()), aside / "encoder.safetensors")
+        save_file(plain_tensors(model.head_state()), aside / "head.safetensors")
+        save_adapter(model.attached, aside / "adapters" / adapter_folder(facts))
+        (aside / "segmenter.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(_card(recipe, record), encoding="utf-8")
+
+
+def adapter_folder(facts: InputFacts) -> str:
+    """Name of the adapter's folder: the modality it serves; stacked modalities share one."""
+    return "+".join(facts.bands)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A segmenter read from its folder."""
+
+    model: SegmentationModel
+    recipe: Recipe
+    facts: InputFacts
+    record: dict[str, Any]
+
+
+def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True) -> Loaded:
+    """Read a segmenter folder strictly.
+
+    `encoder` replaces where the base encoder is looked for (a folder or hub id); its tensors must still have the
+    recorded hash. With `merge` a LoRA is added into the frozen weights (faster, and peft is not imported);
+    without, the adapter stays a part of its own. Raises CheckpointError for anything that does not fit.
+    """
+    record = _read_record(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    facts = InputFacts(
+        bands={name: entry["bands"] for name, entry in record["input"].items()},
+        dtypes={name: entry["dtype"] for name, entry in record["input"].items()},
+        statistics={
+            name: (tuple(entry["statistics"][0]), tuple(entry["statistics"][1]))
+            for name, entry in record["input"].items()
+            if entry["statistics"]
+        },
+    )
+    built = _load_encoder(folder, recipe, facts, record, encoder)
+    adapter = recipe.model.adapter
+    place = folder / "adapters" / adapter_folder(facts)
+    if merge and adapter.name == "lora":
+        attached = merge_lora(built, place, adapter.rank, adapter.alpha, adapter.targets)
+    else:
+        attached = ADAPTERS[adapter.name](built, **adapter.model_dump(exclude={"name"}))
+        load_adapter(built, attached, place)
+    decoder_section = recipe.model.decoder
+    decoder = build_decoder(
+        decoder_section.name,
+        in_channels=built.channels,
+        strides=built.strides,
+        classes=len(recipe.data.classes),
+        channels=None if decoder_section.name == "linear" else decoder_section.channels,
+    )
+    model = SegmentationModel(built, attached, decoder, facts.bands, len(recipe.data.classes))
+    load_strictly(model, _read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
+    return Loaded(model.eval(), recipe, facts, record)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / "segmenter.json"
+    if not path.is_file():
+        found = "it does not exist" if not folder.is_dir() else "it has no segmenter.json"
+        raise CheckpointError(
+            f"{folder}: not a segmenter: {found}; expected a folder written by a training run, such as runs/NAME/best"
+        )
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the checkpoint again") from None
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format = {record.get('format')}, but this version of vfmseg reads format {FORMAT}; "
+            "update vfmseg, or train again"
+        )
+    return record
+
+
+def _load_encoder(
+    folder: Path, recipe: Recipe, facts: InputFacts, record: dict[str, Any], override: str | None
+) -> Encoder:
+    section = recipe.model.encoder
+    mean, std = stacked_statistics(section.name, normalization(recipe, facts.bands, facts.dtypes), facts)
+    channels = sum(facts.bands.values())
+    stored = record["encoder"]
+    if stored["name"] != section.name:
+        raise CheckpointError(
+            f"{folder}: segmenter.json names a {stored['name']} encoder, recipe.yaml a {section.name} encoder; "
+            "the folder mixes two checkpoints, copy it again"
+        )
+    if stored["stored"]:
+        if override is not None:
+            raise CheckpointError(f"{folder}: this run trained its encoder and stores it; leave out encoder={override}")
+        encoder = build_encoder_from_config(
+            section.name, stored["config"], channels, mean, std, section.layers, section.upscale, section.input
+        )
+        path = folder / "encoder.safetensors"
+        load_strictly(encoder.backbone, _read_tensors(path), encoder.backbone.state_dict(), path)
+        return encoder
+    checkpoint = override or section.checkpoint
+    try:
+        encoder = build_encoder(
+            section.name,
+            checkpoint=checkpoint,
+            revision=None if override else section.revision,
+            in_channels=channels,
+            mean=mean,
+            std=std,
+            layers=section.layers,
+            upscale=section.upscale,
+            input=section.input,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n{folder} needs this base encoder; if it lies elsewhere, pass encoder=FOLDER (--encoder FOLDER)"
+        ) from None
+    if encoder.base.sha256 != stored["sha256"]:
+        raise CheckpointError(
+            f"{folder}: the base encoder {checkpoint} has SHA-256 {encoder.base.sha256[:12]}..., but this checkpoint "
+            f"was trained on {stored['sha256'][:12]}...; use the encoder it was trained on ({stored['id']})"
+        )
+    return encoder
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, copy it again")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors ({error}); copy it again") from None
+
+
+def load_strictly(
+    module: torch.nn.Module, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
+) -> None:
+    missing = sorted(set(expected) - set(tensors))
+    extra = sorted(set(tensors) - set(expected))
+    shapes = [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]
+    if missing or extra or shapes:
+        parts = [("missing", missing), ("not expected", extra), ("of another shape", shapes)]
+        found = "; ".join(f"{len(n)} tensors {what} ({', '.join(n[:3])})" for what, n in parts if n)
+        raise CheckpointError(f"{path}: {found}; this file belongs to another architecture than its recipe.yaml")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+
+
+def _card(recipe: Recipe, record: Mapping[str, Any]) -> str:
+    """A short model card: what it labels, on what it stands, how good it was on validation."""
+    base = record["encoder"]
+    published = CATALOG.get(str(base["id"]))
+    licence = f" ({published.licence})" if published else ""
+    scores = record["metrics"].get("validation") or {}
+    inputs = ", ".join(f"{name} ({entry['bands']} bands)" for name, entry in record["input"].items())
+    lines = [
+        f"# {recipe.name}",
+        "",
+        "A segmentation model made with vfmseg.",
+        "",
+        f"- Classes: {', '.join(f'{i} {c.name}' for i, c in recipe.data.classes.items())}",
+        f"- Input: {inputs}",
+        f"- Base encoder: {base['name']} `{base['id']}`{licence}, SHA-256 `{base['sha256'][:16]}`",
+        f"- Adapter: {recipe.model.adapter.name}; decoder: {recipe.model.decoder.name}",
+        f"- Trainable parameters: {record['parameters']['trainable']:,} of {record['parameters']['total']:,}",
+    ]
+    if scores:
+        lines.append(f"- Validation mIoU: {scores['miou']:.4f} (epoch {record['metrics'].get('epoch')})")
+    lines += [
+        "",
+        "```python",
+        "from vfmseg import Segmenter",
+        'segmenter = Segmenter.from_pretrained("this-folder")',
+        'segmenter.predict("scene.tif", output="labels.tif")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""The command line. Each verb imports what it needs when it runs, so `vfmseg --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vfmseg.errors import RecipeError
+from vfmseg.terminal import guarded, quiet_libraries, say
+
+app = typer.Typer(
+    name="vfmseg",
+    help="Turn a vision foundation model into a segmentation model for overhead imagery.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _end(verb: Callable[[], None], resume_line: str | None = None) -> None:
+    code = guarded(verb, resume_line)
+    if code:
+        raise typer.Exit(code)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    """Scores on stdout: as a table for people, as one JSON object for machines."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{'class':<20}{'IoU':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'pixels':>12}")
+    for name, scores in result["classes"].items():
+        cells = [scores[key] for key in ("iou", "f1", "precision", "recall")]
+        iou, f1, precision, recall = ["   -  " if c is None else f"{c:.3f}" for c in cells]
+        print(f"{name:<20}{iou:>8}{f1:>8}{precision:>11}{recall:>8}{scores['support']:>12,}")
+    for key, title in (("miou", "mean IoU"), ("overall_accuracy", "overall accuracy"), ("kappa", "kappa")):
+        value = result[key]
+        print(f"{title:<20}{'-' if value is None else f'{value:.3f}':>8}")
+    if result["absent"]:
+        print(f"in neither labels nor predictions, left out of the mean: {', '.join(result['absent'])}")
+
+
+@app.command(epilog="Example: vfmseg finetune recipes/oam_buildings.yaml train.epochs=5 --overwrite")
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key.path=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished epoch.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+) -> None:
+    """Train a segmenter as a recipe says. On several devices: accelerate launch vfmseg/finetune.py RECIPE ..."""
+
+    def verb() -> None:
+        from vfmseg.finetune import finetune as train
+        from vfmseg.recipe import load_recipe
+
+        train(load_recipe(recipe, overrides or []), resume=resume, overwrite=overwrite)
+
+    again = shlex.join(["vfmseg", "finetune", str(recipe), *(overrides or []), "--resume"])
+    _end(verb, again)
+
+
+@app.command(epilog="Example: vfmseg predict runs/oam_buildings/best scene.tif -o labels.tif --overlap 0.5")
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="Segmenter: a folder such as runs/NAME/best, or a hub id.")],
+    scene: Annotated[str, typer.Argument(help="Scene of the first modality: any path that GDAL can read.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="GeoTIFF to write.")],
+    modality: Annotated[list[str] | None, typer.Option(help="A further modality, as name=path.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Tile in pixels.")] = None,
+    overlap: Annotated[float | None, typer.Option(help="Overlap as a share of the tile, 0 to below 1.")] = None,
+    blend: Annotated[str | None, typer.Option(help="hann, gaussian, average or none.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tiles run at a time.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Label a scene of any size and write a GeoTIFF."""
+
+    def verb() -> None:
+        import time
+
+        started = time.perf_counter()
+        quiet_libraries()
+        inputs = _inputs(scene, modality or [])
+        from vfmseg.progress import TileProgress
+        from vfmseg.segmenter import Segmenter
+
+        segmenter = Segmenter.from_pretrained(checkpoint, device=device, dtype=dtype, encoder=encoder)
+        first = next(iter(segmenter.facts.bands))
+        segmenter.predict(
+            {first: scene, **inputs},
+            output=output,
+            tile=tile,
+            overlap=overlap,
+            blend=blend,
+            batch_size=batch_size,
+            progress=TileProgress(Path(scene).name),
+        )
+        if as_json:
+            print(json.dumps({"output": str(output), "seconds": round(time.perf_counter() - started, 2)}))
+        else:
+            say(f"labels written to {output}")
+
+    _end(verb)
+
+
+def _inputs(scene: str, modality: list[str]) -> dict[str, str]:
+    pairs = [item.partition("=") for item in modality]
+    for item, (name, sign, path) in zip(modality, pairs, strict=True):
+        if not (name and sign and path):
+            raise RecipeError(f"--modality {item}: expected name=path, such as dem=dem.tif")
+    return {name: path for name, _, path in pairs}
+
+
+@app.command(epilog="Example: vfmseg evaluate runs/oam_buildings/best recipes/oam_buildings.yaml --split test --json")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Segmenter: a folder or a hub id.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe that names the labelled scenes.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key.path=value.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    encoder: Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Measure a segmenter on the labelled scenes of a recipe."""
+
+    def verb() -> None:
+        quiet_libraries()
+        if split not in ("train", "val", "test"):
+            raise RecipeError(f"--split {split}: expected train, val or test")
+        from vfmseg.recipe import load_recipe
+
+        chosen = load_recipe(recipe, overrides or [])
+        from vfmseg.progress import TileProgress
+        from vfmseg.segmenter import Segmenter
+
+        segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=encoder)
+        _show(segmenter.evaluate(chosen, split, TileProgress(f"{split} scenes")), as_json)
+
+    _end(verb)
+
+
+@app.command(epilog="Example: vfmseg demo --output runs/demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("runs/demo"),
+    encoder: Annotated[
+        str | None, typer.Option(help="Encoder folder or hub id (SAM, DINOv2 or CLIP) instead of the built-in one.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in that folder.")] = False,
+) -> None:
+    """Train on real imagery, measure on an unseen place, label it: labels.tif, preview.png, metrics.json."""
+
+    def verb() -> None:
+        quiet_libraries()
+        from vfmseg.demo import run_demo
+
+        run_demo(output, encoder=encoder, overwrite=overwrite)
+
+    _end(verb)
+
+
+def main() -> None:
+    """Entry point of the `vfmseg` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From files to training samples: pairing, windows, augmentation and statistics."""

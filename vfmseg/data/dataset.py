@@ -1,0 +1,140 @@
+"""Tiles of scenes as tensors: random windows to learn from, and a full cover to be scored on.
+
+Both open files where they are read (in the worker), and what they return is a function of their arguments and of
+what is asked for: no global random state is read or changed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from math import ceil
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from vfmseg.data.augment import Augment
+from vfmseg.data.sample import Sample
+from vfmseg.data.scene import SceneLike
+from vfmseg.data.windows import Draw, Purpose, rng
+from vfmseg.errors import DataError
+from vfmseg.geo.grid import Grid, Tile, Window, cut
+from vfmseg.geo.labels import IGNORE
+from vfmseg.geo.reader import Chip
+
+_TRIES = 10
+"""Windows that are tried until one has something to learn from; a scene may have hardly any labels."""
+
+
+class TrainingWindows(Dataset[Sample]):
+    """Random tile x tile windows, asked for by Draw(epoch, index).
+
+    A scene of h x w pixels is visited ceil(h / tile) * ceil(w / tile) times an epoch, each time anywhere in it; with
+    `samples_per_epoch` scenes keep these shares on average. Window and augmentation follow from
+    (seed, epoch, index). Scenes smaller than a tile are filled up with invalid, unlabelled pixels.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[SceneLike],
+        tile: int,
+        seed: int,
+        augment: Augment | None,
+        samples_per_epoch: int | None = None,
+    ) -> None:
+        if not scenes:
+            raise DataError("there are no training scenes; expected at least one")
+        self.scenes = list(scenes)
+        self.tile = tile
+        self.seed = seed
+        self.augment = augment
+        grids = [scene.grid for scene in self.scenes]
+        self._ends = list(accumulate(ceil(g.height / tile) * ceil(g.width / tile) for g in grids))
+        self._length = samples_per_epoch or self._ends[-1]
+        self._shuffled: tuple[int, np.ndarray] | None = None  # (epoch, permutation of the slots)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """Read, augment and return one window; the labels of a filler are all IGNORE."""
+        scene = self.scenes[bisect_right(self._ends, self._slot(draw))]
+        draws = rng(Purpose.WINDOW, self.seed, draw.epoch, draw.index)
+        chips, labels = self._learnable(scene, draws)
+        sample = to_sample(chips, labels)
+        if draw.filler:
+            return Sample(sample.images, sample.valid, torch.full_like(sample.labels, IGNORE))
+        if self.augment is None:
+            return sample
+        stream = rng(Purpose.AUGMENT, self.seed, draw.epoch, draw.index)
+        return self.augment(sample, int(stream.integers(2**63)))
+
+    def _slot(self, draw: Draw) -> int:
+        """The place in the list of visits that this draw stands for."""
+        slots = self._ends[-1]
+        if draw.index < self._length // slots * slots:
+            return draw.index % slots
+        # A part of the list is left for the rest of the draws; another part each epoch, so that every scene is seen.
+        if self._shuffled is None or self._shuffled[0] != draw.epoch:
+            self._shuffled = (draw.epoch, rng(Purpose.SCENE, self.seed, draw.epoch).permutation(slots))
+        return int(self._shuffled[1][draw.index % slots])
+
+    def _learnable(self, scene: SceneLike, draws: np.random.Generator) -> tuple[dict[str, Chip], np.ndarray]:
+        """Pixels and labels of a random window; one without any usable label is drawn again, ten times in all."""
+        several = scene.grid.height > self.tile or scene.grid.width > self.tile
+        for left in reversed(range(_TRIES if several else 1)):
+            window = random_window(scene.grid, self.tile, draws)
+            labels = scene.read_labels(window)
+            if left and not (labels != IGNORE).any():
+                continue  # the images need not be read to know
+            chips = scene.read(window)
+            seen = np.logical_and.reduce([chip.valid for chip in chips.values()])
+            if not left or (seen & (labels != IGNORE)).any():
+                break
+        return chips, labels
+
+
+class CoverWindows(Dataset[Sample]):
+    """Every pixel of every scene exactly once, for scores: tiles in a fixed order, never augmented.
+
+    Tiles are whole, so the last ones of a row or column overlap the one before; labels are kept in the tile's core
+    only and are IGNORE elsewhere, so that no pixel counts twice.
+    """
+
+    def __init__(self, scenes: Sequence[SceneLike], tile: int) -> None:
+        self.scenes = list(scenes)
+        self.tiles: list[tuple[int, Tile]] = [
+            (number, part)
+            for number, scene in enumerate(self.scenes)
+            for part in cut(scene.grid.height, scene.grid.width, tile)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The index-th tile, images (C, tile, tile)."""
+        number, part = self.tiles[index]
+        scene, window, core = self.scenes[number], part.window, part.core
+        labels = np.full(window.shape, IGNORE, dtype=np.int64)
+        inside = Window(core.row - window.row, core.col - window.col, core.height, core.width)
+        labels[inside.rows, inside.cols] = scene.read_labels(core)
+        return to_sample(scene.read(window), labels)
+
+
+def random_window(grid: Grid, tile: int, draws: np.random.Generator) -> Window:
+    """A tile x tile window, each offset that fits equally likely; along a shorter axis it starts at 0."""
+    row = int(draws.integers(max(grid.height - tile, 0) + 1))
+    col = int(draws.integers(max(grid.width - tile, 0) + 1))
+    return Window(row, col, tile, tile)
+
+
+def to_sample(chips: dict[str, Chip], labels: np.ndarray) -> Sample:
+    """Chips of one window as tensors: images float32 (C, h, w), valid bool (h, w), labels int64 (h, w)."""
+    return Sample(
+        images={name: torch.from_numpy(np.ascontiguousarray(c.pixels)) for name, c in chips.items()},
+        valid={name: torch.from_numpy(np.ascontiguousarray(c.valid)) for name, c in chips.items()},
+        labels=torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)),
+    )

@@ -1,0 +1,197 @@
+"""Scenes from a Hugging Face `datasets` set: a folder, a parquet file or an id on the hub, one scene a row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vfmseg.data.cells import Header, Rows
+from vfmseg.errors import DataError, nearest
+from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.labels import IGNORE, LabelMap
+from vfmseg.geo.memory import ArrayRaster
+from vfmseg.geo.reader import Bands, Chip
+
+
+class DatasetScene:
+    """One row of a published set: an image of each modality and a label map of the same size, without a CRS."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        row: int,
+        identity: str,
+        columns: Mapping[str, str],
+        labels: str,
+        bands: Mapping[str, Bands],
+        label_map: LabelMap,
+    ) -> None:
+        self.name = f"{rows.place} row {row}"
+        self.files = (identity,)
+        self._rows, self._row = rows, row
+        self._columns, self._labels = dict(columns), labels
+        self._settings, self._label_map = dict(bands), label_map
+
+    @cached_property
+    def _headers(self) -> dict[str, Header]:
+        headers = {name: self._rows.header(self._row, column) for name, column in self._columns.items()}
+        label = self._rows.header(self._row, self._labels)
+        for name, header in headers.items():
+            if (header.height, header.width) != (label.height, label.width):
+                raise DataError(
+                    f"{self.name}: {self._columns[name]!r} has {header.height} x {header.width} pixels and "
+                    f"{self._labels!r} {label.height} x {label.width}; expected one size (arrays are "
+                    "(height, width, bands), with the bands last)"
+                )
+        return headers
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Height and width; such sets carry no CRS."""
+        first = next(iter(self._headers.values()))
+        return Grid(None, IDENTITY, first.height, first.width)
+
+    def bands(self) -> dict[str, int]:
+        """{modality: number of bands that are read}."""
+        return {name: len(self._settings[name].indexes or range(h.bands)) for name, h in self._headers.items()}
+
+    def dtypes(self) -> dict[str, str]:
+        """{modality: type of the stored numbers}."""
+        return {name: header.dtype for name, header in self._headers.items()}
+
+    def read(self, window: Window) -> dict[str, Chip]:
+        """Pixels and validity of each modality in a window; beyond the edge invalid."""
+        kept = self._rows.kept(self._row)
+        if "chips" not in kept:
+            kept["chips"] = {name: self._decode(name, column) for name, column in self._columns.items()}
+        return {
+            name: Chip(_part(chip.pixels, window, 0.0), _part(chip.valid[None], window, False)[0])
+            for name, chip in kept["chips"].items()
+        }
+
+    def _decode(self, name: str, column: str) -> Chip:
+        settings, place = self._settings[name], self._rows.where(self._row, column)
+        array, shown = self._rows.values(self._row, column, label=False)
+        if max(settings.indexes or (1,)) > len(array):  # asked here, where the message can name the column
+            raise DataError(
+                f"{place} has {len(array)} bands, but data.modalities.{name}.bands asks for "
+                f"{list(settings.indexes or ())}; bands are counted from 1"
+            )
+        with ArrayRaster(array, settings, name) as raster:
+            chip = raster.read(Window(0, 0, *array.shape[1:]))
+        if shown is None:
+            return chip
+        return Chip(np.where(shown, chip.pixels, np.float32(0)), chip.valid & shown)
+
+    def read_labels(self, window: Window) -> np.ndarray:
+        """Class indexes int64 (h, w) in a window; beyond the edge IGNORE."""
+        kept = self._rows.kept(self._row)
+        if "labels" not in kept:
+            place = self._rows.where(self._row, self._labels)
+            array, shown = self._rows.values(self._row, self._labels, label=True)
+            if len(array) != 1:
+                raise DataError(f"{place} has {len(array)} bands; expected one, with the class id of each pixel")
+            kept["labels"] = self._label_map.to_index(array[0], place, None if shown is None else ~shown)
+        return _part(kept["labels"][None], window, IGNORE)[0]
+
+
+def _part(array: np.ndarray, window: Window, beyond: float) -> np.ndarray:
+    """The window (C, h, w) of an array (C, H, W), filled with `beyond` outside of it."""
+    inside = window.clip(array.shape[1], array.shape[2])
+    out = np.full((len(array), *window.shape), beyond, dtype=array.dtype)
+    row, col = inside.row - window.row, inside.col - window.col
+    if inside.height and inside.width:
+        out[:, row : row + inside.height, col : col + inside.width] = array[:, inside.rows, inside.cols]
+    return out
+
+
+def scenes_from_dataset(
+    dataset: str,
+    split: str,
+    images: Mapping[str, str],
+    labels: str,
+    bands: Mapping[str, Bands],
+    label_map: LabelMap,
+    config: str | None = None,
+    revision: str | None = None,
+) -> list[Any]:
+    """One scene for each row of `split` (which may be a part, such as "train[:80%]").
+
+    dataset: a folder (written by save_to_disk, of images with a metadata file, or of parquet files), a parquet file,
+    or an id on the hub. `images` {modality: column} and `labels` name columns of images or of arrays (H, W) or
+    (H, W, C). Raises DataError if the set cannot be loaded, a column is missing or holds no maps.
+    """
+    parts, known = _load(dataset, config, revision)
+    place = f"{dataset} ({split})"
+    chosen = _choose(parts, split, place)
+    scenes: list[DatasetScene] = []
+    for part, data, first in chosen:
+        rows = Rows(data, place, {**images, "labels": labels})
+        scenes += [
+            DatasetScene(rows, row, f"{known}#{part}#{first + row}", images, labels, bands, label_map)
+            for row in range(len(rows))
+        ]
+    if not scenes:
+        raise DataError(f"{place}: the split has no rows; expected at least one")
+    return scenes
+
+
+def _load(dataset: str, config: str | None, revision: str | None) -> tuple[dict[str, Any], str]:
+    """{split: rows} of a set ("" where it has no named splits), and what identifies the set."""
+    import datasets
+
+    path = Path(dataset).expanduser()
+    if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1):
+        raise DataError(f"dataset {dataset} does not exist; expected a folder, a parquet file or an id on the hub")
+    known = os.path.realpath(path) if path.exists() else f"{dataset}@{config}@{revision}"
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file():
+            loaded = datasets.load_dataset("parquet", data_files=str(path))["train"]
+        else:
+            name = str(path) if path.exists() else dataset
+            loaded = datasets.load_dataset(name, name=config, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        remedy = (
+            "expected a folder written by save_to_disk, of images with a metadata file, or of parquet files"
+            if path.exists()
+            else "it is no local folder or file, and the hub could not be asked; check the name and the connection, "
+            "or download it and name the folder"
+        )
+        raise DataError(f"dataset {dataset} cannot be loaded ({_one_line(error)}); {remedy}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        return dict(loaded), known
+    return {"": loaded}, known
+
+
+def _choose(parts: dict[str, Any], split: str, place: str) -> list[tuple[str, Any, int]]:
+    """(split, rows, number of the first row in that split) of what `split` asks for."""
+    import datasets
+
+    names = list(parts)
+    if names == [""]:  # one unnamed table: whatever its split is called, it is this table
+        base = split.partition("[")[0]
+        parts = {base: parts[""]}
+    try:
+        wanted = datasets.ReadInstruction.from_spec(split).to_absolute({k: len(v) for k, v in parts.items()})
+    except (ValueError, KeyError, AssertionError) as error:
+        base = split.partition("[")[0]
+        hint = nearest(base, parts) if base not in parts else _one_line(error)
+        raise DataError(f"{place}: there is no split {split!r}; {hint}") from error
+    chosen = []
+    for instruction in wanted:
+        rows = parts[instruction.splitname]
+        first, end = instruction.from_ or 0, len(rows) if instruction.to is None else instruction.to
+        name = "" if names == [""] else instruction.splitname
+        chosen.append((name, rows.select(range(first, end)), first))
+    return chosen
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

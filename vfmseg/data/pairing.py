@@ -1,0 +1,171 @@
+"""Which image belongs to which label: by name, never by the order of a listing.
+
+Files are matched by exact stem (`a.tif` and `a.png`). Where stems differ by a suffix or a folder, the parts of the
+names that the patterns' wildcards stand for are matched: `*_ms.tif` and `*_label.tif` pair `x_ms.tif` with
+`x_label.tif`, and `*/rgb/*.tif` with `*/label/*.tif` keep the folders apart.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vfmseg.errors import DataError
+
+RASTER_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img")
+"""What is picked up from a folder that is named without a pattern."""
+
+_SIDECARS = (".aux.xml", ".ovr", ".msk", ".tfw", ".jgw", ".jpgw", ".pgw", ".wld", ".prj", ".xml", ".txt", ".json")
+_WILDCARD = re.compile(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file: its path, its stem, what the wildcards stood for, and whether it was named without any."""
+
+    path: str
+    stem: str
+    wild: str
+    literal: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The files of one scene: {modality: image} and its label."""
+
+    name: str
+    images: dict[str, str]
+    labels: str
+
+
+def find(entries: str | Sequence[str], place: str) -> list[Found]:
+    """Files of a pattern, a folder, a file name or a list of these, each once; `place` is the key in the recipe.
+
+    Raises DataError if an entry finds nothing.
+    """
+    listed = [entries] if isinstance(entries, str) else list(entries)
+    if not listed:
+        raise DataError(f"{place}: the list is empty; expected at least one file, folder or pattern")
+    found: dict[str, Found] = {}
+    for entry in listed:
+        for file in _find_one(str(entry), place):
+            found.setdefault(os.path.abspath(file.path), file)
+    return list(found.values())
+
+
+def _find_one(entry: str, place: str) -> list[Found]:
+    if entry.startswith("/vsi") or "://" in entry or os.path.isfile(entry):
+        return [Found(entry, Path(entry).stem, Path(entry).stem, literal=True)]
+    if os.path.isdir(entry):
+        names = [name for name in sorted(os.listdir(entry)) if name.lower().endswith(RASTER_SUFFIXES)]
+        if not names:
+            raise DataError(
+                f"{place}: the folder {entry} holds no image; expected files ending in {', '.join(RASTER_SUFFIXES)}"
+            )
+        return [Found(os.path.join(entry, name), Path(name).stem, Path(name).stem, literal=False) for name in names]
+    if not _WILDCARD.search(entry):
+        raise DataError(f"{place}: {entry} does not exist; {_nearby(entry)}")
+    paths = [p for p in sorted(glob.glob(entry, recursive=True)) if _is_image(p, entry)]
+    if not paths:
+        raise DataError(f"{place}: the pattern {entry} matches no file; {_nearby(entry)}")
+    return [Found(path, Path(path).stem, _wild_part(entry, path), literal=False) for path in paths]
+
+
+def _is_image(path: str, pattern: str) -> bool:
+    """A file, and none of those that programs write beside images (unless the pattern asks for that ending)."""
+    name = path.lower()
+    beside = name.endswith(_SIDECARS) and not pattern.lower().endswith(_SIDECARS)
+    return os.path.isfile(path) and not beside
+
+
+def _nearby(entry: str) -> str:
+    """What there is instead, for the message."""
+    folder = os.path.dirname(_WILDCARD.split(entry)[0]) or "."
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "."
+    names = sorted(os.listdir(folder))
+    listing = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{folder} holds {listing}" if names else f"the folder {folder} is empty"
+
+
+def _wild_part(pattern: str, path: str) -> str:
+    """What the wildcards of `pattern` stand for in `path`, joined by /, without a file ending."""
+    pattern, path = Path(pattern).as_posix(), Path(path).as_posix()
+    parts, end = [], 0
+    for match in _WILDCARD.finditer(pattern):
+        parts.append(re.escape(pattern[end : match.start()]))
+        parts.append(_group(match.group()))
+        end = match.end()
+    tail = pattern[end:]
+    hit = re.fullmatch("".join(parts) + re.escape(tail), path)
+    if hit is None:  # the file system ignores case, or the like
+        return Path(path).stem
+    wild = "/".join(group for group in hit.groups() if group)
+    return wild if "." in tail else os.path.splitext(wild)[0]
+
+
+def _group(wildcard: str) -> str:
+    """The regular expression of one wildcard, capturing what it stands for."""
+    if wildcard == "**/":
+        return r"(?:(.*)/)?"
+    if wildcard.startswith("["):
+        return "([" + ("^" + wildcard[2:] if wildcard[1] == "!" else wildcard[1:]) + ")"
+    return {"**": "(.*)", "*": "([^/]*)", "?": "([^/])"}[wildcard]
+
+
+def pair(images: Mapping[str, list[Found]], labels: list[Found], place: str) -> list[Pair]:
+    """One Pair per scene, sorted by name. Raises DataError naming up to five files without a counterpart."""
+    roles = {**images, "labels": labels}
+    if all(len(files) == 1 and files[0].literal for files in roles.values()):
+        # one file each, named outright: there is nothing to mix up
+        return [Pair(labels[0].stem, {name: files[0].path for name, files in images.items()}, labels[0].path)]
+    by_stem = {role: _index((f.stem, f) for f in files) for role, files in roles.items()}
+    by_wild = {role: _index((f.wild, f) for f in files) for role, files in roles.items()}
+    for index in (by_stem, by_wild):
+        if _complete(index, roles):
+            return [
+                Pair(name, {m: index[m][name][0].path for m in images}, index["labels"][name][0].path)
+                for name in sorted(index["labels"])
+            ]
+    closest = max((by_stem, by_wild), key=lambda index: len(set.intersection(*(set(i) for i in index.values()))))
+    raise DataError(f"{place}: {_complaint(closest)}")
+
+
+def _index(named: Iterable[tuple[str, Found]]) -> dict[str, list[Found]]:
+    index: dict[str, list[Found]] = {}
+    for name, file in named:
+        index.setdefault(name, []).append(file)
+    return index
+
+
+def _complete(index: Mapping[str, dict[str, list[Found]]], roles: Mapping[str, list[Found]]) -> bool:
+    """Every role has the same names, each once."""
+    names = set(index["labels"])
+    return all(set(index[role]) == names and len(names) == len(files) for role, files in roles.items())
+
+
+def _complaint(index: Mapping[str, dict[str, list[Found]]]) -> str:
+    for role, files in index.items():
+        for name, same in files.items():
+            if len(same) > 1:
+                return (
+                    f"{role} has {len(same)} files named {name!r}: {same[0].path} and {same[1].path}; "
+                    "expected each name once, or a table (data.<split>.table) that says what belongs together"
+                )
+    complaints = []
+    for role, files in index.items():
+        for other, others in index.items():
+            lone = [files[name][0].path for name in sorted(set(files) - set(others))]
+            if lone:
+                more = f" and {len(lone) - 5} more" if len(lone) > 5 else ""
+                complaints.append(
+                    f"{len(lone)} of {role} without a file of the same name in {other}: {', '.join(lone[:5])}{more}"
+                )
+    return (
+        "; ".join(complaints) + "; expected one file per scene everywhere, of the same name, or patterns whose * "
+        "stands for the same text (*_ms.tif and *_label.tif), or a table (data.<split>.table)"
+    )

@@ -1,0 +1,109 @@
+"""What a labelled scene is, and scenes in raster files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from vfmseg.data.opened import OPENED
+from vfmseg.errors import DataError
+from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.labels import LabelRaster
+from vfmseg.geo.reader import Chip, Raster
+
+
+class SceneLike(Protocol):
+    """One place, labelled: what training, statistics and scoring ask of a scene."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+        ...
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of every modality and of the labels."""
+        ...
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Where it comes from: full paths, or rows of a published set. Two scenes that share one are the same place."""
+        ...
+
+    def read(self, window: Window) -> dict[str, Chip]:
+        """{modality: pixels (C, h, w) and valid (h, w)}; beyond the edge everything is invalid."""
+        ...
+
+    def read_labels(self, window: Window) -> np.ndarray:
+        """Class indexes int64 (h, w); beyond the edge IGNORE."""
+        ...
+
+    def bands(self) -> dict[str, int]:
+        """{modality: number of bands that are read}."""
+        ...
+
+    def dtypes(self) -> dict[str, str]:
+        """{modality: type of the stored numbers, such as uint8}."""
+        ...
+
+
+class FileScene:
+    """A scene in raster files, one per modality and one with labels, all of one size (and place, if they say so).
+
+    Raises DataError if they do not fit. Cheap to send to a worker: files are opened where they are read, and only
+    the last few stay open.
+    """
+
+    def __init__(self, name: str, rasters: Mapping[str, Raster], labels: LabelRaster) -> None:
+        self.name = name
+        self._rasters = dict(rasters)
+        self._labels = labels
+        self.files = tuple(os.path.realpath(p) for r in rasters.values() for p in r.paths)
+        self.files += (os.path.realpath(labels.path),)
+        self.grid = self._common_grid()
+        self._bands = {name: raster.count for name, raster in self._rasters.items()}
+        self._dtypes = {name: raster.dtype for name, raster in self._rasters.items()}
+
+    def _common_grid(self) -> Grid:
+        """The grid of the first modality, after looking whether the others are the same."""
+        if not self._rasters:
+            raise DataError(f"{self.name}: no image; expected at least one modality")
+        grids = {raster.paths[0]: OPENED.use(raster).grid for raster in self._rasters.values()}
+        grids[self._labels.path] = OPENED.use(self._labels).grid
+        (first, one), *others = grids.items()
+        for path, two in others:
+            if (one.height, one.width) != (two.height, two.width):
+                raise DataError(
+                    f"{first} and {path} differ in size: {one.height} x {one.width} and {two.height} x {two.width} "
+                    "pixels (rows x columns); expected one grid: resample one to the other's (labels by nearest "
+                    "neighbour)"
+                )
+            if not one.same_place(two):
+                raise DataError(
+                    f"{first} and {path} have one size but lie elsewhere: {_where(one)} and {_where(two)}; expected "
+                    "the same CRS and transform: warp one to the other's grid (labels by nearest neighbour)"
+                )
+        return one
+
+    def read(self, window: Window) -> dict[str, Chip]:
+        """Pixels and validity of each modality in a window."""
+        return {name: OPENED.use(raster).read(window) for name, raster in self._rasters.items()}
+
+    def read_labels(self, window: Window) -> np.ndarray:
+        """Class indexes int64 (h, w) in a window."""
+        return OPENED.use(self._labels).read(window)
+
+    def bands(self) -> dict[str, int]:
+        """{modality: number of bands that are read}."""
+        return dict(self._bands)
+
+    def dtypes(self) -> dict[str, str]:
+        """{modality: type of the stored numbers}."""
+        return dict(self._dtypes)
+
+
+def _where(grid: Grid) -> str:
+    return f"{grid.crs or 'no CRS'} at ({grid.transform[2]:.10g}, {grid.transform[5]:.10g})"

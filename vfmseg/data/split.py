@@ -1,0 +1,148 @@
+"""Scenes of a split: images of every modality and labels on one grid, from files, from a table or a published set."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Formatter
+
+from vfmseg.data.datasets_source import scenes_from_dataset
+from vfmseg.data.pairing import find, pair
+from vfmseg.data.scene import FileScene, SceneLike
+from vfmseg.errors import DataError, nearest
+from vfmseg.geo.grid import Window
+from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
+from vfmseg.geo.reader import Bands, Raster
+
+__all__ = [
+    "FileScene",
+    "SceneLike",
+    "disjoint",
+    "require_labels",
+    "scenes_from_dataset",
+    "scenes_from_files",
+    "scenes_from_table",
+]
+
+
+def scenes_from_files(
+    images: Mapping[str, str | Sequence[str]],
+    labels: str | Sequence[str],
+    bands: Mapping[str, Bands],
+    label_map: LabelMap,
+    base_place: str,
+) -> list[SceneLike]:
+    """Scenes of patterns, folders, files or lists of these, paired by name; sorted by name.
+
+    `base_place` is the key of the split in the recipe (data.train), for messages.
+    """
+    found = {name: find(entries, f"{base_place}.{name}") for name, entries in images.items()}
+    pairs = pair(found, find(labels, f"{base_place}.labels"), base_place)
+    return [
+        FileScene(p.name, {m: Raster(p.images[m], bands[m]) for m in images}, LabelRaster(p.labels, label_map))
+        for p in pairs
+    ]
+
+
+def scenes_from_table(
+    table: str | Path,
+    split: str,
+    split_column: str,
+    images: Mapping[str, str],
+    labels: str,
+    bands: Mapping[str, Bands],
+    label_map: LabelMap,
+) -> list[SceneLike]:
+    """Scenes of the rows of a CSV file whose `split_column` is exactly `split`, in the table's order.
+
+    `images` and `labels` name a column that holds paths, or are a template over columns such as
+    "{split}/rgb/{name}.png"; paths are relative to the table's folder.
+    """
+    columns, rows = _read_table(table)
+    if split_column not in columns:
+        raise DataError(f"{table}: there is no column {split_column!r}; {nearest(split_column, columns)}")
+    chosen = [(line, row) for line, row in rows if row[split_column] == split]
+    if not chosen:
+        known = sorted({row[split_column] for _, row in rows})
+        raise DataError(f"{table}: no row has {split_column} = {split!r}; {nearest(split, known)}")
+    scenes: list[SceneLike] = []
+    seen: dict[tuple[str, ...], int] = {}
+    for line, row in chosen:
+        place = f"{table} line {line}"
+        paths = {name: _table_path(Path(table), columns, row, how, place) for name, how in images.items()}
+        label = _table_path(Path(table), columns, row, labels, place)
+        files = (*paths.values(), label)
+        if files in seen:
+            raise DataError(f"{place} names the same files as line {seen[files]}; expected each scene once")
+        seen[files] = line
+        rasters = {name: Raster(path, bands[name]) for name, path in paths.items()}
+        scenes.append(FileScene(Path(next(iter(paths.values()))).stem, rasters, LabelRaster(label, label_map)))
+    return scenes
+
+
+def _read_table(table: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Columns, and (line number, cells) of each row; fields split by comma, semicolon or tab."""
+    try:
+        text = Path(table).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{table}: cannot be read as a table ({error}); expected a CSV file in UTF-8") from error
+    lines = text.splitlines()
+    header = lines[0] if lines else ""
+    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
+    columns = [column.strip() for column in reader.fieldnames or []]
+    reader.fieldnames = columns
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise DataError(f"{table} line {reader.line_num}: expected {len(columns)} cells, one for each column")
+        rows.append((reader.line_num, {key: value.strip() for key, value in row.items()}))
+    return columns, rows
+
+
+def _table_path(table: Path, columns: Sequence[str], row: Mapping[str, str], how: str, place: str) -> str:
+    """The file that a column or template names in one row."""
+    if how in columns:
+        named = row[how]
+    else:
+        fields = [field for _, field, _, _ in Formatter().parse(how) if field is not None]
+        unknown = [field for field in fields if field not in columns]
+        if unknown or not fields:
+            raise DataError(
+                f"{table}: there is no column {(unknown or [how])[0]!r} (asked for by {how!r}); "
+                f"{nearest((unknown or [how])[0], columns)}"
+            )
+        named = how.format_map(row)
+    if named.startswith("/vsi") or "://" in named:
+        return named
+    path = table.parent / named
+    if not named or not path.exists():
+        raise DataError(f"{place}: {how!r} names {str(path)!r}, which does not exist; correct the table or the path")
+    return str(path)
+
+
+def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
+    """Raise DataError if one file is used in two splits: scores on pixels that were learned mean nothing."""
+    owner: dict[str, str] = {}
+    for split, scenes in splits.items():
+        for scene in scenes:
+            for file in scene.files:
+                other = owner.setdefault(file, split)
+                if other != split:
+                    raise DataError(
+                        f"{file} is in data.{other} and in data.{split}; expected every file in one split only: "
+                        "remove it from one of them"
+                    )
+
+
+def require_labels(scenes: Sequence[SceneLike], split: str) -> None:
+    """Raise DataError if no scene of a split has a single labelled pixel; stops reading at the first one."""
+    for scene in scenes:
+        height, width = scene.grid.height, scene.grid.width
+        for row in range(0, height, 256):
+            if (scene.read_labels(Window(row, 0, min(256, height - row), width)) != IGNORE).any():
+                return
+    raise DataError(
+        f"data.{split}: every pixel of its {len(scenes)} scenes is ignored (ignore_index or nodata); expected some "
+        "pixels of the classes: check data.ignore_index and data.classes against the label files"
+    )

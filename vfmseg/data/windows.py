@@ -1,0 +1,61 @@
+"""Which sample is drawn when, and by which process: pure arithmetic on (seed, epoch, index).
+
+The order of an epoch is a function of the seed and the epoch alone, so a resumed run goes on exactly where it was,
+and any number of processes walk through the same global order. `rng` is the one place where numbers become a
+random generator; nothing here touches a global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for; streams of different purposes are independent."""
+
+    ORDER = 1
+    SCENE = 2
+    WINDOW = 3
+    AUGMENT = 4
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of one epoch. A filler only keeps a process in step: its labels count nowhere."""
+
+    epoch: int
+    index: int
+    filler: bool = False
+
+
+def rng(purpose: Purpose, seed: int, epoch: int, index: int = 0) -> np.random.Generator:
+    """The random generator of one sample (or of a whole epoch), the same in every worker and process."""
+    # the purpose leads: SeedSequence pads with zeros, so (seed, epoch) and (seed, epoch, 0) alone would be one stream
+    return np.random.default_rng([int(purpose), abs(seed), int(seed < 0), epoch, index])
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of 0..length-1 that depends on (seed, epoch) only."""
+    return [int(i) for i in rng(Purpose.ORDER, seed, epoch).permutation(length)]
+
+
+def rank_batches(order: Sequence[int], batch_size: int, rank: int, world: int, *, epoch: int) -> list[list[Draw]]:
+    """The batches of one process in one epoch.
+
+    Global step i takes order[i * batch_size * world : (i + 1) * batch_size * world]; process `rank` of `world`
+    takes the rank-th run of at most batch_size of it. Nothing is drawn twice and nothing is dropped. In a short
+    last step a process left without samples gets one filler, so that all processes take the same number of steps.
+    """
+    if batch_size < 1 or world < 1 or not 0 <= rank < world:
+        raise ValueError(f"batch_size = {batch_size}, rank = {rank}, world = {world}: expected 0 <= rank < world")
+    batches = []
+    for start in range(0, len(order), batch_size * world):
+        first = start + rank * batch_size
+        taken = order[first : min(first + batch_size, start + batch_size * world)]
+        draws = [Draw(epoch, index) for index in taken]
+        batches.append(draws or [Draw(epoch, order[start], filler=True)])
+    return batches

@@ -1,0 +1,119 @@
+"""The demo: train on real imagery that ships with the package, measure on an unseen place, label it, show it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from vfmseg.errors import CheckpointError, RecipeError
+from vfmseg.files import whole_file, write_json
+from vfmseg.recipe import Recipe, load_recipe
+from vfmseg.terminal import say
+
+ASSETS = Path(__file__).parent / "assets" / "demo"
+SCENE = "banepa_b"  # of the test place: dense town and fields
+FAMILIES = {"dinov2": "dinov2", "dinov2_with_registers": "dinov2", "sam": "sam", "clip": "clip", "clip_vision_model": "clip"}
+
+
+def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Write `labels.tif`, `preview.png` and `metrics.json` into `output` (the run itself into `output/run`).
+
+    `encoder`: a folder or hub id of a SAM, DINOv2 or CLIP encoder; it stays frozen and learns through LoRA.
+    Without it the built-in encoder is trained whole. Returns the content of `metrics.json`.
+    """
+    started = time.perf_counter()
+    recipe = demo_recipe(output, encoder)
+    if encoder is None:
+        say("the built-in encoder has no pretrained weights yet: the demo trains all of it, from random numbers")
+    from vfmseg.finetune import finetune
+
+    trained = finetune(recipe, overwrite=overwrite)
+    from vfmseg.segmenter import Segmenter
+
+    segmenter = Segmenter.from_pretrained(recipe.output_dir / "best")
+    scores = segmenter.evaluate(recipe, "test")
+    labels = output / "labels.tif"
+    segmenter.predict(ASSETS / "images" / f"{SCENE}.tif", output=labels)
+    draw_preview(output / "preview.png", recipe, labels)
+    result = {"test": scores, "training": trained, "minutes": round((time.perf_counter() - started) / 60, 2)}
+    write_json(output / "metrics.json", result)
+    building = scores["classes"]["building"]["iou"]
+    say(
+        f"unseen place (Banepa, Nepal): mean IoU {scores['miou']:.3f}, building IoU {building:.3f}, after "
+        f"{result['minutes']} minutes\nlook at {output / 'preview.png'} and {labels}"
+    )
+    return result
+
+
+def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
+    """The recipe of the demo, for another encoder with LoRA and a shorter schedule if one is named."""
+    changes = [f"output_dir={(output / 'run').absolute()}"]
+    if encoder is not None:
+        local = Path(encoder).expanduser()
+        section = f"{{name: {encoder_family(encoder)}, checkpoint: '{local.absolute() if local.is_dir() else encoder}'}}"
+        changes += [
+            f"model.encoder={section}",
+            "model.adapter={name: lora, rank: 8, targets: [q, v]}",
+            "train.epochs=2",
+            "train.optimizer.lr=1.0e-3",
+        ]
+    return load_recipe(ASSETS / "recipe.yaml", changes)
+
+
+def encoder_family(encoder: str) -> str:
+    """`sam`, `dinov2` or `clip`, told by the config of a folder or by the catalog for a hub id."""
+    import json
+
+    from vfmseg.catalog import CATALOG
+
+    folder = Path(encoder).expanduser()
+    if (folder / "config.json").is_file():
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind in FAMILIES:
+            return FAMILIES[kind]
+        raise CheckpointError(f"{folder}: model_type = {kind}; expected one of {', '.join(FAMILIES)}")
+    if encoder in CATALOG:
+        return CATALOG[encoder].family
+    found = [family for family in ("dinov2", "sam", "clip") if family in encoder.lower()]
+    if not found or folder.is_dir():
+        raise RecipeError(
+            f"--encoder {encoder}: neither a folder with a config.json nor a known hub id; see checkpoints.md"
+        )
+    return found[0]
+
+
+def draw_preview(path: Path, recipe: Recipe, labels: Path) -> None:
+    """Image, true labels and predicted labels side by side, as a PNG of about 1500 x 560 pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from vfmseg.geo.grid import Window
+    from vfmseg.geo.labels import IGNORE, LabelRaster
+    from vfmseg.geo.reader import Raster
+    from vfmseg.scenes import bands_of, label_map_of
+
+    label_map = label_map_of(recipe)
+    with Raster(str(ASSETS / "images" / f"{SCENE}.tif"), bands_of(recipe)["rgb"]) as raster:
+        whole = Window(0, 0, raster.grid.height, raster.grid.width)
+        image = raster.read(whole).pixels.transpose(1, 2, 0).astype(np.uint8)
+    truth = LabelRaster(str(ASSETS / "labels" / f"{SCENE}.tif"), label_map).read(whole)
+    predicted = LabelRaster(str(labels), label_map).read(whole)
+    classes = [recipe.data.classes[i] for i in label_map.ids]
+    colors = np.array([*(c.color for c in classes), (255, 255, 255)], dtype=np.uint8)
+    figure = Figure(figsize=(15, 5.6), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 3)
+    pictures = {"image": image, "truth": colors[np.where(truth == IGNORE, -1, truth)]}
+    pictures["prediction"] = colors[np.where(predicted == IGNORE, -1, predicted)]
+    for panel, (title, picture) in zip(panels, pictures.items(), strict=True):
+        panel.imshow(picture)
+        panel.set_title(title)
+        panel.set_axis_off()
+    handles = [Patch(color=np.array(c.color) / 255, label=c.name) for c in classes]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    with whole_file(path) as aside:
+        figure.savefig(aside, format="png")

@@ -1,0 +1,136 @@
+"""Read the image encoder of a published checkpoint: a folder or a hub id, as transformers saves it, strictly."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from vfmseg.encoders.base import BaseRecord, Family, sha256_of
+from vfmseg.errors import CheckpointError
+
+
+def load_published(family: Family, checkpoint: str, revision: str | None) -> tuple[nn.Module, BaseRecord]:
+    """The whole image encoder, in float32, with the record of what was read.
+
+    Raises CheckpointError if the checkpoint is not there, is of another family, holds code instead of tensors, or
+    lacks or adds a tensor of the image encoder.
+    """
+    folder = _folder_of(checkpoint)
+    source = str(folder) if folder else checkpoint
+    if folder:
+        revision = None  # a revision names a state of a hub repository
+    with quick_imports():
+        from transformers.configuration_utils import PreTrainedConfig
+
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(_not_found(checkpoint, error)) from None
+        model_type = check_model_type(family, config, checkpoint)
+        cls = family.model_class(model_type)
+    model, loading = _read(cls, source, checkpoint, revision)
+    _check_complete(family, checkpoint, loading)
+    commit = None if folder else config.get("_commit_hash")
+    return model, BaseRecord(checkpoint, revision or commit, sha256_of(model.state_dict()))
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Pause garbage collection: while modules are imported it finds nothing and takes about a seventh of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def check_model_type(family: Family, config: dict[str, Any], checkpoint: str) -> str:
+    """`model_type` of a config, if the family reads it."""
+    model_type = str(config.get("model_type"))
+    if model_type not in family.model_types:
+        raise CheckpointError(
+            f"{checkpoint}: config.json says model_type = {model_type}, but the encoder {family.name} reads "
+            f"{' or '.join(family.model_types)}; choose the encoder that fits the checkpoint"
+        )
+    return model_type
+
+
+def _folder_of(checkpoint: str) -> Path | None:
+    """The local folder that `checkpoint` names, or None for a hub id."""
+    path = Path(checkpoint).expanduser()
+    if path.is_file():
+        raise CheckpointError(
+            f"{checkpoint}: is a file, but an encoder is a folder with config.json and model.safetensors "
+            "(save_pretrained of transformers writes one)"
+        )
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{checkpoint}: has no config.json; expected a folder that save_pretrained of transformers has written"
+            )
+        return path
+    if path.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
+        raise CheckpointError(
+            f"{checkpoint}: no such folder, and not a hub id (OWNER/NAME); give the folder that holds config.json"
+        )
+    return None
+
+
+def _not_found(checkpoint: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"{checkpoint}: its config.json cannot be read ({reason}); expected a folder written by save_pretrained of "
+        "transformers, or a hub id that can be reached or is in the cache already"
+    )
+
+
+def _read(cls: Any, source: str, checkpoint: str, revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    with _quiet():
+        try:
+            # float32 whatever the file holds: training and the hash start from one type
+            return cls.from_pretrained(source, revision=revision, dtype=torch.float32, output_loading_info=True)
+        except (SafetensorError, pickle.UnpicklingError, ValueError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{checkpoint}: its weights cannot be read as tensors ({reason}); expected model.safetensors as "
+                "save_pretrained of transformers writes it"
+            ) from None
+
+
+def _check_complete(family: Family, checkpoint: str, loading: dict[str, Any]) -> None:
+    missing = sorted(loading["missing_keys"])
+    extra = sorted(name for name in loading["unexpected_keys"] if not name.startswith(family.other_parts))
+    shapes = sorted(str(entry[0]) for entry in loading["mismatched_keys"])
+    parts = [("missing", missing), ("not expected", extra), ("of another shape", shapes)]
+    found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in parts if names]
+    if found:
+        raise CheckpointError(
+            f"{checkpoint}: tensors of the image encoder do not fit its config.json: {'; '.join(found)}; "
+            "copy or download the checkpoint again"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and reports of transformers meanwhile: vfmseg checks and reports for itself."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

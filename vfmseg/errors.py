@@ -1,0 +1,47 @@
+"""Every error that vfmseg raises on purpose, in one flat list.
+
+A message names the place, what was found there, what was expected and what to do about it. The command line
+turns each class into its exit code; anything else that escapes is a bug and exits with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VfmsegError(Exception):
+    """Base class: the input is wrong (recipe, data, checkpoint or arguments)."""
+
+    exit_code = 2
+
+
+class RecipeError(VfmsegError):
+    """A recipe, or an override of it, does not describe a run."""
+
+
+class DataError(VfmsegError):
+    """Images or labels are missing, unreadable or do not fit together."""
+
+
+class CheckpointError(VfmsegError):
+    """A checkpoint or encoder is missing, damaged, or belongs to something else."""
+
+
+class AdapterError(VfmsegError):
+    """An adapter finds nothing to attach to, or does not fit the encoder."""
+
+
+class MachineError(VfmsegError):
+    """The input is fine, but this machine could not do it: disk full, out of memory, missing extra."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the closest known name, else the list of known names."""
+    names = [str(item) for item in known]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(names)}" if names else "nothing is known here"

@@ -1,0 +1,231 @@
+"""Fine-tuning: from a recipe to checkpoints. Also the script that `accelerate launch vfmseg/finetune.py` starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # started as a script, Python puts vfmseg/ itself first on the import path; our files are no top-level modules
+    sys.path.pop(0)
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vfmseg.errors import MachineError, RecipeError
+from vfmseg.files import whole_file, write_json
+from vfmseg.progress import TrainingProgress
+from vfmseg.recipe import Recipe, dump_recipe, load_recipe
+from vfmseg.terminal import guarded, is_main_process, quiet_libraries, say
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from vfmseg.loop import Loop, RunState
+    from vfmseg.model import InputFacts, SegmentationModel
+
+STATE_FILE = "state.pt"
+
+
+def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train as the recipe says and return what was reached.
+
+    Writes into `recipe.output_dir`: `best/` (chosen on validation only) and `last/` segmenter folders, `state.pt`
+    to resume from, `metrics.jsonl` (a line per step and epoch), `metrics.json`, `recipe.yaml`. Returns the content
+    of `metrics.json`. Under `accelerate launch` every process calls this; rank 0 writes.
+    """
+    quiet_libraries()
+    output = recipe.output_dir
+    _check_output(output, resume, overwrite)
+    accelerator = _accelerator(recipe)
+    # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
+    from vfmseg.data.augment import Augment, Radiometry
+    from vfmseg.data.dataset import CoverWindows, TrainingWindows
+    from vfmseg.loop import Loop, Schedule, StepReport, score_windows
+    from vfmseg.model import build_model
+    from vfmseg.objectives.segmentation import Segmentation, class_weight_tuple
+    from vfmseg.resume import load_run, save_run
+    from vfmseg.scenes import input_facts, open_training, value_ranges
+
+    scenes = open_training(recipe)
+    facts = input_facts(recipe, scenes["train"])
+    model = build_model(recipe, facts)
+    say(_parameter_lines(model))
+    section = recipe.train
+    augment = Augment(
+        flip=section.augment.flip,
+        rotate90=section.augment.rotate90,
+        scale=section.augment.scale,
+        rotate=section.augment.rotate,
+        radiometry={
+            name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue)
+            for name, r in section.augment.radiometry.items()
+        },
+        value_range=value_ranges(facts, {name: m.scale for name, m in recipe.data.modalities.items()}),
+    )
+    ids = tuple(sorted(recipe.data.classes))
+    names = [recipe.data.classes[i].name for i in ids]
+    cover = CoverWindows(scenes["val"], recipe.data.tile) if "val" in scenes else None
+    if cover is None:
+        say("no validation split: the last epoch is kept as best; add data.val to choose on unseen scenes")
+
+    def validate() -> dict[str, Any] | None:
+        if cover is None:
+            return None
+        return score_windows(accelerator, model, cover, len(ids), section.batch_size).scores(names)
+
+    def on_step(report: StepReport) -> None:
+        progress.step(report.step, report.epoch, report.loss, report.images)
+
+    def on_epoch(state: RunState, improved: bool) -> None:
+        scores = state.records[-1].get("validation")
+        progress.epoch(state.step, state.epoch, scores)
+        if is_main_process():
+            metrics = {"epoch": state.epoch, "validation": scores}
+            _keep(output, loop, recipe, facts, metrics, improved, state.epoch == section.epochs)
+            _write_records(output / "metrics.jsonl", state)
+            save_run(output / STATE_FILE, loop, text)
+        accelerator.wait_for_everyone()
+
+    loop = Loop(
+        accelerator,
+        model,
+        Segmentation(section.loss, class_weight_tuple(section.class_weights, ids), section.focal_gamma or 2.0),
+        TrainingWindows(scenes["train"], recipe.data.tile, recipe.seed, augment, recipe.data.samples_per_epoch),
+        Schedule(
+            epochs=section.epochs,
+            batch_size=section.batch_size,
+            accumulate=section.accumulate,
+            clip=section.clip,
+            lr=section.optimizer.lr,
+            encoder_lr=section.optimizer.encoder_lr,
+            weight_decay=section.optimizer.weight_decay,
+            warmup=section.optimizer.warmup,
+            seed=recipe.seed,
+            workers=recipe.data.workers,
+        ),
+        validate,
+        on_step,
+        on_epoch,
+    )
+    text = dump_recipe(recipe)
+    if resume and (output / STATE_FILE).is_file():
+        load_run(output / STATE_FILE, loop, text)
+        say(f"resuming after epoch {loop.state.epoch} of {section.epochs}")
+    if is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+        with whole_file(output / "recipe.yaml") as aside:
+            aside.write_text(text, encoding="utf-8")
+    progress = TrainingProgress(loop.steps_total, section.epochs, loop.state.step)
+    started = time.perf_counter()
+    try:
+        state = loop.run()
+    finally:
+        progress.close()
+    result = _result(recipe, model, state, time.perf_counter() - started)
+    if is_main_process():
+        write_json(output / "metrics.json", result)
+        say(f"done: best epoch {state.best_epoch}, segmenter in {output / 'best'}")
+    accelerator.end_training()
+    return result
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds another run; nothing is created here."""
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other: go on with a run, or replace it")
+    if output.is_file():
+        raise RecipeError(f"output_dir = {output} is a file; expected a folder that can be created")
+    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+        raise RecipeError(
+            f"output_dir = {output} already holds {', '.join(sorted(p.name for p in output.iterdir())[:4])}; "
+            "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
+        )
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    import torch
+
+    if recipe.train.precision == "fp16" and not torch.cuda.is_available():
+        raise MachineError("train.precision = fp16 needs a GPU, and none is visible here; use bf16 or \"no\"")
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision=recipe.train.precision)
+
+
+def _parameter_lines(model: SegmentationModel) -> str:
+    from vfmseg.adapters.attach import parameter_table
+
+    rows = parameter_table({"encoder": model.encoder, "decoder": model.decoder})
+    lines = [f"{'part':<10}{'trainable':>14}{'total':>14}"]
+    lines += [f"{part:<10}{trainable:>14,}{total:>14,}" for part, trainable, total in rows]
+    sites = model.attached.sites
+    if sites:
+        lines.append(f"adapter {model.attached.name} on {len(sites)} layers: {sites[0]} ... {sites[-1]}")
+    return "\n".join(lines)
+
+
+def _keep(
+    output: Path,
+    loop: Loop,
+    recipe: Recipe,
+    facts: InputFacts,
+    metrics: dict[str, Any],
+    improved: bool,
+    finished: bool,
+) -> None:
+    from vfmseg.checkpoint import save_segmenter
+
+    if improved:
+        save_segmenter(output / "best", loop.model, recipe, facts, metrics)
+    if finished:
+        save_segmenter(output / "last", loop.model, recipe, facts, metrics)
+
+
+def _write_records(path: Path, state: RunState) -> None:
+    with whole_file(path) as aside:
+        aside.write_text("".join(json.dumps(record) + "\n" for record in state.records), encoding="utf-8")
+
+
+def _result(recipe: Recipe, model: SegmentationModel, state: RunState, seconds: float) -> dict[str, Any]:
+    from vfmseg.checkpoint import versions
+
+    epochs = {r["epoch"]: r.get("validation") for r in state.records if r["kind"] == "epoch"}
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "best_epoch": state.best_epoch,
+        "validation": epochs.get(state.best_epoch),
+        "steps": state.step,
+        "minutes": round(seconds / 60, 2),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "versions": versions(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of this script; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        description="Fine-tune a segmenter as a recipe says.",
+        epilog="example: accelerate launch vfmseg/finetune.py recipes/oam_buildings.yaml train.epochs=5",
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    options = parser.parse_args(arguments)
+
+    def verb() -> None:
+        finetune(load_recipe(options.recipe, options.overrides), options.resume, options.overwrite)
+
+    return guarded(verb, f"accelerate launch vfmseg/finetune.py {options.recipe} --resume")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Labels read by window: class ids of a file become indexes 0..K-1, and everything unlabelled becomes IGNORE.
+
+An id that nobody declared is an error with its count, never a class: neither clamped, wrapped nor turned into 0.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from vfmseg.errors import DataError
+from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.rasterfile import RasterFile, as_stored
+
+IGNORE = -1
+"""The index of unlabelled pixels everywhere inside; files have their own number for it (`data.ignore_index`)."""
+
+_EXACT = 2.0**53
+"""Up to here float64 holds every whole number."""
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Class ids as files hold them (sorted, may be sparse or negative), and the id that means unlabelled."""
+
+    ids: tuple[int, ...]
+    ignore_index: int
+
+    def __post_init__(self) -> None:
+        if list(self.ids) != sorted(set(self.ids)) or not self.ids:
+            raise DataError(f"class ids {list(self.ids)} must be ascending, each once, and at least one")
+        if self.ignore_index in self.ids:
+            raise DataError(
+                f"ignore_index {self.ignore_index} is also a class id {list(self.ids)}; choose a number that "
+                "no class has"
+            )
+
+    def to_index(self, array: np.ndarray, place: str, unlabelled: np.ndarray | None = None) -> np.ndarray:
+        """Indexes int64 of the ids in `array` (any shape and real type); ignore_index and NaN become IGNORE.
+
+        unlabelled: bool of the same shape, pixels whose id does not count (masked, nodata); they become IGNORE.
+        place: names the file in errors. DataError if ids are no whole numbers or unknown, with their counts.
+        """
+        ids, hidden = _whole_numbers(np.asarray(array), place, unlabelled)
+        known = np.array(self.ids, dtype=np.int64)
+        index = np.searchsorted(known, ids).clip(max=len(known) - 1).astype(np.int64)
+        declared = known[index] == ids
+        strange = ~declared & (ids != self.ignore_index) & ~hidden
+        if strange.any():
+            raise DataError(self._unknown(ids[strange], place))
+        index[~declared | hidden] = IGNORE
+        return index
+
+    def to_id(self, index: np.ndarray) -> np.ndarray:
+        """Ids int64 of indexes 0..K-1; IGNORE becomes ignore_index."""
+        index = np.asarray(index)
+        if index.size and not -1 <= index.min() <= index.max() < len(self.ids):
+            raise ValueError(f"indexes {index.min()} to {index.max()}: expected -1 to {len(self.ids) - 1}")
+        return np.array([*self.ids, self.ignore_index], dtype=np.int64)[index]  # [-1] is the last entry
+
+    def _unknown(self, ids: np.ndarray, place: str) -> str:
+        found, counts = np.unique(ids, return_counts=True)
+        named = ", ".join(f"{i} ({n} pixels)" for i, n in zip(found[:5], counts[:5], strict=True))
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        classes = ", ".join(str(i) for i in self.ids)
+        return (
+            f"{place}: unknown label ids {named}{more}; expected the classes {classes} or ignore_index "
+            f"{self.ignore_index}; add them to data.classes or correct the labels"
+        )
+
+
+def _whole_numbers(array: np.ndarray, place: str, unlabelled: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int64, and bool where they do not count."""
+    hidden = np.zeros(array.shape, dtype=bool) if unlabelled is None else unlabelled.astype(bool)
+    if array.dtype.kind in "iub":
+        return array.astype(np.int64), hidden
+    if array.dtype.kind != "f":
+        raise DataError(f"{place}: labels of type {array.dtype}; expected whole numbers")
+    hidden = hidden | np.isnan(array)
+    numbers = np.where(hidden, 0, array).astype(np.float64)
+    wrong = ~(np.abs(numbers) <= _EXACT) | (numbers != np.floor(numbers))
+    if wrong.any():
+        raise DataError(
+            f"{place}: {int(wrong.sum())} labels are not whole numbers, such as {numbers[wrong][0]:g}; "
+            "expected class ids (are these probabilities or an image?)"
+        )
+    return numbers.astype(np.int64), hidden
+
+
+class LabelRaster:
+    """The labels of one scene: a file with one band of class ids, whole numbers of any type.
+
+    Palette images give their palette indexes. Unlabelled is: ignore_index, NaN, pixels hidden by alpha or a mask
+    band, and the file's nodata value unless that is a class id (many label files name class 0 as nodata).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], label_map: LabelMap) -> None:
+        self.path = os.fspath(path)
+        self.label_map = label_map
+        self._file = RasterFile(path)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the labels. DataError if the file is missing, unreadable or not one band."""
+        self._band()
+        return self._file.info.grid
+
+    def read(self, window: Window) -> np.ndarray:
+        """Indexes int64 (h, w) of a window of any position: 0..K-1, or IGNORE, also beyond the scene."""
+        index = np.full(window.shape, IGNORE, dtype=np.int64)
+        band = self._band()
+        inside = window.clip(self._file.info.grid.height, self._file.info.grid.width)
+        if inside.height and inside.width:
+            within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
+            stored = self._file.read([band], inside)[0]
+            hidden = ~self._file.read_shown([band], inside)
+            nodata = self._file.info.nodata[band - 1]
+            if nodata is not None and nodata not in self.label_map.ids:
+                mark = as_stored(nodata, stored.dtype)
+                hidden |= False if mark is None else stored == mark
+            place = f"{self.path} ({inside})"
+            index[within.rows, within.cols] = self.label_map.to_index(stored, place, hidden)
+        return index
+
+    def close(self) -> None:
+        """Close the file; a later read opens it again."""
+        self._file.close()
+
+    def __enter__(self) -> LabelRaster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _band(self) -> int:
+        info = self._file.info
+        bands = [band for band in range(1, info.count + 1) if band not in info.alpha]
+        if len(bands) != 1:
+            colours = " (a picture of the labels in colours?)" if len(bands) == 3 else ""
+            raise DataError(
+                f"{self.path}: has {len(bands)} bands{colours}; expected one band of class ids; "
+                "convert it to one number a class"
+            )
+        return bands[0]

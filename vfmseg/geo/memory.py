@@ -1,0 +1,44 @@
+"""Arrays as rasters: an array in memory goes through the same reading rules as a file."""
+
+from __future__ import annotations
+
+import numpy as np
+from rasterio.io import MemoryFile
+
+from vfmseg.errors import DataError
+from vfmseg.geo.rasterfile import gdal, open_dataset
+from vfmseg.geo.reader import Bands, Raster
+
+# types that GDAL has no like of -> the next one that holds them
+_STORED = {"bool": "uint8", "float16": "float32"}
+
+
+class ArrayRaster(Raster):
+    """An array (C, H, W) that is read like a file of that content: bands, scale, nodata and NaN.
+
+    `name` is what messages call it. DataError if the array has another shape or holds no real numbers.
+    """
+
+    def __init__(self, array: np.ndarray, bands: Bands, name: str) -> None:
+        if array.ndim != 3 or 0 in array.shape:
+            raise DataError(
+                f"the array for '{name}' has shape {array.shape}; expected (bands, height, width)"
+            )
+        if array.dtype.kind not in "buif":
+            raise DataError(f"the array for '{name}' holds {array.dtype}; expected integers or real numbers")
+        stored = array.astype(_STORED.get(array.dtype.name, array.dtype.name), copy=False)
+        count, height, width = stored.shape
+        with gdal():
+            # the file lives in GDAL's memory as long as this object
+            self._memory = MemoryFile(filename=f"{name}.tif")
+            with open_dataset(
+                self._memory.name, "w", driver="GTiff", count=count, height=height, width=width, dtype=stored.dtype,
+                photometric="MINISBLACK", interleave="band", BIGTIFF="IF_SAFER",
+            ) as target:  # fmt: skip
+                target.write(stored)
+        super().__init__(self._memory.name, bands)
+
+    def close(self) -> None:
+        """Release the memory."""
+        super().close()
+        self._memory.close()

@@ -1,0 +1,216 @@
+"""One raster file, opened when first needed: the only place that opens files for reading.
+
+It knows what GDAL says of a file (size, place, bands, nodata, masks) and reads stored numbers. What they mean,
+as imagery or as labels, is decided in `reader` and `labels`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import rasterio
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window as RasterioWindow
+
+from vfmseg.errors import DataError
+from vfmseg.geo.grid import Grid, Window
+
+# GDAL's complaints reach the user once, inside our own message; without a handler Python would print them too.
+logging.getLogger("rasterio").addHandler(logging.NullHandler())
+
+_OPTIONS: dict[str, Any] = {
+    "GDAL_CACHEMAX": 256,  # MB; GDAL's default is 5 % of the machine's memory
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
+}
+
+_warnings_lock = threading.Lock()  # Python's warning filters belong to the process, not to a thread
+
+
+@contextmanager
+def gdal() -> Iterator[None]:
+    """GDAL with our options, and its messages turned into Python errors instead of lines on stderr."""
+    with rasterio.Env(**_OPTIONS):
+        yield
+
+
+def open_dataset(path: str, mode: str = "r", **profile: Any) -> Any:
+    """`rasterio.open` inside `gdal()`, silent about a missing georeference: a verb says that once."""
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path, mode, **profile)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a file says of itself. Band numbers are 1-based; `dtypes` and `nodata` hold one entry a band."""
+
+    grid: Grid
+    dtypes: tuple[str, ...]
+    nodata: tuple[float | None, ...]
+    alpha: tuple[int, ...]  # bands marked as alpha
+    shared_mask: bool  # one mask band for all bands, inside the file or beside it (.msk)
+    own_masks: tuple[int, ...]  # bands that have a mask of their own
+
+    @property
+    def count(self) -> int:
+        """Number of bands, alpha included."""
+        return len(self.dtypes)
+
+
+class RasterFile:
+    """One file of any format that GDAL tells by its content. Safe in threads, after a fork and in pickles."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._info: FileInfo | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._dataset: Any = None
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # a GDAL handle must not be used by two threads at once
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_info": self._info}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    @property
+    def info(self) -> FileInfo:
+        """What the file says of itself; opens it at the first call. DataError if it cannot be opened."""
+        if self._info is None:
+            with self._handle() as dataset:
+                self._info = _describe(dataset, self.path)
+        return self._info
+
+    def read(self, bands: Sequence[int], window: Window) -> np.ndarray:
+        """Stored numbers (len(bands), height, width) of a window inside the file, in the file's own dtype."""
+        with self._handle() as dataset, _damage(self.path, window):
+            return dataset.read(list(bands), window=_rasterio_window(window))
+
+    def read_shown(self, bands: Sequence[int], window: Window) -> np.ndarray:
+        """Bool (height, width): False where the mask bands or the alpha band hide the pixel.
+
+        An alpha band that is itself among `bands` hides nothing: many writers mark the fourth band of an 8-bit
+        file as alpha although it holds infrared, and whoever asks for it by number means its values. Nodata
+        values are not looked at here.
+        """
+        shown = np.ones(window.shape, dtype=bool)
+        masks = [bands[0]] if self.info.shared_mask else [b for b in bands if b in self.info.own_masks]
+        alphas = [band for band in self.info.alpha if band not in bands]
+        if not masks and not alphas:
+            return shown
+        with self._handle() as dataset, _damage(self.path, window):
+            place = _rasterio_window(window)
+            for band in masks:
+                shown &= dataset.read_masks(band, window=place) != 0
+            for band in alphas:
+                shown &= dataset.read(band, window=place) != 0
+        return shown
+
+    def close(self) -> None:
+        """Give the handle back; the next read opens the file again."""
+        if self._dataset is not None and self._pid == os.getpid():
+            with self._lock, gdal():
+                self._dataset.close()
+        self._dataset = None
+
+    @contextmanager
+    def _handle(self) -> Iterator[Any]:
+        if self._pid != os.getpid():
+            self._reset()  # a handle inherited through fork shares its file position with the parent process
+        with self._lock, gdal():
+            if self._dataset is None:
+                self._dataset = _open(self.path)
+            yield self._dataset
+
+
+def _rasterio_window(window: Window) -> RasterioWindow:
+    return RasterioWindow(window.col, window.row, window.width, window.height)
+
+
+def as_stored(value: float, dtype: np.dtype) -> np.generic | None:
+    """A nodata value as a number of this type; None if no stored number can equal it (-9999 in uint8, NaN)."""
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if not np.isfinite(value) or value != int(value) or not limits.min <= value <= limits.max:
+            return None
+        return dtype.type(int(value))
+    with np.errstate(over="ignore"):
+        mark = dtype.type(value)
+    return None if np.isnan(mark) else mark
+
+
+@contextmanager
+def _damage(path: str, window: Window) -> Iterator[None]:
+    try:
+        yield
+    except RasterioError as error:
+        raise DataError(
+            f"{path}: {window} cannot be read: the file is damaged or cut short "
+            f"({error.__cause__ or error}); copy or download it again"
+        ) from error
+
+
+def _open(path: str) -> Any:
+    try:
+        dataset = open_dataset(path)
+    except RasterioError as error:
+        raise DataError(_why_not_opened(path, error)) from error
+    if dataset.count == 0:
+        inner = list(dataset.subdatasets)
+        dataset.close()
+        advice = f"name one of the {len(inner)} data sets inside it, such as {inner[0]}" if inner else "replace it"
+        raise DataError(f"{path}: has no bands of its own; {advice}")
+    return dataset
+
+
+def _why_not_opened(path: str, error: Exception) -> str:
+    if "://" in path or path.startswith("/vsi"):
+        return f"{path}: cannot be opened ({error})"
+    if not os.path.exists(path):
+        return f"{path}: there is no such file; check the path"
+    if os.path.isdir(path):
+        return f"{path}: is a folder; expected a raster file, or a pattern such as {os.path.join(path, '*.tif')}"
+    if os.path.getsize(path) == 0:
+        return f"{path}: is empty (0 bytes); expected a raster file; copy or download it again"
+    return (
+        f"{path}: is not a raster that GDAL can open, or its header is damaged ({error}); "
+        "expected GeoTIFF, PNG, JPEG or another GDAL format"
+    )
+
+
+def _describe(dataset: Any, path: str) -> FileInfo:
+    flags = dataset.mask_flag_enums
+    return FileInfo(
+        grid=Grid(_crs_text(dataset.crs, path), tuple(dataset.transform)[:6], dataset.height, dataset.width),
+        dtypes=tuple(str(dtype) for dtype in dataset.dtypes),
+        nodata=tuple(dataset.nodatavals),
+        alpha=tuple(i for i, meaning in enumerate(dataset.colorinterp, 1) if meaning == ColorInterp.alpha),
+        shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
+        own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
+    )
+
+
+def _crs_text(crs: CRS | None, path: str) -> str | None:
+    """`EPSG:n` where that says all, else WKT 2."""
+    if not crs:
+        return None
+    try:
+        short = crs.to_string()
+        # to_string also answers with a code that is merely close
+        return short if CRS.from_string(short) == crs else crs.to_wkt(version="WKT2_2019")
+    except RasterioError as error:
+        raise DataError(f"{path}: its coordinate reference system cannot be understood ({error})") from error

@@ -1,0 +1,213 @@
+"""Imagery read by window: values, and which pixels hold any.
+
+A pixel is invalid where the file or the recipe says so (nodata, alpha, mask band), where a value is NaN or
+infinite, and beyond the edge of the scene. Invalid pixels carry 0.0, so that nothing downstream can spread NaN.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from vfmseg.errors import DataError
+from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.rasterfile import RasterFile, as_stored
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Which bands of a modality are read, and how stored numbers become values.
+
+    indexes: 1-based, in the order wanted; None = all but alpha. Value = stored * scale + offset. nodata: a stored
+    number that means "nothing here", beside the one that the file itself may name.
+    """
+
+    indexes: tuple[int, ...] | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+    nodata: float | None = None
+
+
+@dataclass
+class Chip:
+    """One window of imagery: pixels float32 (C, h, w), 0.0 where invalid; valid bool (h, w)."""
+
+    pixels: np.ndarray
+    valid: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One band to read: which file, which band of it, and the stored numbers that mean nodata (at most two)."""
+
+    file: int
+    band: int
+    dtype: np.dtype
+    nodata: tuple[np.generic, ...]
+
+
+class Raster:
+    """The bands of one modality of one scene: one file, or several files on one grid, stacked in order.
+
+    With several files the band numbers count through them: files of 3 and 1 bands have bands 1 to 4. Files are
+    opened at the first need and told by content, not by suffix. A palette image gives its palette indexes.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], bands: Bands | None = None
+    ) -> None:
+        several = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        if not several:
+            raise DataError("an image needs at least one file; the list of files is empty")
+        self.paths: tuple[str, ...] = tuple(os.fspath(one) for one in several)
+        self.bands = bands if bands is not None else Bands()
+        self._files = [RasterFile(one) for one in self.paths]
+        self._layers: tuple[_Layer, ...] = ()
+
+    @property
+    def path(self) -> str | tuple[str, ...]:
+        """The path of the file; for several files, all their paths."""
+        return self.paths[0] if len(self.paths) == 1 else self.paths
+
+    @property
+    def _name(self) -> str:
+        return " + ".join(self.paths)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that all files share. DataError if a file is missing, unreadable or on another grid."""
+        self._plan()
+        return self._files[0].info.grid
+
+    @property
+    def count(self) -> int:
+        """Number of bands that `read` returns. DataError if a band asked for does not exist."""
+        return len(self._plan())
+
+    @property
+    def dtype(self) -> str:
+        """The stored type of the bands read, such as "uint16"; for mixed types the one that holds them all."""
+        return str(np.result_type(*(layer.dtype for layer in self._plan())))
+
+    def read(self, window: Window) -> Chip:
+        """Values and validity of a window of any position; what lies beyond the scene is invalid.
+
+        DataError names the file, and the window if its part of the file is damaged.
+        """
+        layers = self._plan()
+        pixels = np.zeros((len(layers), *window.shape), dtype=np.float32)
+        valid = np.zeros(window.shape, dtype=bool)
+        inside = window.clip(self.grid.height, self.grid.width)
+        if inside.height and inside.width:
+            within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
+            values, good = self._read_inside(layers, inside)
+            pixels[:, within.rows, within.cols] = values
+            valid[within.rows, within.cols] = good
+        return Chip(pixels, valid)
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Raster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _plan(self) -> tuple[_Layer, ...]:
+        """The bands to read; made once, when the files are first opened."""
+        if not self._layers:
+            self._check_grids()
+            self._layers = tuple(self._choose())
+        return self._layers
+
+    def _check_grids(self) -> None:
+        first = self._files[0].info.grid
+        for file in self._files[1:]:
+            other = file.info.grid
+            if not first.same_place(other):
+                raise DataError(
+                    f"{file.path}: {_grid_text(other)} does not lie on the grid of {self.paths[0]}: "
+                    f"{_grid_text(first)}; files of one modality are stacked pixel by pixel, so warp them to "
+                    "one grid or make them two modalities"
+                )
+
+    def _choose(self) -> list[_Layer]:
+        there = [(number, band) for number, file in enumerate(self._files) for band in _numbers(file)]
+        if self.bands.indexes is None:
+            chosen = [(f, b) for f, b in there if b not in self._files[f].info.alpha]
+        else:
+            for index in self.bands.indexes:
+                if not 1 <= index <= len(there):
+                    raise DataError(
+                        f"{self._name}: band {index} is asked for, but there "
+                        f"{'is 1 band' if len(there) == 1 else f'are {len(there)} bands'}; "
+                        f"choose from 1 to {len(there)}"
+                    )
+            chosen = [there[index - 1] for index in self.bands.indexes]
+        if not chosen:
+            raise DataError(f"{self._name}: no band to read; expected at least one that is not alpha")
+        return [self._layer(number, band) for number, band in chosen]
+
+    def _layer(self, number: int, band: int) -> _Layer:
+        info = self._files[number].info
+        dtype = info.dtypes[band - 1]
+        if dtype.startswith("complex"):
+            raise DataError(
+                f"{self.paths[number]}: band {band} holds complex numbers ({dtype}); expected real ones: "
+                "write amplitude or intensity to a file and use that"
+            )
+        stored = np.dtype(dtype)
+        named = {self.bands.nodata, info.nodata[band - 1]}
+        marks = [as_stored(value, stored) for value in named if value is not None]
+        return _Layer(number, band, stored, tuple(mark for mark in marks if mark is not None))
+
+    def _read_inside(self, layers: tuple[_Layer, ...], window: Window) -> tuple[np.ndarray, np.ndarray]:
+        values = np.empty((len(layers), *window.shape), dtype=np.float32)
+        bad = np.zeros(window.shape, dtype=bool)
+        empty: np.ndarray | None = None  # where every band whose nodata is 0 holds 0
+        for number, file in enumerate(self._files):
+            slots = [slot for slot, layer in enumerate(layers) if layer.file == number]
+            if not slots:
+                continue
+            bands = [layers[slot].band for slot in slots]
+            bad |= ~file.read_shown(bands, window)
+            for slot, stored in zip(slots, file.read(bands, window), strict=True):
+                for mark in layers[slot].nodata:
+                    hit = stored == mark
+                    if mark == 0:  # one dark band is a measurement, all bands 0 is the frame of a scene
+                        empty = hit if empty is None else empty & hit
+                    else:
+                        bad |= hit
+                values[slot] = self._scaled(stored)
+        if empty is not None:
+            bad |= empty
+        bad |= ~np.isfinite(values).all(axis=0)
+        values[:, bad] = 0.0
+        return values, ~bad
+
+    def _scaled(self, stored: np.ndarray) -> np.ndarray:
+        """Float32 values; 32- and 64-bit numbers are scaled in float64 first, or large ones lose digits."""
+        exact = np.result_type(stored.dtype, np.float32)  # float64 for int32 and wider
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes infinite, hence invalid
+            if (self.bands.scale, self.bands.offset) == (1.0, 0.0):
+                return stored.astype(np.float32)
+            return (stored.astype(exact) * self.bands.scale + self.bands.offset).astype(np.float32)
+
+
+def _numbers(file: RasterFile) -> range:
+    return range(1, file.info.count + 1)
+
+
+def _grid_text(grid: Grid) -> str:
+    a, _, c, _, e, f = grid.transform
+    where = f" from ({c:g}, {f:g}) in steps of ({a:g}, {e:g})" if grid.georeferenced else ""
+    return f"{grid.height} x {grid.width} pixels{where}"

@@ -1,0 +1,111 @@
+"""Scores of a label map, all from one confusion matrix of whole numbers.
+
+Tiles, batches and processes add up their matrices; scores are computed once at the end, so a score never is
+a mean of tile scores. Pixels drop out by their label alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfmseg.errors import DataError
+
+IGNORE = -1  # the same number as in vfmseg.geo.labels, which is on this level and reads rasters
+
+
+class Confusion:
+    """Counts of (truth, prediction) pairs. `matrix` is int64 (K, K) on the CPU, rows are the truth."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.matrix = torch.zeros((classes, classes), dtype=torch.int64)
+
+    def update(self, prediction: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
+        """Count one map or batch: two arrays of class indexes of one shape, labels -1 where ignored.
+
+        Raises DataError, before anything is counted, if the shapes differ or an index is outside the classes.
+        """
+        predicted, truth = torch.as_tensor(prediction), torch.as_tensor(labels)
+        if predicted.shape != truth.shape:
+            raise DataError(
+                f"metrics: prediction {tuple(predicted.shape)} and labels {tuple(truth.shape)} differ in "
+                "shape; expected the same; predict on the grid of the labels"
+            )
+        counted = truth != IGNORE
+        predicted, truth = predicted[counted].long(), truth[counted].long()
+        self._check("labels", truth)
+        self._check("prediction", predicted)
+        pairs = torch.bincount(truth * self.classes + predicted, minlength=self.classes**2)
+        self.matrix += pairs.reshape(self.classes, self.classes).to(self.matrix.device)
+
+    def merge(self, other: Confusion) -> None:
+        """Add the counts of another part of the same evaluation."""
+        if other.classes != self.classes:
+            raise DataError(
+                f"metrics: a matrix of {other.classes} classes cannot be added to one of {self.classes}; "
+                "expected the same classes"
+            )
+        self.matrix += other.matrix.to(self.matrix.device)
+
+    def scores(self, names: Sequence[str]) -> dict[str, Any]:
+        """All scores as plain numbers, ready for JSON: shares in 0..1, None where a score is undefined.
+
+        `names` in index order. `miou`: mean over the classes that occur in labels or predictions; `absent`
+        names the others, whose scores are None. `precision` is undefined for a class that is never predicted,
+        `recall` for one without labels, `kappa` if chance alone would agree everywhere. `support` and
+        `pixels` count labelled pixels.
+        """
+        if len(set(names)) != self.classes or len(names) != self.classes:
+            raise DataError(
+                f"metrics: class names {list(names)} for {self.classes} classes; expected one name a class, "
+                "no two alike"
+            )
+        # Python integers from here on: products of counts go past 2**63 on large scenes
+        rows: list[list[int]] = self.matrix.tolist()
+        truth = [sum(row) for row in rows]
+        predicted = [sum(column) for column in zip(*rows, strict=True)]
+        hits = [rows[i][i] for i in range(self.classes)]
+        per_class = {
+            name: {
+                "iou": _share(hits[i], truth[i] + predicted[i] - hits[i]),
+                "f1": _share(2 * hits[i], truth[i] + predicted[i]),
+                "precision": _share(hits[i], predicted[i]),
+                "recall": _share(hits[i], truth[i]),
+                "support": truth[i],
+            }
+            for i, name in enumerate(names)
+        }
+        ious = [row["iou"] for row in per_class.values() if row["iou"] is not None]
+        pixels = sum(truth)
+        return {
+            "miou": sum(ious) / len(ious) if ious else None,
+            "overall_accuracy": _share(sum(hits), pixels),
+            "kappa": _kappa(sum(hits), pixels, sum(t * p for t, p in zip(truth, predicted, strict=True))),
+            "classes": per_class,
+            "absent": [name for name, row in per_class.items() if row["iou"] is None],
+            "pixels": pixels,
+        }
+
+    def _check(self, what: str, values: Tensor) -> None:
+        """Refuse indexes that have no row or column: counted anyway they would land in another class."""
+        if values.numel() == 0:
+            return
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= self.classes:
+            raise DataError(
+                f"metrics: {what} hold class indexes {low}..{high} on labelled pixels; expected 0..{self.classes - 1}"
+            )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _kappa(hits: int, pixels: int, chance: int) -> float | None:
+    """Cohen's kappa (po - pe) / (1 - pe), pe = chance / pixels**2; whole numbers up to the last division."""
+    return _share(hits * pixels - chance, pixels * pixels - chance)

@@ -1,0 +1,148 @@
+"""The segmentation model: encoder, adapter and decoder wired together, and the one place where a recipe meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vfmseg.adapters.attach import ADAPTERS, Attached
+from vfmseg.catalog import FAMILY_STATISTICS
+from vfmseg.decoders.build import build_decoder
+from vfmseg.encoders.base import Encoder
+from vfmseg.encoders.build import build_encoder
+from vfmseg.errors import RecipeError
+from vfmseg.recipe import Recipe
+
+# mean and standard deviation of each band of one modality, in the units of the images
+BandStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class SegmentationModel(nn.Module):
+    """Images in, one logit per class and pixel out.
+
+    The modalities share one grid and are stacked as channels, in the order of `modalities`; the encoder normalises
+    them and sets invalid pixels to zero. Frozen parts stay in evaluation mode whatever `train()` is asked for.
+    """
+
+    def __init__(
+        self, encoder: Encoder, attached: Attached, decoder: nn.Module, modalities: Mapping[str, int], classes: int
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.attached = attached
+        self.modalities = dict(modalities)  # name -> number of bands
+        self.classes = classes
+        self.train(False)
+
+    def forward(self, images: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
+        """{modality: (B, C, H, W)} in image units and {modality: (B, H, W) bool} -> logits (B, K, H, W)."""
+        stacked = torch.cat([images[name] for name in self.modalities], dim=1)
+        masks = [valid[name][:, None].expand(-1, bands, -1, -1) for name, bands in self.modalities.items()]
+        features = self.encoder(stacked, torch.cat(masks, dim=1))
+        logits = self.decoder(features)  # (B, K, h, w)
+        # The token grid may reach beyond the image (padding up to a whole patch). Logits are enlarged to the
+        # ground that the grid really covers and cut, so that every pixel keeps its place.
+        height, width = stacked.shape[-2:]
+        rows, cols = features.maps[0].shape[-2:]
+        covered = (round(rows * features.strides[0]), round(cols * features.strides[0]))
+        logits = F.interpolate(logits, size=covered, mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
+    def train(self, mode: bool = True) -> SegmentationModel:
+        """Switch the parts that learn; everything frozen keeps its evaluation mode (dropout, statistics)."""
+        super().train(mode)
+        return self
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Trained tensors outside the encoder's backbone, with the buffers of those parts (normalisation too)."""
+        return {name: t for name, t in self.state_dict().items() if not name.startswith("encoder.backbone.")}
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What the training data tells the model: bands, stored type and statistics of each modality."""
+
+    bands: dict[str, int]
+    dtypes: dict[str, str]
+    statistics: dict[str, BandStatistics]  # only for modalities that are normalised by the data set
+
+
+def normalization(recipe: Recipe, bands: Mapping[str, int], dtypes: Mapping[str, str]) -> dict[str, str]:
+    """`encoder` or `dataset` for each modality: as the recipe says, else `encoder` for 8-bit RGB alone."""
+    chosen: dict[str, str] = {}
+    for name, section in recipe.data.modalities.items():
+        eight_bit_rgb = bands[name] == 3 and dtypes[name] == "uint8" and section.scale == 1 and section.offset == 0
+        chosen[name] = section.normalize or ("encoder" if eight_bit_rgb else "dataset")
+        if chosen[name] == "encoder" and bands[name] != 3:
+            raise RecipeError(
+                f"data.modalities.{name}.normalize = encoder needs 3 bands (red, green, blue), but {bands[name]} "
+                "are read; use dataset"
+            )
+    return chosen
+
+
+def build_model(recipe: Recipe, facts: InputFacts) -> SegmentationModel:
+    """Build what the recipe describes: encoder, freeze, adapter, decoder; all random parts from the recipe's seed.
+
+    Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
+    """
+    encoder_section = recipe.model.encoder
+    chosen = normalization(recipe, facts.bands, facts.dtypes)
+    mean, std = stacked_statistics(encoder_section.name, chosen, facts)
+    encoder = build_encoder(
+        encoder_section.name,
+        checkpoint=encoder_section.checkpoint if encoder_section.name != "builtin" else None,
+        revision=encoder_section.revision if encoder_section.name != "builtin" else None,
+        in_channels=sum(facts.bands.values()),
+        mean=mean,
+        std=std,
+        layers=encoder_section.layers,
+        upscale=encoder_section.upscale,
+        input=encoder_section.input,
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+        seed=recipe.seed,
+    )
+    return assemble(recipe, encoder, facts.bands)
+
+
+def assemble(recipe: Recipe, encoder: Encoder, bands: Mapping[str, int]) -> SegmentationModel:
+    """Attach adapter and decoder to a built encoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        adapter = recipe.model.adapter
+        attached = ADAPTERS[adapter.name](encoder, **adapter.model_dump(exclude={"name"}))
+        decoder_section = recipe.model.decoder
+        decoder = build_decoder(
+            decoder_section.name,
+            in_channels=encoder.channels,
+            strides=encoder.strides,
+            classes=len(recipe.data.classes),
+            channels=None if decoder_section.name == "linear" else decoder_section.channels,
+        )
+    return SegmentationModel(encoder, attached, decoder, bands, len(recipe.data.classes))
+
+
+def stacked_statistics(
+    family: str, chosen: Mapping[str, str], facts: InputFacts
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of all stacked channels in image units: the encoder's published ones or the data set's."""
+    mean: list[float] = []
+    std: list[float] = []
+    for name in facts.bands:
+        if chosen[name] == "encoder":
+            published_mean, published_std = FAMILY_STATISTICS[family]
+            mean += [255 * m for m in published_mean]
+            std += [255 * s for s in published_std]
+        else:
+            mean += facts.statistics[name][0]
+            std += facts.statistics[name][1]
+    return tuple(mean), tuple(std)

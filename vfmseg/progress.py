@@ -1,0 +1,90 @@
+"""Progress on a terminal: a bar where there is one to draw on, a line per epoch where output goes to a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from vfmseg.terminal import is_main_process, say
+
+
+class TrainingProgress:
+    """Shows loss, validation mIoU, images a second and the time left of a training run."""
+
+    def __init__(self, steps_total: int, epochs: int, steps_done: int = 0) -> None:
+        self.steps_total = steps_total
+        self.epochs = epochs
+        self.first_step = steps_done
+        self.started = time.perf_counter()
+        self.images = 0
+        self.loss = float("nan")
+        self.best = ""
+        self.bar: Any = None
+        if is_main_process() and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True))
+            self.task = self.bar.add_task("starting", total=steps_total, completed=steps_done)
+            self.bar.start()
+
+    def step(self, step: int, epoch: int, loss: float, images: int) -> None:
+        """One optimizer step is done."""
+        self.images += images
+        # a mean over about twenty steps: single steps jump too much to be read
+        self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=self._line(step, epoch))
+
+    def epoch(self, step: int, epoch: int, scores: dict[str, Any] | None) -> None:
+        """One epoch and its validation are done."""
+        if scores:
+            self.best = f", val mIoU {scores['miou']:.3f}"
+        if self.bar is None:
+            say(self._line(step, epoch))
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _line(self, step: int, epoch: int) -> str:
+        seconds = time.perf_counter() - self.started
+        done = step - self.first_step
+        left = seconds / max(1, done) * (self.steps_total - step)
+        return (
+            f"epoch {epoch}/{self.epochs}: loss {self.loss:.3f}{self.best}, "
+            f"{self.images / max(seconds, 1e-9):.1f} images/s, {clock(left)} left"
+        )
+
+
+class TileProgress:
+    """Shows tiles done of a prediction; silent where stderr is not a terminal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+        self.wanted = is_main_process() and sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` tiles have been labelled."""
+        if not self.wanted:
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True))
+            self.task = self.bar.add_task(self.name, total=total)
+            self.bar.start()
+        self.bar.update(self.task, completed=done)
+        if done >= total:
+            self.bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15', 4000 -> '1:06:40'."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

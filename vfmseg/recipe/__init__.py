@@ -1,0 +1,8 @@
+"""The recipe: one strict YAML file that describes a run. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from vfmseg.recipe.load import dump_recipe, load_recipe, parse_recipe, recipe_schema
+from vfmseg.recipe.root import Recipe
+
+__all__ = ["Recipe", "dump_recipe", "load_recipe", "parse_recipe", "recipe_schema"]

@@ -1,0 +1,111 @@
+"""What every section of a recipe shares: strictness, exact value types, own cross checks, paths beside the recipe."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import ValidationInfo as Info
+from pydantic_core import PydanticCustomError
+
+# Numbers are taken as written: `true` is no number, "8" no whole number, 3.5 no number of epochs.
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+Name = Annotated[str, Field(min_length=1, pattern=r"^\S(.*\S)?$")]
+
+
+class Problem(NamedTuple):
+    """One finding of a cross check: which key below the section, and the rest of the line after the key's path."""
+
+    key: str
+    text: str
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, no unknown keys, and checks over several of its keys in `_problems`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def _problems(self) -> Iterator[Problem]:
+        """What does not fit together in this section, once every single value is right."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _raise_problems(self) -> Section:
+        found = list(self._problems())
+        if found:
+            raise PydanticCustomError("problems", "the keys do not fit together", {"problems": found})
+        return self
+
+
+def show(value: Any) -> str:
+    """A value of a recipe on one line, as YAML would have it (flow style), cut at 60 characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return _short("{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}")
+    if isinstance(value, (list, tuple)):
+        return _short("[" + ", ".join(show(item) for item in value) + "]")
+    return _short(repr(str(value)) if isinstance(value, (str, Path)) else str(value))
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def recipe_folder(info: Info) -> Path | None:
+    """The folder of the recipe file, which relative paths start from; None while nothing is loaded from a file."""
+    return info.context["base"] if info.context else None
+
+
+def beside_recipe(text: str, base: Path | None) -> str:
+    """An absolute path for a relative one; what GDAL reads from elsewhere (`/vsizip/`, `https://`) stays as it is.
+
+    A glob stays a glob: characters of the recipe's own folder that a glob would interpret are escaped.
+    """
+    if base is None or "://" in text or text.startswith("/vsi"):
+        return text
+    text = os.path.expanduser(text)
+    if os.path.isabs(text):
+        return text
+    start = glob.escape(str(base)) if glob.has_magic(text) else str(base)
+    return os.path.normpath(os.path.join(start, text))
+
+
+def _resolve_path(path: Path, info: Info) -> Path:
+    return Path(beside_recipe(str(path), recipe_folder(info)))
+
+
+def _not_blank(value: Any) -> Any:
+    # Path("") is the current folder: an empty value would silently point at the recipe's folder
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must be a path, not empty text")
+    return value
+
+
+RecipePath = Annotated[Path, BeforeValidator(_not_blank), AfterValidator(_resolve_path)]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def _local_or_hub(text: str, info: Info) -> str:
+    """A folder or file beside the recipe becomes an absolute path, anything else must be able to be a hub id."""
+    base = recipe_folder(info)
+    if base is None:
+        return text
+    if text.startswith((".", "~")) or os.path.isabs(text) or os.path.exists(base / text):
+        return os.path.normpath(base / os.path.expanduser(text))
+    if not _HUB_ID.fullmatch(text):
+        raise ValueError(f"must be a hub id (owner/name), or a folder or file; {base / text} does not exist")
+    return text
+
+
+LocalOrHub = Annotated[str, Field(min_length=1), AfterValidator(_local_or_hub)]

@@ -1,0 +1,186 @@
+"""The `data` section: classes, modalities and where the labelled scenes of each split come from."""
+
+from __future__ import annotations
+
+import colorsys
+import difflib
+import keyword
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, GetJsonSchemaHandler, field_validator
+from pydantic import ValidationInfo as Info
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from vfmseg.errors import nearest
+from vfmseg.recipe.base import Name, Number, Problem, Section, Whole
+from vfmseg.recipe.sources import SOURCE_KEYS, FileSource, Source, same_scenes
+
+Color = tuple[
+    Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)]
+]
+ClassId = Annotated[Whole, Field(ge=-(2**31), lt=2**31)]
+
+SPLITS = ("train", "val", "test")
+# Told apart also by most colour-blind readers; further classes get hues a golden angle apart.
+PALETTE: tuple[tuple[int, int, int], ...] = (
+    (60, 60, 60),
+    (230, 80, 60),
+    (0, 114, 178),
+    (240, 228, 66),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (230, 159, 0),
+)
+
+
+def default_color(position: int) -> tuple[int, int, int]:
+    """Colour (red, green, blue, 0-255) of the class at this position in id order."""
+    if position < len(PALETTE):
+        return PALETTE[position]
+    hue, value = (position * 0.618034) % 1, (0.95, 0.75, 0.55)[position % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+class ClassSpec(Section):
+    """A class: its name alone, or name and colour."""
+
+    name: Name
+    color: Annotated[Color, Field(examples=[[230, 80, 60]], json_schema_extra=lambda s: s.pop("default", None))] = (
+        PALETTE[0]
+    )
+    """Red, green, blue, 0-255; left out: taken from a palette."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
+class ModalitySection(Section):
+    """One kind of image, and how its stored numbers are read: value = stored * scale + offset."""
+
+    bands: tuple[Annotated[Whole, Field(ge=1)], ...] | None = Field(default=None, min_length=1, examples=[[1, 2, 3]])
+    """Bands to read, counted from 1, in this order; left out: all."""
+    scale: Number = 1.0
+    offset: Number = 0.0
+    nodata: float | None = Field(default=None, strict=True, examples=[0])
+    """Stored value that means "nothing measured here"; left out: as the file says. `.nan` is allowed."""
+    normalize: Literal["encoder", "dataset"] | None = None
+    """Mean and std of the encoder's own training, or of the training split; left out: encoder for 8-bit RGB."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.scale == 0:
+            yield Problem("scale", "= 0 must not be 0: it would erase the image; the default is 1.0")
+        if self.bands and len(set(self.bands)) < len(self.bands):
+            yield Problem("bands", f"= {list(self.bands)} must name each band once")
+        if self.normalize == "encoder" and self.bands and len(self.bands) != 3:
+            yield Problem(
+                "normalize", f"= 'encoder' needs 3 bands (red, green, blue), not {len(self.bands)}; use dataset"
+            )
+
+
+class DataSection(Section):
+    """Classes, modalities and splits. Every split names one entry per modality, and the labels."""
+
+    classes: Annotated[
+        dict[ClassId, ClassSpec],
+        Field(
+            min_length=2,
+            examples=[{0: "land", 1: "water"}],
+            json_schema_extra={"propertyNames": {"pattern": r"^-?[0-9]+$"}},
+        ),
+    ]
+    """Class id in the label files: name, or {name, color}."""
+    ignore_index: Whole = 255
+    """Label value of pixels that belong to no class; they count in no loss and no metric."""
+    modalities: Annotated[dict[str, ModalitySection], Field(min_length=1, examples=[{"rgb": {"bands": [1, 2, 3]}}])]
+    """One or several kinds of image of the same place; the first is the reference grid."""
+    train: Annotated[Source, Field(examples=[{"rgb": "train/*.tif", "labels": "train_labels/*.tif"}])]
+    """Scenes to learn from: files, a table (CSV) or a data set."""
+    val: Source | None = None
+    """Scenes that choose the best checkpoint."""
+    test: Source | None = None
+    """Scenes that are only measured, at the end."""
+    tile: Annotated[Whole, Field(ge=1)] = 256
+    """Side of a training window in pixels of the reference grid."""
+    samples_per_epoch: Whole | None = Field(default=None, ge=1, examples=[500])
+    """Windows drawn per epoch; left out: as many as cover the training scenes once."""
+    workers: Annotated[Whole, Field(ge=0)] = 0
+    """Processes that read beside the training; 0 reads in the training process."""
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _fill_classes(cls, value: Any) -> Any:
+        """`1: water` means {name: water}; classes without a colour take the palette's, in id order."""
+        if not isinstance(value, Mapping):
+            return value
+        ids = sorted(key for key in value if isinstance(key, int))
+        filled = {}
+        for key, spec in value.items():
+            spec = {"name": spec} if isinstance(spec, str) else spec
+            if isinstance(spec, Mapping) and key in ids:
+                spec = {"color": default_color(ids.index(key)), **spec}
+            filled[key] = spec
+        return filled
+
+    @field_validator(*SPLITS)
+    @classmethod
+    def _order_modalities(cls, source: Source | None, info: Info) -> Source | None:
+        """Images in the order of `modalities`, so that the order inside a source means nothing."""
+        order = list(info.data.get("modalities", ()))
+        return source.in_order(order) if source and set(order) == set(source.images) else source
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from self._class_problems()
+        yield from self._modality_problems()
+        yield from self._leaks()
+
+    def _class_problems(self) -> Iterator[Problem]:
+        ids = ", ".join(map(str, sorted(self.classes)))
+        if self.ignore_index in self.classes:
+            yield Problem(
+                "ignore_index",
+                f"= {self.ignore_index} must not be a class id ({ids}); "
+                f"try {255 if 255 not in self.classes else max(self.classes) + 1}, or drop the class",
+            )
+        names: dict[str, int] = {}
+        for number, spec in self.classes.items():
+            if spec.name in names:
+                yield Problem(
+                    f"classes.{number}",
+                    f"= '{spec.name}' is already the name of class {names[spec.name]}; give every class its own name",
+                )
+            names.setdefault(spec.name, number)
+
+    def _modality_problems(self) -> Iterator[Problem]:
+        for name in self.modalities:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                yield Problem(
+                    f"modalities.{name}", "must be a plain name: letters, digits and _, not starting with a digit"
+                )
+            elif name in SOURCE_KEYS:
+                yield Problem(f"modalities.{name}", f"has a name that sources use themselves; try {name}_image")
+        for split in SPLITS:
+            source: FileSource | None = getattr(self, split)
+            if source is None:
+                continue
+            for name in source.images:
+                if name not in self.modalities:
+                    keys = difflib.get_close_matches(name, SOURCE_KEYS, n=1)
+                    remedy = nearest(name, [*self.modalities, *keys])
+                    yield Problem(f"{split}.{name}", f"is not one of data.modalities; {remedy}")
+            for name in self.modalities:
+                if name not in source.images:
+                    yield Problem(f"{split}.{name}", f"is missing; say where the images of modality {name} are")
+
+    def _leaks(self) -> Iterator[Problem]:
+        """A model must not be chosen or measured on scenes that it saw in training."""
+        for later, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
+            first, second = getattr(self, earlier), getattr(self, later)
+            if first and second and (shared := same_scenes(first, second)):
+                yield Problem(
+                    later, f"names the same scenes as data.{earlier} ({shared}); give {later} scenes of its own"
+                )

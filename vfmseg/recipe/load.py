@@ -1,0 +1,89 @@
+"""From a file (or a mapping in memory) to a checked recipe, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from vfmseg.errors import RecipeError
+from vfmseg.recipe.base import show
+from vfmseg.recipe.messages import lines
+from vfmseg.recipe.overrides import KeyPath, override, parse_override
+from vfmseg.recipe.root import Recipe
+from vfmseg.recipe.text import read_yaml, write_yaml
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe file; relative paths in it, and in the overrides, start from its folder.
+
+    `overrides` are `key.path=value`, later ones win, values are YAML. Raises RecipeError with one line for each
+    finding; nothing but the recipe file itself is opened.
+    """
+    mapping: dict[Any, Any] = _read_mapping(Path(path))
+    set_paths: dict[str, KeyPath] = {}
+    for text in overrides:
+        key_path, value = parse_override(text, str(path))
+        mapping = override(mapping, key_path, value, f"{path}, {text}")
+        set_paths[text] = key_path
+    return _check(mapping, Path(path).parent, str(path), set_paths)
+
+
+def parse_recipe(mapping: Mapping[Any, Any], base: Path, place: str) -> Recipe:
+    """The same checks for a mapping in memory: relative paths start from `base`, messages from `place`."""
+    return _check(mapping, base, place, {})
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of the resolved recipe: every default written out, paths absolute; `load_recipe` gives the same again."""
+    return write_yaml(_plain(recipe.model_dump(exclude_none=True)))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe as it is written (flat sources, class names), for editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vfmseg recipe"}
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file; check its name and the current folder") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder, not a recipe; name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8 text; save the recipe as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    value = read_yaml(text, str(path))
+    if value is None:
+        raise RecipeError(f"{path}: is empty; a recipe needs at least {_required()}")
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: holds {show(value)}, not a recipe; a recipe is a mapping with {_required()}")
+    return value
+
+
+def _required() -> str:
+    return ", ".join(name for name, field in Recipe.model_fields.items() if field.is_required())
+
+
+def _check(mapping: Mapping[Any, Any], base: Path, place: str, set_paths: Mapping[str, KeyPath]) -> Recipe:
+    try:
+        return Recipe.model_validate(dict(mapping), context={"base": base.absolute()})
+    except ValidationError as error:
+        found = lines(error.errors(include_url=False), Recipe, mapping, place, set_paths)
+        raise RecipeError("\n".join(found)) from None
+
+
+def _plain(value: Any) -> Any:
+    """The same value with YAML's own types: paths as text, tuples as lists."""
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(exclude_none=True))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

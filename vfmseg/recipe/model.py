@@ -1,0 +1,168 @@
+"""The `model` section: encoder, adapter, fusion and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vfmseg.catalog import CATALOG
+from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole
+
+
+class _AnyEncoder(Section):
+    """Keys of every encoder."""
+
+    name: str
+    layers: tuple[Annotated[Whole, Field(ge=1)], ...] | None = Field(
+        default=None, min_length=1, examples=[[3, 6, 9, 12]]
+    )
+    """Blocks whose outputs the decoder gets, counted from 1; left out: the four quarter points."""
+    upscale: Annotated[Number, Field(gt=0, le=16)] = 1.0
+    """The image is enlarged by this factor before the encoder: finer tokens for small objects, at a price."""
+    input: Literal["widen", "project"] | None = None
+    """How other than three bands enter the published weights."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.layers and any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
+            suggestion = sorted(set(self.layers))
+            yield Problem("layers", f"= {list(self.layers)} must rise from shallow to deep; try {suggestion}")
+
+
+class _PublishedEncoder(_AnyEncoder):
+    """Keys of the encoders with published weights."""
+
+    name: str
+    checkpoint: LocalOrHub
+    """Hub id, or a folder beside the recipe."""
+    revision: Name | None = None
+    """Branch, tag or commit of the hub id."""
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        row = CATALOG.get(self.checkpoint)
+        if row is None:
+            return
+        if row.family != self.name:
+            yield Problem("checkpoint", f"= '{self.checkpoint}' is a {row.family} checkpoint; set name: {row.family}")
+        elif self.layers and self.layers[-1] > row.depth:
+            yield Problem("layers", f"= {list(self.layers)} reaches beyond the {row.depth} blocks of {self.checkpoint}")
+
+
+class SamEncoder(_PublishedEncoder):
+    """The image encoder of Segment Anything."""
+
+    name: Literal["sam"]
+    checkpoint: LocalOrHub = Field(examples=["facebook/sam-vit-base"])
+    """Hub id, or a folder beside the recipe."""
+
+
+class Dinov2Encoder(_PublishedEncoder):
+    """DINOv2, with or without registers."""
+
+    name: Literal["dinov2"]
+    checkpoint: LocalOrHub = Field(examples=["facebook/dinov2-small"])
+    """Hub id, or a folder beside the recipe."""
+
+
+class ClipEncoder(_PublishedEncoder):
+    """The image tower of CLIP."""
+
+    name: Literal["clip"]
+    checkpoint: LocalOrHub = Field(examples=["openai/clip-vit-base-patch16"])
+    """Hub id, or a folder beside the recipe."""
+
+
+class BuiltinEncoder(_AnyEncoder):
+    """A small ViT that comes with the package; nothing is downloaded."""
+
+    name: Literal["builtin"]
+
+
+class NoAdapter(Section):
+    """The encoder stays as published; only the decoder learns."""
+
+    name: Literal["none"] = "none"
+
+
+class FullAdapter(Section):
+    """The whole encoder learns."""
+
+    name: Literal["full"]
+
+
+class LoraAdapter(Section):
+    """Low-rank updates beside the frozen linear layers of the encoder."""
+
+    name: Literal["lora"]
+    rank: Annotated[Whole, Field(ge=1)] = 8
+    alpha: Annotated[Number, Field(gt=0)] = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[tuple[Literal["q", "k", "v", "o", "mlp"], ...], Field(min_length=1)] = ("q", "v")
+    """Which layers of each block: query, key, value, output of the attention, mlp."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if len(set(self.targets)) < len(self.targets):
+            yield Problem("targets", f"= {list(self.targets)} must name each target once")
+
+
+class BottleneckAdapter(Section):
+    """A small trainable MLP beside the MLP of each block."""
+
+    name: Literal["adapter"]
+    hidden: Annotated[Whole, Field(ge=1)] = 64
+    """Width of the bottleneck."""
+    scale: Annotated[Number, Field(gt=0)] = 0.1
+    """Factor on its output."""
+
+
+class FusionSection(Section):
+    """How several modalities meet: "stack" puts them on one grid as channels, in the order of data.modalities."""
+
+    name: Literal["stack"]
+
+
+class LinearDecoder(Section):
+    """One linear layer on the features."""
+
+    name: Literal["linear"]
+
+
+class FpnDecoder(Section):
+    """A simple feature pyramid."""
+
+    name: Literal["fpn"]
+    channels: Annotated[Whole, Field(ge=1)] = 128
+
+
+class UpernetDecoder(Section):
+    """Pyramid pooling and feature pyramid."""
+
+    name: Literal["upernet"]
+    channels: Annotated[Whole, Field(ge=1)] = 128
+
+
+EncoderSection = Annotated[SamEncoder | Dinov2Encoder | ClipEncoder | BuiltinEncoder, Field(discriminator="name")]
+AdapterSection = Annotated[NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter, Field(discriminator="name")]
+DecoderSection = Annotated[LinearDecoder | FpnDecoder | UpernetDecoder, Field(discriminator="name")]
+
+
+class ModelSection(Section):
+    """Encoder, adapter, fusion and decoder."""
+
+    encoder: Annotated[EncoderSection, Field(examples=[{"name": "dinov2", "checkpoint": "facebook/dinov2-small"}])]
+    adapter: Annotated[AdapterSection, Field(examples=[{"name": "lora"}])] = NoAdapter()
+    """What of the encoder learns."""
+    fusion: FusionSection | None = None
+    """Only with several modalities, where it is "stack" if left out."""
+    decoder: Annotated[DecoderSection, Field(examples=[{"name": "fpn"}])]
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.encoder.name == "builtin" and self.adapter.name != "full":
+            yield Problem(
+                "adapter",
+                f"= '{self.adapter.name}' does not fit the builtin encoder, which has no pretrained weights yet and "
+                "must learn as a whole; use {name: full}",
+            )

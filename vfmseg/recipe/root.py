@@ -1,0 +1,73 @@
+"""The whole recipe, and the checks that look at more than one section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from vfmseg.errors import nearest
+from vfmseg.recipe.base import Name, Problem, RecipePath, Section, Whole
+from vfmseg.recipe.data import DataSection
+from vfmseg.recipe.model import ModelSection
+from vfmseg.recipe.train import PredictSection, TrainSection
+
+
+class Recipe(Section):
+    """One run from scenes and labels to a segmenter."""
+
+    name: Annotated[Name, Field(examples=["flood-optical-dem"])]
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    """Everything random derives from it."""
+    data: DataSection
+    model: ModelSection
+    train: TrainSection = TrainSection()
+    predict: PredictSection = PredictSection()
+    output_dir: Annotated[RecipePath, Field(examples=["runs/flood"])]
+    """Folder of the run: checkpoints, metrics, the resolved recipe."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_fusion(cls, value: Any) -> Any:
+        """Several modalities are stacked if the recipe does not say otherwise."""
+        if not isinstance(value, Mapping):
+            return value
+        data, model = value.get("data"), value.get("model")
+        if not isinstance(data, Mapping) or not isinstance(model, Mapping) or model.get("fusion") is not None:
+            return value
+        modalities = data.get("modalities")
+        several = isinstance(modalities, Mapping) and len(modalities) > 1
+        return {**value, "model": {**model, "fusion": {"name": "stack"}}} if several else value
+
+    def _problems(self) -> Iterator[Problem]:
+        """Checks across sections: a key that the chosen parts do not use is an error."""
+        modalities = self.data.modalities
+        if self.model.fusion is not None and len(modalities) == 1:
+            yield Problem("model.fusion", "is not used: data.modalities has only one modality; drop it")
+        counts = [len(m.bands) if m.bands else None for m in modalities.values()]
+        if self.model.encoder.input and counts.count(None) == 0 and sum(filter(None, counts)) == 3:
+            yield Problem(
+                "model.encoder.input",
+                f"= '{self.model.encoder.input}' is not used: 3 bands enter as published; drop it",
+            )
+        if self.train.optimizer.encoder_lr is not None and self.model.adapter.name == "none":
+            yield Problem(
+                "train.optimizer.encoder_lr", "is not used: adapter none lets nothing in the encoder learn; drop it"
+            )
+        for number in self.train.class_weights or ():
+            if number not in self.data.classes:
+                ids = ", ".join(map(str, self.data.classes))
+                yield Problem(f"train.class_weights.{number}", f"is not a class id; data.classes has {ids}")
+        yield from self._radiometry_problems()
+
+    def _radiometry_problems(self) -> Iterator[Problem]:
+        for name, radiometry in self.train.augment.radiometry.items():
+            place = f"train.augment.radiometry.{name}"
+            if name not in self.data.modalities:
+                yield Problem(place, f"is not one of data.modalities; {nearest(name, self.data.modalities)}")
+                continue
+            bands = self.data.modalities[name].bands
+            for key, value in (("saturation", radiometry.saturation), ("hue", radiometry.hue)):
+                if value and bands and len(bands) != 3:
+                    yield Problem(f"{place}.{key}", f"= {value} needs 3 bands, but {name} has {len(bands)}; drop it")

@@ -1,0 +1,117 @@
+"""The `train` section: objective, losses, schedule, optimizer and augmentation; and the `predict` section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from vfmseg.recipe.base import Flag, Number, Problem, Section, Whole
+from vfmseg.recipe.data import ClassId
+
+LossName = Literal["cross_entropy", "dice", "focal", "lovasz"]
+Share = Annotated[Number, Field(ge=0, le=1)]
+
+
+def _list_losses(schema: dict[str, Any]) -> None:
+    """Editors complete `properties`, not `propertyNames`: list the losses as keys of their own."""
+    weight = schema.pop("additionalProperties")
+    schema.pop("propertyNames", None)
+    schema["properties"] = {name: dict(weight) for name in get_args(LossName)}
+    schema["additionalProperties"] = False
+
+
+class OptimizerSection(Section):
+    """AdamW with a linear warm-up and a cosine to zero."""
+
+    lr: Annotated[Number, Field(gt=0)] = 3e-4
+    """Highest learning rate."""
+    encoder_lr: Number | None = Field(default=None, gt=0, examples=[1e-5])
+    """Highest learning rate of what learns inside the encoder; left out: lr."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.05
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05
+    """Share of all steps in which the learning rate rises."""
+
+
+class RadiometrySection(Section):
+    """Largest random change of one modality; 0 switches a change off."""
+
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    """Only for three bands (red, green, blue)."""
+    hue: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
+    """Only for three bands (red, green, blue); 0.5 is half the colour circle."""
+
+
+class AugmentSection(Section):
+    """Random changes of the training windows; geometry moves all modalities and the labels together."""
+
+    flip: Flag = True
+    rotate90: Flag = True
+    scale: tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]] = (1.0, 1.0)
+    """Smallest and largest factor of enlargement."""
+    rotate: Annotated[Number, Field(ge=0, le=180)] = 0.0
+    """Largest turn in degrees, either way."""
+    radiometry: Annotated[dict[str, RadiometrySection], Field(examples=[{"rgb": {"brightness": 0.2}}])] = Field(
+        default={}
+    )
+    """Modality: its changes of brightness and colour."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.scale[0] > self.scale[1]:
+            yield Problem("scale", f"= {list(self.scale)} must be [smallest, largest]; try {sorted(self.scale)}")
+
+
+class TrainSection(Section):
+    """What is minimised and how."""
+
+    objective: Literal["segmentation"] = "segmentation"
+    loss: Annotated[
+        dict[LossName, Annotated[Number, Field(gt=0)]], Field(min_length=1, json_schema_extra=_list_losses)
+    ] = Field(default={"cross_entropy": 1.0, "dice": 1.0})
+    """Losses and their weights in the sum."""
+    focal_gamma: Number | None = Field(default=None, ge=0, examples=[2.0])
+    """Exponent of the focal loss (2 if left out); only with focal."""
+    class_weights: dict[ClassId, Annotated[Number, Field(gt=0)]] | None = Field(default=None, examples=[{1: 2.0}])
+    """Class id: weight of its pixels (1 if left out); only with cross_entropy or focal."""
+    epochs: Annotated[Whole, Field(ge=1)] = 30
+    batch_size: Annotated[Whole, Field(ge=1)] = 8
+    """Windows per step and process."""
+    accumulate: Annotated[Whole, Field(ge=1)] = 1
+    """Batches per optimizer step."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision; fp16 needs a GPU."""
+    clip: Annotated[Number, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+    gradient_checkpointing: Flag = False
+    """Less memory for more time in the encoder."""
+    optimizer: OptimizerSection = OptimizerSection()
+    augment: AugmentSection = AugmentSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_gamma(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("focal_gamma") is not None:
+            return value
+        loss = value.get("loss")
+        return {**value, "focal_gamma": 2.0} if isinstance(loss, Mapping) and "focal" in loss else value
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.focal_gamma is not None and "focal" not in self.loss:
+            yield Problem("focal_gamma", f"= {self.focal_gamma} is used by no loss; drop it, or add focal")
+        if self.class_weights is not None and not {"cross_entropy", "focal"} & set(self.loss):
+            yield Problem("class_weights", "is used by no loss; drop it, or add cross_entropy or focal")
+
+
+class PredictSection(Section):
+    """How a scene is labelled: overlapping tiles, blended."""
+
+    tile: Whole | None = Field(default=None, ge=1, examples=[512])
+    """Side of a tile in pixels; left out: data.tile."""
+    overlap: Annotated[Number, Field(ge=0, lt=0.9)] = 0.25
+    """Share of a tile that it has in common with its neighbour."""
+    blend: Literal["hann", "gaussian", "average", "none"] = "hann"
+    """Weight of a tile's pixels where tiles overlap."""
+    batch_size: Annotated[Whole, Field(ge=1)] = 4

@@ -1,0 +1,96 @@
+"""Where a recipe meets the data: opens its sources as labelled scenes and collects what the model must know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vfmseg.data.split import SceneLike, disjoint, scenes_from_dataset, scenes_from_files, scenes_from_table
+from vfmseg.data.statistics import stream_statistics
+from vfmseg.errors import DataError, RecipeError
+from vfmseg.geo.labels import LabelMap
+from vfmseg.geo.reader import Bands
+from vfmseg.model import InputFacts, normalization
+from vfmseg.recipe import Recipe
+from vfmseg.terminal import say_once
+
+
+def bands_of(recipe: Recipe) -> dict[str, Bands]:
+    """How each modality's stored numbers are read."""
+    return {
+        name: Bands(indexes=m.bands, scale=m.scale, offset=m.offset, nodata=m.nodata)
+        for name, m in recipe.data.modalities.items()
+    }
+
+
+def label_map_of(recipe: Recipe) -> LabelMap:
+    """Class ids in files to indexes 0..K-1, in the order of the ids."""
+    return LabelMap(ids=tuple(sorted(recipe.data.classes)), ignore_index=recipe.data.ignore_index)
+
+
+def open_split(recipe: Recipe, split: str) -> list[SceneLike]:
+    """Open the scenes of `train`, `val` or `test`; nothing of their pixels is read yet."""
+    source = getattr(recipe.data, split)
+    if source is None:
+        raise RecipeError(f"{recipe.name}: data.{split} is not in the recipe; add it, or choose another split")
+    bands, labels = bands_of(recipe), label_map_of(recipe)
+    if source.kind == "files":
+        scenes = scenes_from_files(source.images, source.labels, bands, labels, f"data.{split}")
+    elif source.kind == "table":
+        scenes = scenes_from_table(
+            source.table, source.split, source.split_column, source.images, source.labels, bands, labels
+        )
+    else:
+        scenes = scenes_from_dataset(
+            source.dataset,
+            source.split,
+            source.images,
+            source.labels,
+            bands,
+            labels,
+            config=source.config,
+            revision=source.revision,
+        )
+    _check_alike(scenes, split)
+    if not any(scene.grid.georeferenced for scene in scenes):
+        say_once("the scenes carry no CRS: labels will have none either, pixels are matched by position")
+    return scenes
+
+
+def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
+    """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file."""
+    splits = {name: open_split(recipe, name) for name in ("train", "val", "test") if getattr(recipe.data, name)}
+    disjoint(splits)
+    return {name: splits[name] for name in ("train", "val") if name in splits}
+
+
+def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
+    """Bands, stored types and (where the recipe normalises by them) statistics of the training scenes."""
+    bands, dtypes = train[0].bands(), train[0].dtypes()
+    chosen = normalization(recipe, bands, dtypes)
+    by_dataset = [name for name, how in chosen.items() if how == "dataset"]
+    statistics = stream_statistics(train) if by_dataset else {}
+    for name in bands:
+        how = "published mean and std of the encoder" if chosen[name] == "encoder" else "mean and std of the training split"
+        say_once(f"{name}: {bands[name]} bands ({dtypes[name]}), normalised by the {how}")
+    return InputFacts(bands, dtypes, {name: statistics[name] for name in by_dataset})
+
+
+def value_ranges(facts: InputFacts, scales: Mapping[str, float]) -> dict[str, float]:
+    """255 for modalities that hold 8-bit values unscaled, 0 (unknown) for the others."""
+    return {
+        name: 255.0 if dtype == "uint8" and scales[name] == 1.0 else 0.0 for name, dtype in facts.dtypes.items()
+    }
+
+
+def _check_alike(scenes: Sequence[SceneLike], split: str) -> None:
+    first = scenes[0]
+    for scene in scenes:
+        for what, found, expected in (
+            ("bands", scene.bands(), first.bands()),
+            ("stored types", scene.dtypes(), first.dtypes()),
+        ):
+            if found != expected:
+                raise DataError(
+                    f"data.{split}: {scene.name} has {what} {found}, but {first.name} has {expected}; choose the same "
+                    "bands with data.modalities.NAME.bands, or convert the files to one type"
+                )

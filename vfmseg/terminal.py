@@ -1,0 +1,74 @@
+"""What a verb says to the person who started it, and how it ends: messages on stderr, exit codes by error class."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from vfmseg.errors import VfmsegError
+
+_said: set[str] = set()
+
+
+def is_main_process() -> bool:
+    """True on the one process that talks: rank 0 of a launch, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message: str) -> None:
+    """One line on stderr, from the main process only (stdout is kept for results)."""
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def say_once(message: str) -> None:
+    """The same as `say`, but a message that was already said stays silent."""
+    if message not in _said:
+        _said.add(message)
+        say(message)
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice out of our messages; their warnings and errors stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("rasterio").setLevel(logging.ERROR)
+
+
+def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
+    """Run a verb and return its exit code.
+
+    0 done; 2 the input is wrong; 3 the machine could not; 130 interrupted (with the line that resumes);
+    anything else is a bug and is raised, so that Python prints the traceback and exits with 1.
+    """
+    try:
+        verb()
+    except VfmsegError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted" + (f"; go on with: {resume_line}" if resume_line else ""))
+        return 130
+    except MemoryError:
+        _complain("out of memory; try a smaller batch_size or tile")
+        return 3
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        _complain(f"{error.filename or 'the target'}: {error.strerror}; free some space or choose another output folder")
+        return 3
+    except RuntimeError as error:
+        # torch.OutOfMemoryError is a RuntimeError; named by its class so that torch is not imported for it
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _complain("the accelerator ran out of memory; try a smaller batch_size or tile, or precision fp16/bf16")
+        return 3
+    return 0
+
+
+def _complain(message: str) -> None:
+    print(f"vfmseg: {message}", file=sys.stderr, flush=True)

@@ -224,7 +224,7 @@ def test_lovasz_equals_a_slow_reference() -> None:
     assert math.isclose(lovasz(logits, labels).item(), slow_lovasz(logits, labels), rel_tol=1e-9)
 
 
-@pytest.mark.parametrize("times", [1, 40])  # also with more pixels than half precision can count
+@pytest.mark.parametrize("times", [1, 37])  # also with more pixels than half precision can count
 def test_lovasz_of_hard_answers_is_the_mean_iou_loss(times: int) -> None:
     truth = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, IGNORE]]]).repeat(1, times, times)
     answer = torch.tensor([[[0, 1, 1, 1], [0, 0, 0, 0]]]).repeat(1, times, times)

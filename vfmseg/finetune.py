@@ -152,7 +152,10 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise MachineError("train.precision = fp16 needs a GPU, and none is visible here; use bf16 or \"no\"")
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps its settings for the life of a process; a second run in a notebook may want other ones
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision=recipe.train.precision)
 
 

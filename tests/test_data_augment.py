@@ -1,0 +1,235 @@
+"""Augmentation: one geometry for everything, labels never mixed, nodata never spread, no global randomness."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from vfmseg.data.augment import Augment, Radiometry
+from vfmseg.data.sample import Sample
+from vfmseg.errors import DataError
+from vfmseg.geo.labels import IGNORE
+
+SIZE = 64
+GEOMETRIES = {
+    "flip": Augment(flip=True, rotate90=False),
+    "rotate90": Augment(flip=False, rotate90=True),
+    "both": Augment(),
+    "scale": Augment(flip=False, rotate90=False, scale=(0.6, 1.7)),
+    "rotate": Augment(flip=False, rotate90=False, rotate=45.0),
+    "all": Augment(scale=(0.6, 1.7), rotate=45.0),
+}
+
+
+def board(height: int = SIZE, width: int = SIZE, cell: int = 12) -> torch.Tensor:
+    """Classes 1 and 3 in a pattern without any symmetry."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    black = ((y // cell + x // cell) % 2 == 0) ^ ((y < height // 3) & (x < width // 4))
+    return torch.where(black, 3, 1)
+
+
+def sample(height: int = SIZE, width: int = SIZE) -> Sample:
+    """Both modalities show the labels: optical as 100 times the class in three bands, dem as the class itself."""
+    labels = board(height, width)
+    return Sample(
+        images={"optical": labels.expand(3, -1, -1) * 80.0, "dem": labels[None].float()},
+        valid={name: torch.ones(height, width, dtype=torch.bool) for name in ("optical", "dem")},
+        labels=labels,
+    )
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_c43_checkerboards_stay_registered_with_the_labels(name: str) -> None:
+    changed = 0
+    for seed in range(12):
+        out = GEOMETRIES[name](sample(), seed)
+        changed += not torch.equal(out.labels, sample().labels)
+        for image, unit in ((out.images["optical"], 80.0), (out.images["dem"], 1.0)):
+            shown = image[0] / unit
+            valid = out.valid["dem"] & (out.labels != IGNORE)
+            assert valid.float().mean() > 0.3
+            # wherever a pixel was not mixed from two cells, it shows its label
+            pure = valid & (((shown - 1).abs() < 1e-3) | ((shown - 3).abs() < 1e-3))
+            assert pure.sum() > 0.6 * valid.sum()
+            assert (shown.round()[pure] == out.labels[pure]).all()
+        assert torch.equal(out.valid["optical"], out.valid["dem"])
+    assert changed >= 4
+
+
+def test_c43_pixels_mixed_by_resampling_follow_the_label_within_a_pixel() -> None:
+    # a shift of half a pixel between image and labels would make far more than the cell borders disagree
+    for seed in range(6):
+        out = Augment(scale=(0.8, 1.4), rotate=30.0)(sample(), seed)
+        valid = out.valid["dem"] & (out.labels != IGNORE)
+        agree = (out.images["dem"][0] > 2) == (out.labels == 3)
+        assert agree[valid].float().mean() > 0.985
+
+
+def test_flips_and_quarter_turns_reach_all_eight_orientations() -> None:
+    labels = board()
+    turned = [torch.rot90(mirrored, k) for mirrored in (labels, labels.flip(-1)) for k in range(4)]
+    seen = {next(i for i, t in enumerate(turned) if torch.equal(t, Augment()(sample(), s).labels)) for s in range(80)}
+    assert seen == set(range(8))
+
+
+def test_without_quarter_turns_only_mirrors_and_tiles_that_are_not_square_keep_their_shape() -> None:
+    labels = board(40, 64)
+    allowed = [labels, labels.flip(0), labels.flip(1), labels.flip(0, 1)]
+    for augment in (GEOMETRIES["flip"], GEOMETRIES["both"]):
+        seen = set()
+        for seed in range(40):
+            out = augment(sample(40, 64), seed)
+            seen.add(next(i for i, one in enumerate(allowed) if torch.equal(one, out.labels)))
+            assert out.images["optical"].shape == (3, 40, 64)
+        assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_p27_no_label_appears_that_was_not_there(name: str) -> None:
+    for seed in range(20):
+        out = GEOMETRIES[name](sample(), seed)
+        assert set(out.labels.unique().tolist()) <= {1, 3, IGNORE}
+        assert out.labels.dtype == torch.int64
+
+
+def test_p28_corners_become_ignore_and_invalid_never_class_0() -> None:
+    whole = sample()
+    whole.labels = torch.zeros(SIZE, SIZE, dtype=torch.int64)  # class 0 everywhere: a fill of 0 would not show
+    whole.labels[:] = 1
+    filled = 0
+    for seed in range(10):
+        out = Augment(flip=False, rotate90=False, scale=(0.5, 0.9), rotate=45.0)(whole, seed)
+        assert set(out.labels.unique().tolist()) == {1, IGNORE}
+        outside = out.labels == IGNORE
+        filled += int(outside.sum())
+        # validity is resampled too, so that at most the rim of one pixel differs
+        assert (out.valid["dem"] != ~outside).float().mean() < 0.02
+        assert (out.images["optical"][:, ~out.valid["optical"]] == 0).all()
+        assert outside[0, 0]
+    assert filled > 1000
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_p26_nodata_never_mixes_into_a_valid_pixel(name: str) -> None:
+    one = sample()
+    hole = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.3
+    one.images["dem"] = torch.where(hole, 0.0, 500.0)[None].clone()
+    one.valid["dem"] = ~hole
+    for seed in range(10):
+        out = GEOMETRIES[name](one, seed)
+        valid = out.valid["dem"]
+        assert valid.any()
+        assert (~valid).any()
+        assert torch.allclose(out.images["dem"][0][valid], torch.tensor(500.0))  # not darkened by the zeros beside it
+        assert (out.images["dem"][0][~valid] == 0).all()
+        assert out.images["optical"].sum() > 0
+
+
+def test_radiometry_changes_only_its_modality() -> None:
+    before = sample()
+    augment = Augment(
+        flip=False, rotate90=False, radiometry={"optical": Radiometry(0.3, 0.3)}, value_range={"optical": 255.0}
+    )
+    after = augment(before, 3)
+    assert torch.equal(after.images["dem"], before.images["dem"])
+    assert torch.equal(after.labels, before.labels)
+    assert not torch.equal(after.images["optical"], before.images["optical"])
+    assert torch.equal(before.images["optical"], sample().images["optical"])  # the sample given is not written to
+
+
+def test_radiometry_of_8_bit_images_stays_in_0_to_255() -> None:
+    one = sample()
+    one.images["optical"] = torch.linspace(0, 255, SIZE * SIZE * 3).reshape(3, SIZE, SIZE)
+    augment = Augment(radiometry={"optical": Radiometry(0.9, 0.9, 0.9, 0.5)}, value_range={"optical": 255.0})
+    highest = 0.0
+    for seed in range(20):
+        image = augment(one, seed).images["optical"]
+        assert image.min() >= 0
+        assert image.max() <= 255
+        highest = max(highest, float(image.max()))
+    assert highest == 255
+    # where the range is not known, nothing is clipped: 16-bit values and decibels keep their size
+    one.images["optical"] = one.images["optical"] * 100 - 3000
+    free = Augment(flip=False, rotate90=False, radiometry={"optical": Radiometry(0.0, 0.5)})(one, 0).images["optical"]
+    assert free.max() > 10000
+    assert free.min() < -1000
+
+
+def test_p26_radiometry_measures_valid_pixels_only_and_leaves_the_others_0() -> None:
+    one = sample()
+    one.valid["optical"][:, :48] = False
+    one.images["optical"][:, :, :48] = 0
+    one.images["optical"][:, :, 48:] = 200.0
+    augment = Augment(flip=False, rotate90=False, radiometry={"optical": Radiometry(contrast=0.9)})
+    for seed in range(5):
+        image = augment(one, seed).images["optical"]
+        assert (image[:, :, :48] == 0).all()
+        # all valid pixels are alike: contrast about *their* mean changes nothing
+        assert torch.allclose(image[:, :, 48:], torch.tensor(200.0))
+
+
+def test_colour_changes_do_what_their_names_say() -> None:
+    one = sample()
+    one.images["optical"] = torch.stack([torch.full((SIZE, SIZE), v) for v in (200.0, 100.0, 50.0)])
+    still = {"flip": False, "rotate90": False}
+
+    def change(changes: Radiometry, seed: int = 1, top: float = 255.0) -> torch.Tensor:
+        augment = Augment(**still, radiometry={"optical": changes}, value_range={"optical": top})
+        return augment(one, seed).images["optical"][:, 0, 0]
+
+    base = one.images["optical"][:, 0, 0]
+    brighter = change(Radiometry(brightness=0.2))
+    assert torch.allclose(brighter / base, (brighter / base)[0].expand(3))
+    assert not torch.allclose(brighter, base)
+    grey = torch.tensor([0.2989, 0.587, 0.114]) @ base
+    saturated = change(Radiometry(saturation=0.5))
+    assert torch.allclose((saturated - grey) / (base - grey), ((saturated - grey) / (base - grey))[0].expand(3), atol=1e-3)
+    hue = change(Radiometry(hue=0.5))
+    assert hue.max() == pytest.approx(200, abs=0.1)
+    assert hue.min() == pytest.approx(50, abs=0.1)
+    assert not torch.allclose(hue, base, atol=5)
+    # the same turn of the colours in other units
+    one.images["optical"] = one.images["optical"] / 255.0
+    assert torch.allclose(change(Radiometry(hue=0.5), top=0.0) * 255.0, hue, atol=0.05)
+
+
+def test_saturation_of_other_than_three_bands_is_refused() -> None:
+    with pytest.raises(DataError, match="dem: saturation and hue need 3 bands .* but 1 are read"):
+        Augment(radiometry={"dem": Radiometry(saturation=0.1)})(sample(), 0)
+
+
+def test_p57_the_seed_alone_decides_and_global_states_are_left_alone() -> None:
+    augment = Augment(scale=(0.7, 1.4), rotate=20.0, radiometry={"optical": Radiometry(0.2, 0.2, 0.2, 0.1)})
+    states = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    first = augment(sample(), 5)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == np.random.get_state()[1].tolist()
+    assert states[2] == random.getstate()
+    torch.rand(7), np.random.rand(7), random.random()
+    again, other = augment(sample(), 5), augment(sample(), 6)
+    assert torch.equal(first.images["optical"], again.images["optical"])
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.labels, other.labels)
+
+
+def test_switching_one_change_on_leaves_the_others_as_they_were() -> None:
+    plain = Augment()
+    coloured = Augment(radiometry={"optical": Radiometry(brightness=0.2)})
+    assert all(torch.equal(plain(sample(), s).labels, coloured(sample(), s).labels) for s in range(8))
+
+
+def test_nothing_is_resampled_while_scale_and_rotate_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vfmseg.data.augment as module
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("resampled")
+
+    monkeypatch.setattr(module.tv, "affine", forbidden)
+    for seed in range(8):
+        out = Augment()(sample(), seed)
+        assert sorted(out.images["dem"].flatten().tolist()) == sorted(sample().images["dem"].flatten().tolist())
+    with pytest.raises(AssertionError, match="resampled"):
+        Augment(rotate=5.0)(sample(), 0)

@@ -1,0 +1,202 @@
+"""The table of scores in docs/benchmarks.md: every row trained, chosen on validation, measured once on test.
+
+    python benchmarks/table.py run DATA_FOLDER --encoder VIT_FOLDER [--sets oam_buildings] [--rows lora-fpn]
+    python benchmarks/table.py print > docs/benchmarks.md
+
+`run` goes through data sets, rows and seeds, and keeps each result as a JSON file in `benchmarks/results/`; what is
+there already is not run again, so an interrupted table goes on. Each training is one `vfmseg finetune` and one
+`vfmseg evaluate`, the commands a user has. A row whose first run takes over ten minutes keeps to one seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SEEDS = (0, 1, 2)
+LONG_RUN = 10.0  # minutes
+
+BASELINES = ("majority", "forest", "unet")
+FROZEN = ["model.adapter={name: none}"]
+BOTTLENECK = "model.adapter={name: adapter, hidden: 64}"
+# changes to the recipe that make each row; VIT is replaced by the folder of the encoder
+ROWS: dict[str, list[str]] = {
+    "builtin": ["model.encoder=BUILTIN", "model.adapter={name: full}", "model.decoder.channels=64",
+                "train.optimizer.lr=1.0e-3", "train.epochs=8"],
+    "frozen-linear": ["model.encoder.checkpoint=VIT", *FROZEN, "model.decoder={name: linear}", "train.optimizer.lr=2.0e-3"],
+    "frozen-fpn": ["model.encoder.checkpoint=VIT", *FROZEN],
+    "lora-fpn": ["model.encoder.checkpoint=VIT"],
+    "adapter-fpn": ["model.encoder.checkpoint=VIT", BOTTLENECK],
+}  # fmt: skip
+TITLES = {
+    "majority": "majority class",
+    "forest": "random forest, 5x5 neighbourhoods",
+    "unet": "small U-Net from scratch",
+    "builtin": "recipe, `builtin` encoder (random start), all trained",
+    "frozen-linear": "recipe, ViT-S/14 frozen, `linear`",
+    "frozen-fpn": "recipe, ViT-S/14 frozen, `fpn`",
+    "lora-fpn": "recipe, ViT-S/14 LoRA r 8 on q and v, `fpn`",
+    "adapter-fpn": "recipe, ViT-S/14 `adapter` 64, `fpn`",
+    "demo": "`vfmseg demo` (builtin encoder)",
+}
+SETS = {
+    "oam_buildings": "oam_buildings (RGB, 2 classes; test place: Banepa)",
+    "aerial_multiclass": "aerial_multiclass (RGB, 5 classes; test scenes 1-3)",
+    "s2_india_rgb_ir": "s2_india_rgb_ir (RGB + infrared, 3 classes)",
+    "demo": "demo (mosaics of oam_buildings)",
+}
+
+
+def train_and_measure(name: str, row: str, seed: int, data: Path, vit: str) -> dict[str, Any]:
+    """One run of a recipe: its test scores, trainable parameters, minutes and chosen epoch."""
+    with tempfile.TemporaryDirectory() as scratch:
+        changes = recipe_changes(name, row, data, vit)
+        changes += [f"seed={seed}", f"output_dir={scratch}/run"]
+        recipe = str(ROOT / "recipes" / f"{name}.yaml")
+        vfmseg("finetune", recipe, *changes)
+        training = json.loads((Path(scratch) / "run" / "metrics.json").read_text())
+        test = json.loads(vfmseg("evaluate", f"{scratch}/run/best", recipe, *changes[:-2], "--json"))
+    return {
+        "test": test,
+        "validation": training["validation"]["miou"],
+        "best_epoch": training["best_epoch"],
+        "trainable": training["trainable_parameters"],
+        "minutes": training["minutes"],
+        "changes": [change for change in changes[:-1] if "table=" not in change and "checkpoint=" not in change],
+        "versions": training["versions"],
+    }
+
+
+def recipe_changes(name: str, row: str, data: Path, vit: str) -> list[str]:
+    """Overrides that make a row of a recipe, with the data where it lies on this machine."""
+    builtin = "{name: builtin, input: widen}" if name == "s2_india_rgb_ir" else "{name: builtin}"
+    changes = [change.replace("VIT", vit).replace("BUILTIN", builtin) for change in ROWS[row]]
+    return changes + [f"data.{split}.table={data.resolve() / name / 'split.csv'}" for split in ("train", "val", "test")]
+
+
+def run_demo(seed: int) -> dict[str, Any]:
+    """The demo as a user starts it (it has one seed), or its recipe with another seed."""
+    from vfmseg.demo import ASSETS
+
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = str(ASSETS / "recipe.yaml")
+        changes = [f"seed={seed}"]
+        vfmseg("finetune", recipe, *changes, f"output_dir={scratch}/run")
+        training = json.loads((Path(scratch) / "run" / "metrics.json").read_text())
+        test = json.loads(vfmseg("evaluate", f"{scratch}/run/best", recipe, "--json"))
+    return {
+        "test": test, "validation": training["validation"]["miou"], "best_epoch": training["best_epoch"],
+        "trainable": training["trainable_parameters"], "minutes": training["minutes"], "changes": changes,
+        "versions": training["versions"],
+    }  # fmt: skip
+
+
+def run_baseline(name: str, row: str, seed: int, data: Path) -> dict[str, Any]:
+    """Majority, forest or U-Net on the same tiles, bands and split."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.baselines import measure
+
+    started = time.perf_counter()
+    scores, trainable = measure(row, ROOT / "recipes" / f"{name}.yaml", data, seed)
+    return {"test": scores, "trainable": trainable, "minutes": round((time.perf_counter() - started) / 60, 2)}
+
+
+def vfmseg(*arguments: str) -> str:
+    """Run the command line of the installed package; its output, or its complaint and an end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vfmseg.cli", *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"vfmseg {' '.join(arguments)} ended with {done.returncode}")
+    return done.stdout
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fill `benchmarks/results/`."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in options.sets:
+        rows = ("demo",) if name == "demo" else tuple(r for r in options.rows if r != "demo")
+        for row in rows:
+            for seed in SEEDS:
+                target = RESULTS / f"{name}.{row}.{seed}.json"
+                first = RESULTS / f"{name}.{row}.0.json"
+                long = seed and first.is_file() and json.loads(first.read_text())["minutes"] > LONG_RUN
+                if target.is_file() or long or (row == "majority" and seed):
+                    continue
+                print(f"{name} {row} seed {seed}", file=sys.stderr, flush=True)
+                if row == "demo":
+                    result = run_demo(seed)
+                elif row in BASELINES:
+                    result = run_baseline(name, row, seed, options.data)
+                else:
+                    result = train_and_measure(name, row, seed, options.data, options.encoder)
+                result["machine"] = f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
+                aside = target.with_suffix(".partial")
+                aside.write_text(json.dumps(result, indent=1) + "\n")
+                shutil.move(aside, target)
+
+
+def show() -> str:
+    """The table as Markdown."""
+    lines = []
+    for name, title in SETS.items():
+        rows = [row for row in TITLES if list(RESULTS.glob(f"{name}.{row}.*.json"))]
+        if not rows:
+            continue
+        lines += ["", f"### {title}", "", "| model | test mIoU | seeds | val mIoU | IoU by class | trainable | minutes |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [_row(name, row) for row in rows]
+    return "\n".join(lines)
+
+
+def _row(name: str, row: str) -> str:
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}.{row}.*.json"))]
+    scores = [r["test"]["miou"] for r in found]
+    spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+    validation = [r["validation"] for r in found if r.get("validation") is not None]
+    classes = found[0]["test"]["classes"]
+    by_class = ", ".join(
+        f"{c} {statistics.mean(r['test']['classes'][c]['iou'] or 0 for r in found):.2f}" for c in classes
+    )
+    minutes = statistics.mean(r["minutes"] for r in found)
+    long = " (over 10 min: one seed)" if len(found) == 1 and minutes > LONG_RUN else ""
+    chosen = f"{statistics.mean(validation):.3f}" if validation else "-"
+    trainable = f"{found[0]['trainable']:,}" if found[0]["trainable"] else "-"
+    return (
+        f"| {TITLES[row]} | {statistics.mean(scores):.3f}{spread} | {len(found)}{long} | {chosen} | {by_class} | "
+        f"{trainable} | {minutes:.1f} |"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    runner = verbs.add_parser("run")
+    runner.add_argument("data", type=Path)
+    runner.add_argument("--encoder", required=True, help="folder of the ViT-S/14")
+    runner.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    runner.add_argument("--rows", nargs="+", default=list(TITLES), choices=list(TITLES))
+    verbs.add_parser("print")
+    options = parser.parse_args(arguments)
+    if options.verb == "run":
+        run(options)
+    else:
+        print(show())
+
+
+if __name__ == "__main__":
+    main()

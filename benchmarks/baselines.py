@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ SIDE = 5  # pixels a side of the forest's neighbourhood
 TRAIN_PIXELS = 400  # drawn from each training tile for the forest
 TEST_PIXELS = 6000  # at most, drawn from each test tile for the forest
 TREES = 200
+SECONDS = 300.0  # of training and validation, for the U-Net
 BATCH = 8  # crops in one step of the U-Net
 CROP = 256  # pixels a side of a crop
 
@@ -80,9 +82,6 @@ def read_tiles(scenes: Sequence[SceneLike], tile: int) -> list[Tile]:
     return tiles
 
 
-# ---------------------------------------------------------------------------------------------------- majority
-
-
 def majority(train: Sequence[Tile], test: Sequence[Tile], classes: int) -> Confusion:
     """Scores of always answering with the most frequent class of the training labels."""
     seen = sum(np.bincount(t.targets[t.targets != IGNORE], minlength=classes) for t in train)
@@ -91,9 +90,6 @@ def majority(train: Sequence[Tile], test: Sequence[Tile], classes: int) -> Confu
     for tile in test:
         confusion.update(np.full(tile.labels.shape, answer), tile.targets)
     return confusion
-
-
-# ------------------------------------------------------------------------------------------------------ forest
 
 
 def neighbourhoods(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -137,9 +133,6 @@ def forest(
         answer = model.predict(neighbourhoods(tile.image, pixels))
         confusion.update(answer, tile.labels[pixels[:, 0], pixels[:, 1]])
     return confusion
-
-
-# ------------------------------------------------------------------------------------------------------- U-Net
 
 
 def block(in_channels: int, channels: int) -> nn.Sequential:
@@ -261,7 +254,7 @@ def unet(
     classes: int,
     seed: int = 0,
     *,
-    seconds: float = 600.0,
+    seconds: float = SECONDS,
     steps: int | None = None,
     lr: float = 1e-3,
     width: int = 24,
@@ -303,41 +296,78 @@ def unet(
     return UNetRun(score(model, test, classes), parameters, step, validation, time.perf_counter() - started)
 
 
-# ----------------------------------------------------------------------------------------------------- command
+@dataclass(frozen=True)
+class Splits:
+    """The tiles of a recipe by split, and its class names in index order."""
+
+    tiles: dict[str, list[Tile]]
+    names: list[str]
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run one baseline on a recipe's splits, once a seed, and return what is printed."""
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    names = [recipe.data.classes[i].name for i in sorted(recipe.data.classes)]
-    needed = ["train", "test"] + (["val"] if arguments.baseline == "unet" else [])
+def load(recipe_path: str | Path, overrides: Sequence[str], baseline: str) -> Splits:
+    """Read the splits that a baseline needs into memory; `val` only for the U-Net."""
+    recipe = load_recipe(recipe_path, overrides)
+    needed = ["train", "test"] + (["val"] if baseline == "unet" else [])
     tiles = {split: read_tiles(open_split(recipe, split), recipe.data.tile) for split in needed}
-    runs: list[dict[str, Any]] = []
+    return Splits(tiles, [recipe.data.classes[i].name for i in sorted(recipe.data.classes)])
+
+
+def run(
+    baseline: str,
+    splits: Splits,
+    seed: int,
+    *,
+    seconds: float = SECONDS,
+    n_jobs: int = 1,
+    test_pixels: int | None = TEST_PIXELS,
+) -> dict[str, Any]:
+    """One baseline, one seed: {"seed", "seconds", "scores"}, for the U-Net also how its training went."""
+    started = time.perf_counter()
+    train, test, classes = splits.tiles["train"], splits.tiles["test"], len(splits.names)
+    more: dict[str, Any] = {}
+    if baseline == "majority":
+        confusion = majority(train, test, classes)
+    elif baseline == "forest":
+        confusion = forest(train, test, classes, seed, n_jobs=n_jobs, test_pixels=test_pixels)
+    else:
+        trained = unet(train, splits.tiles["val"], test, classes, seed, seconds=seconds)
+        confusion = trained.confusion
+        more = {"steps": trained.steps, "parameters": trained.parameters, "validation": trained.validation}
+    taken = round(time.perf_counter() - started, 1)
+    print(f"{baseline} seed {seed}: mIoU {mean_iou(confusion):.3f}, {taken} s", file=sys.stderr, flush=True)
+    return {"seed": seed, "seconds": taken, **more, "scores": confusion.scores(splits.names)}
+
+
+def measure(baseline: str, recipe: str | Path, data: str | Path, seed: int) -> tuple[dict[str, Any], int | None]:
+    """Test scores and trainable parameters (None: not counted) of a baseline on a recipe's set below folder `data`.
+
+    The set is the folder named like the recipe, with its `split.csv`.
+    """
+    table = Path(data).resolve() / Path(recipe).stem / "split.csv"
+    overrides = [f"data.{split}.table={table}" for split in ("train", "val", "test")]
+    result = run(baseline, load(recipe, overrides, baseline), seed)
+    return result["scores"], result.get("parameters")
+
+
+def summary(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run a baseline for every seed and add mean and spread."""
+    splits = load(arguments.recipe, arguments.overrides, arguments.baseline)
     # nothing is random in the majority class
-    for seed in arguments.seeds if arguments.baseline != "majority" else arguments.seeds[:1]:
-        started = time.perf_counter()
-        more: dict[str, Any] = {}
-        if arguments.baseline == "majority":
-            confusion = majority(tiles["train"], tiles["test"], len(names))
-        elif arguments.baseline == "forest":
-            most = None if arguments.all_pixels else TEST_PIXELS
-            confusion = forest(tiles["train"], tiles["test"], len(names), seed, n_jobs=arguments.jobs, test_pixels=most)
-        else:
-            trained = unet(tiles["train"], tiles["val"], tiles["test"], len(names), seed, seconds=arguments.seconds)
-            confusion = trained.confusion
-            more = {"steps": trained.steps, "parameters": trained.parameters, "validation": trained.validation}
-        taken = round(time.perf_counter() - started, 1)
-        runs.append({"seed": seed, "seconds": taken, **more, "scores": confusion.scores(names)})
-        print(
-            f"{recipe.name} {arguments.baseline} seed {seed}: mIoU {mean_iou(confusion):.3f}, {taken} s",
-            file=sys.stderr,
-        )
+    seeds = arguments.seeds[:1] if arguments.baseline == "majority" else arguments.seeds
+    most = None if arguments.all_pixels else TEST_PIXELS
+    runs = [
+        run(arguments.baseline, splits, seed, seconds=arguments.seconds, n_jobs=arguments.jobs, test_pixels=most)
+        for seed in seeds
+    ]
     miou = [one["scores"]["miou"] for one in runs]
-    spread = statistics.stdev(miou) if len(miou) > 1 else None
     return {
-        "recipe": recipe.name, "baseline": arguments.baseline, "split": "test",
-        "miou": statistics.fmean(miou), "miou_std": spread, "runs": runs,
-    }  # fmt: skip
+        "recipe": str(arguments.recipe),
+        "baseline": arguments.baseline,
+        "split": "test",
+        "miou": statistics.fmean(miou),
+        "miou_std": statistics.stdev(miou) if len(miou) > 1 else None,
+        "runs": runs,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -347,11 +377,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--baseline", choices=("majority", "forest", "unet"), required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--seconds", type=float, default=600.0, help="training time of the U-Net, each seed")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="training time of the U-Net, each seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes of the forest")
     parser.add_argument("--all-pixels", action="store_true", help="the forest answers every test pixel")
     try:
-        result = run(parser.parse_args(argv))
+        result = summary(parser.parse_args(argv))
     except VfmsegError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -36,7 +36,8 @@ BOTTLENECK = "model.adapter={name: adapter, hidden: 64}"
 ROWS: dict[str, list[str]] = {
     "builtin": ["model.encoder=BUILTIN", "model.adapter={name: full}", "model.decoder.channels=64",
                 "train.optimizer.lr=1.0e-3"],
-    "frozen-linear": ["model.encoder.checkpoint=VIT", *FROZEN, "model.decoder={name: linear}", "train.optimizer.lr=2.0e-3"],
+    "frozen-linear": ["model.encoder.checkpoint=VIT", *FROZEN, "model.decoder={name: linear}",
+                      "train.optimizer.lr=2.0e-3"],
     "frozen-fpn": ["model.encoder.checkpoint=VIT", *FROZEN],
     "lora-fpn": ["model.encoder.checkpoint=VIT"],
     "adapter-fpn": ["model.encoder.checkpoint=VIT", BOTTLENECK],
@@ -164,7 +165,7 @@ def show() -> str:
         rows = [row for row in TITLES if list(RESULTS.glob(f"{name}.{row}.*.json"))]
         if not rows:
             continue
-        lines += ["", f"### {title}", "", "| model | test mIoU | seeds | val mIoU | IoU by class | trainable | minutes |",
+        lines += ["", f"### {title}", "", "| model | test mIoU | seeds | val mIoU | IoU by class | trained | min |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
         lines += [_row(name, row) for row in rows]
     return "\n".join(lines)

@@ -62,14 +62,20 @@ def save_encoder(folder: Path, family: str, seed: int = 0) -> Path:
         from transformers.models.clip import CLIPVisionConfig, CLIPVisionModel
 
         config = CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
         )
         CLIPVisionModel(config).save_pretrained(folder)
     else:
         from transformers.models.sam import SamVisionConfig, SamVisionModel
 
         config = SamVisionConfig(
-            hidden_size=32, output_channels=16, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=16,
+            hidden_size=32, output_channels=16, num_hidden_layers=3, num_attention_heads=2, image_size=64,
+            patch_size=16,
             mlp_dim=64, window_size=2, global_attn_indexes=[2], num_pos_feats=8,
         )  # fmt: skip
         SamVisionModel(config).save_pretrained(folder)

@@ -418,6 +418,7 @@ print(sorted(n for n in sys.modules if n.split(".")[0] == "peft"))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+    assert done.stderr == ""  # whole CLIP and SAM folders, and yet no reports and progress bars
     for folder, expected in places.values():
         assert torch.allclose(torch.load(folder.parent / "merged.pt"), expected, atol=1e-5)
 

@@ -186,7 +186,8 @@ def test_colour_changes_do_what_their_names_say() -> None:
     assert not torch.allclose(brighter, base)
     grey = torch.tensor([0.2989, 0.587, 0.114]) @ base
     saturated = change(Radiometry(saturation=0.5))
-    assert torch.allclose((saturated - grey) / (base - grey), ((saturated - grey) / (base - grey))[0].expand(3), atol=1e-3)
+    share = (saturated - grey) / (base - grey)
+    assert torch.allclose(share, share[0].expand(3), atol=1e-3)
     hue = change(Radiometry(hue=0.5))
     assert hue.max() == pytest.approx(200, abs=0.1)
     assert hue.min() == pytest.approx(50, abs=0.1)
@@ -197,7 +198,7 @@ def test_colour_changes_do_what_their_names_say() -> None:
 
 
 def test_saturation_of_other_than_three_bands_is_refused() -> None:
-    with pytest.raises(DataError, match="dem: saturation and hue need 3 bands .* but 1 are read"):
+    with pytest.raises(DataError, match=r"dem: saturation and hue need 3 bands .* but 1 are read"):
         Augment(radiometry={"dem": Radiometry(saturation=0.1)})(sample(), 0)
 
 

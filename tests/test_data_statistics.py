@@ -88,8 +88,9 @@ def test_p26_nodata_and_nan_of_files_are_never_counted(tmp_path: Path) -> None:
     write_raster(tmp_path / "i.tif", stored, nodata=-9999)
     write_raster(tmp_path / "l.tif", np.ones((30, 40), dtype=np.uint8))
     scenes = scenes_from_files(
-        {"x": str(tmp_path / "i.tif")}, str(tmp_path / "l.tif"), {"x": Bands(scale=0.1, offset=2)}, LabelMap((0, 1), 255), "x"
-    )
+        {"x": str(tmp_path / "i.tif")}, str(tmp_path / "l.tif"), {"x": Bands(scale=0.1, offset=2)},
+        LabelMap((0, 1), 255), "x",
+    )  # fmt: skip
     mean, std = stream_statistics(scenes, 16)["x"]
     kept = pixels.astype(np.float64)[:, ~frame] * 0.1 + 2
     assert mean == pytest.approx(kept.mean(axis=1), rel=1e-5)

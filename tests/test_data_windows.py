@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +91,9 @@ def test_c26_streams_of_random_numbers_do_not_overlap() -> None:
     assert len(firsts) == len(keys)
 
 
-@pytest.mark.parametrize(("length", "batch", "world"), [(17, 2, 3), (12, 2, 3), (1, 4, 2), (5, 1, 4), (13, 4, 2), (7, 3, 1)])
+@pytest.mark.parametrize(
+    ("length", "batch", "world"), [(17, 2, 3), (12, 2, 3), (1, 4, 2), (5, 1, 4), (13, 4, 2), (7, 3, 1)]
+)
 def test_p54_ranks_share_an_epoch_without_repeats_and_keep_in_step(length: int, batch: int, world: int) -> None:
     order = epoch_order(length, 0, 0)
     ranks = [rank_batches(order, batch, rank, world, epoch=4) for rank in range(world)]
@@ -129,7 +133,10 @@ def test_c20_scene_of_exactly_one_tile_works() -> None:
 
 
 def test_scene_smaller_than_the_tile_is_filled_with_invalid_and_ignore() -> None:
-    for data, key in ((TrainingWindows([ArrayScene(5, 3)], 8, 0, None), Draw(0, 0)), (CoverWindows([ArrayScene(5, 3)], 8), 0)):
+    for data, key in (
+        (TrainingWindows([ArrayScene(5, 3)], 8, 0, None), Draw(0, 0)),
+        (CoverWindows([ArrayScene(5, 3)], 8), 0),
+    ):
         sample = data[key]
         assert sample.images["rgb"].shape == (1, 8, 8)
         inside = torch.zeros(8, 8, dtype=torch.bool)
@@ -209,7 +216,11 @@ def file_scenes(folder: Path, count: int = 3) -> list[SceneLike]:
         write_raster(folder / "images" / f"s{i}.tif", noise.integers(1, 255, (3, 40, 48)).astype(np.uint8))
         write_raster(folder / "labels" / f"s{i}.tif", noise.integers(0, 2, (40, 48)).astype(np.uint8))
     return scenes_from_files(
-        {"rgb": str(folder / "images/*.tif")}, str(folder / "labels/*.tif"), {"rgb": Bands()}, LabelMap((0, 1), 255), "x"
+        {"rgb": str(folder / "images/*.tif")},
+        str(folder / "labels/*.tif"),
+        {"rgb": Bands()},
+        LabelMap((0, 1), 255),
+        "x",
     )
 
 
@@ -241,13 +252,17 @@ def test_p57_workers_do_not_change_the_samples(tmp_path: Path) -> None:
         torch.manual_seed(workers)  # the global state is another one each time
         loader = DataLoader(
             data, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=context if workers else None,
         )  # fmt: skip
         return list(loader)
 
+    # forked workers inherit open files: they must not read on in them
+    context = "fork" if sys.platform == "linux" else "spawn"
     alone, together = run(0), run(2)
     assert len(alone) == len(together) == len(batches)
     assert all(equal(a, b) for a, b in zip(alone, together, strict=True))
+    copy = pickle.loads(pickle.dumps(data))  # what a spawned worker gets
+    assert equal(copy[Draw(1, 3)], data[Draw(1, 3)])
 
 
 def test_c26_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
@@ -305,7 +320,8 @@ def test_samples_of_different_bands_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "tile"), [(64, 64, 32), (65, 97, 32), (31, 33, 32), (7, 100, 16), (32, 32, 32), (1, 1, 8), (5, 3, 1)]
+    ("height", "width", "tile"),
+    [(64, 64, 32), (65, 97, 32), (31, 33, 32), (7, 100, 16), (32, 32, 32), (1, 1, 8), (5, 3, 1)],
 )
 def test_p45_the_cover_counts_each_pixel_exactly_once(height: int, width: int, tile: int) -> None:
     scene = ArrayScene(height, width)
@@ -385,7 +401,13 @@ def test_c23_two_passes_of_the_cover_are_bit_identical(tmp_path: Path) -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not beside the project")
 def test_p45_real_tiles_are_covered_and_drawn() -> None:
     scenes = scenes_from_table(
-        DATA / "oam_buildings" / "split.csv", "val", "split", {"rgb": "image"}, "label", {"rgb": Bands()}, LabelMap((0, 1), 255)
+        DATA / "oam_buildings" / "split.csv",
+        "val",
+        "split",
+        {"rgb": "image"},
+        "label",
+        {"rgb": Bands()},
+        LabelMap((0, 1), 255),
     )
     cover = CoverWindows(scenes, 224)
     counted = sum(int((cover[i].labels != IGNORE).sum()) for i in range(len(cover)))

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from logging import Handler
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +374,13 @@ def test_whole_published_folders_load_without_a_word(
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    records: list[Any] = []
+    listener = Handler()
+    listener.emit = records.append  # type: ignore[method-assign]
+    logging.add_handler(listener)
     build(folders, kind)
+    logging.remove_handler(listener)
+    assert not records
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert not recwarn.list

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from makers import recipe_dict, save_encoder, toy_folder, write_recipe
 from safetensors.torch import load_file
 
-from makers import recipe_dict, save_encoder, toy_folder, write_recipe
 from vfmseg.errors import CheckpointError, MachineError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
@@ -131,7 +131,11 @@ def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     logs = [
-        [line for line in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines()) if line["kind"] == "step"]
+        [
+            line
+            for line in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines())
+            if line["kind"] == "step"
+        ]
         for f in ("whole", "cut")
     ]
     assert logs[0] == logs[1]
@@ -194,7 +198,11 @@ def test_p49_accumulation_equals_one_large_batch(data: Path, encoders: dict[str,
     content["output_dir"] = str(tmp_path / "small")
     run(tmp_path, content)
     steps = [
-        [r["loss"] for r in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
+        [
+            r["loss"]
+            for r in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines())
+            if r["kind"] == "step"
+        ]
         for f in ("large", "small")
     ]
     assert len(steps[0]) == len(steps[1]) == 2
@@ -219,7 +227,11 @@ def test_p60_bf16_run_is_finite_and_close(data: Path, encoders: dict[str, Path],
     content["output_dir"] = str(tmp_path / "fp32")
     run(tmp_path, content)
     losses = [
-        [r["loss"] for r in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
+        [
+            r["loss"]
+            for r in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines())
+            if r["kind"] == "step"
+        ]
         for f in ("run", "fp32")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)

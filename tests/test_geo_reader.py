@@ -181,13 +181,14 @@ def test_p26_a_nodata_value_in_any_band_hides_the_pixel(tmp_path: Path, dtype: s
 @pytest.mark.parametrize("said_by", ["file", "recipe"])
 def test_p26_nodata_0_hides_only_where_all_bands_are_0(tmp_path: Path, said_by: str) -> None:
     array = noise()
-    array[1, 2, 3] = 0  # a dark measurement in one band
+    for band in range(3):
+        array[band, 2, 3 + band] = 0  # a dark measurement in one band
     array[:, 4, 5] = 0
     path = write(tmp_path / "a.tif", array, nodata=0 if said_by == "file" else None)
     bands = Bands(nodata=0 if said_by == "recipe" else None)
     assert spots(read_all(path, bands)[1]) == [(4, 5)]
     # "all bands" are the ones that are read
-    assert spots(read_all(path, Bands((2,), nodata=bands.nodata))[1]) == [(2, 3), (4, 5)]
+    assert spots(read_all(path, Bands((2,), nodata=bands.nodata))[1]) == [(2, 4), (4, 5)]
 
 
 def test_p26_zeros_without_a_nodata_value_are_measurements(tmp_path: Path) -> None:
@@ -458,21 +459,28 @@ def test_complex_numbers_are_refused(tmp_path: Path) -> None:
 def test_messages_of_gdal_do_not_reach_stderr(tmp_path: Path) -> None:
     path = write(tmp_path / "hurt.tif", np.random.default_rng(0).integers(0, 255, (3, 300, 300), np.uint8))
     cut_short(path)
+    odd = write(tmp_path / "odd.tif", noise())
+    content = bytearray(odd.read_bytes())
+    first = int.from_bytes(content[4:8], "little") + 2  # the first two entries of the directory change places
+    content[first : first + 24] = content[first + 12 : first + 24] + content[first : first + 12]
+    odd.write_bytes(content)  # readable, but GDAL warns
     script = (
         "import sys\nfrom vfmseg.errors import DataError\nfrom vfmseg.geo.grid import Window\n"
         "from vfmseg.geo.reader import Raster\n"
         "for path in sys.argv[1:]:\n"
-        "    try:\n        Raster(path).read(Window(0, 0, 300, 300))\n"
+        "    try:\n        print(Raster(path).read(Window(0, 0, 300, 300)).valid.sum())\n"
         "    except DataError as error:\n        print(error)\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script, str(path), str(tmp_path / "none.tif")],
+        [sys.executable, "-c", script, str(path), str(tmp_path / "none.tif"), str(odd)],
         capture_output=True,
         text=True,
         check=True,
     )
     assert result.stderr == ""
-    assert len(result.stdout.splitlines()) == 2
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[2] == "600"
 
 
 # --- processes and threads ----------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def save_segmenter(
     encoder = model.encoder
     trains_encoder = recipe.model.adapter.name == "full"
     chosen = normalization(recipe, facts.bands, facts.dtypes)
-    record = {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "encoder": {"name": encoder.family, **asdict(encoder.base), "stored": trains_encoder},
         "input": {
@@ -132,7 +132,7 @@ def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True)
         channels=None if decoder_section.name == "linear" else decoder_section.channels,
     )
     model = SegmentationModel(built, attached, decoder, facts.bands, len(recipe.data.classes))
-    load_strictly(model, _read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
+    load_strictly(_read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
     return Loaded(model.eval(), recipe, facts, record)
 
 
@@ -174,14 +174,16 @@ def _load_encoder(
             section.name, stored["config"], channels, mean, std, section.layers, section.upscale, section.input
         )
         path = folder / "encoder.safetensors"
-        load_strictly(encoder.backbone, _read_tensors(path), encoder.backbone.state_dict(), path)
+        load_strictly(_read_tensors(path), encoder.backbone.state_dict(), path)
         return encoder
-    checkpoint = override or section.checkpoint
+    # narrowed by name: builtin has no published weights to look for
+    checkpoint = None if section.name == "builtin" else override or section.checkpoint
+    revision = None if section.name == "builtin" or override else section.revision
     try:
         encoder = build_encoder(
             section.name,
             checkpoint=checkpoint,
-            revision=None if override else section.revision,
+            revision=revision,
             in_channels=channels,
             mean=mean,
             std=std,
@@ -202,6 +204,7 @@ def _load_encoder(
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as files hold them: on the CPU, contiguous, without gradients."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -214,9 +217,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not readable as safetensors ({error}); copy it again") from None
 
 
-def load_strictly(
-    module: torch.nn.Module, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
-) -> None:
+def load_strictly(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `tensors` into `expected` in place; every one there, none too many, each of its shape (CheckpointError)."""
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
     shapes = [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]

@@ -13,7 +13,14 @@ from vfmseg.terminal import say
 
 ASSETS = Path(__file__).parent / "assets" / "demo"
 SCENE = "banepa_b"  # of the test place: dense town and fields
-FAMILIES = {"dinov2": "dinov2", "dinov2_with_registers": "dinov2", "sam": "sam", "clip": "clip", "clip_vision_model": "clip"}
+FAMILIES = {
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "sam": "sam",
+    "sam_vision_model": "sam",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+}
 
 
 def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -51,7 +58,8 @@ def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
     changes = [f"output_dir={(output / 'run').absolute()}"]
     if encoder is not None:
         local = Path(encoder).expanduser()
-        section = f"{{name: {encoder_family(encoder)}, checkpoint: '{local.absolute() if local.is_dir() else encoder}'}}"
+        checkpoint = local.absolute() if local.is_dir() else encoder
+        section = f"{{name: {encoder_family(encoder)}, checkpoint: '{checkpoint}', upscale: 1.3125}}"
         changes += [
             f"model.encoder={section}",
             "model.adapter={name: lora, rank: 8, targets: [q, v]}",

@@ -68,6 +68,7 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     )
     ids = tuple(sorted(recipe.data.classes))
     names = [recipe.data.classes[i].name for i in ids]
+    gamma = 2.0 if section.focal_gamma is None else section.focal_gamma
     cover = CoverWindows(scenes["val"], recipe.data.tile) if "val" in scenes else None
     if cover is None:
         say("no validation split: the last epoch is kept as best; add data.val to choose on unseen scenes")
@@ -93,7 +94,7 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     loop = Loop(
         accelerator,
         model,
-        Segmentation(section.loss, class_weight_tuple(section.class_weights, ids), section.focal_gamma or 2.0),
+        Segmentation(dict(section.loss.items()), class_weight_tuple(section.class_weights, ids), gamma),
         TrainingWindows(scenes["train"], recipe.data.tile, recipe.seed, augment, recipe.data.samples_per_epoch),
         Schedule(
             epochs=section.epochs,
@@ -150,7 +151,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     import torch
 
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
-        raise MachineError("train.precision = fp16 needs a GPU, and none is visible here; use bf16 or \"no\"")
+        raise MachineError('train.precision = fp16 needs a GPU, and none is visible here; use bf16 or "no"')
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

@@ -1,4 +1,4 @@
-"""The one training loop, on Accelerate: knows a model, a data set and an objective, and nothing of recipes or files.
+"""The one training loop, on Accelerate: takes a model, a data set and an objective, and sees no recipe and no file.
 
 Order: the caller builds, freezes and attaches; the loop makes the optimizer over what `requires_grad`, prepares,
 and steps. A step may gather several batches (accumulation) on several processes; its losses are sums divided by
@@ -25,6 +25,7 @@ from vfmseg.data.sample import Batch, collate
 from vfmseg.data.windows import Draw, epoch_order, rank_batches
 from vfmseg.errors import RecipeError, VfmsegError
 from vfmseg.metrics import Confusion
+from vfmseg.model import SegmentationModel
 from vfmseg.objectives.segmentation import Segmentation, total
 
 
@@ -108,7 +109,7 @@ class Loop:
     """A run in progress. `on_step` and `on_epoch` are told on every rank; they decide who writes or prints."""
 
     accelerator: Accelerator
-    model: nn.Module  # not prepared: the loop wraps it, the caller keeps the plain module
+    model: SegmentationModel  # not prepared: the loop wraps it, the caller keeps the plain module
     objective: Segmentation
     data: TrainingWindows
     schedule: Schedule

@@ -39,7 +39,7 @@ def load_run(path: Path, loop: Loop, recipe_text: str) -> None:
             f"{path}: the run was started with another recipe ({'; '.join(changed[:3])}); resume with the same "
             "recipe, or start anew with --overwrite"
         )
-    load_strictly(loop.model, content["model"], loop.model.trainable(), path)
+    load_strictly(content["model"], loop.model.trainable(), path)
     loop.optimizer.load_state_dict(content["optimizer"])
     if content["scaler"] is not None and loop.accelerator.scaler is not None:
         loop.accelerator.scaler.load_state_dict(content["scaler"])

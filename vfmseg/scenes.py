@@ -70,16 +70,14 @@ def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
     by_dataset = [name for name, how in chosen.items() if how == "dataset"]
     statistics = stream_statistics(train) if by_dataset else {}
     for name in bands:
-        how = "published mean and std of the encoder" if chosen[name] == "encoder" else "mean and std of the training split"
-        say_once(f"{name}: {bands[name]} bands ({dtypes[name]}), normalised by the {how}")
+        source = "the encoder's published" if chosen[name] == "encoder" else "the training split's"
+        say_once(f"{name}: {bands[name]} bands ({dtypes[name]}), normalised by {source} mean and std")
     return InputFacts(bands, dtypes, {name: statistics[name] for name in by_dataset})
 
 
 def value_ranges(facts: InputFacts, scales: Mapping[str, float]) -> dict[str, float]:
     """255 for modalities that hold 8-bit values unscaled, 0 (unknown) for the others."""
-    return {
-        name: 255.0 if dtype == "uint8" and scales[name] == 1.0 else 0.0 for name, dtype in facts.dtypes.items()
-    }
+    return {name: 255.0 if dtype == "uint8" and scales[name] == 1.0 else 0.0 for name, dtype in facts.dtypes.items()}
 
 
 def _check_alike(scenes: Sequence[SceneLike], split: str) -> None:

@@ -30,8 +30,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Segmenter:
     """A trained segmentation model that labels arrays and scenes of any size.
 
-        segmenter = Segmenter.from_pretrained("runs/flood/best")
-        segmenter.predict("scene.tif", output="labels.tif")
+    segmenter = Segmenter.from_pretrained("runs/flood/best")
+    segmenter.predict("scene.tif", output="labels.tif")
     """
 
     def __init__(self, loaded: Loaded, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -171,15 +171,15 @@ class Segmenter:
         given = scene if isinstance(scene, Mapping) else {next(iter(bands)): scene}
         if set(given) != set(bands):
             raise DataError(
-                f"the segmenter needs the modalities {', '.join(bands)}, but got {', '.join(map(str, given))}; pass one "
-                "path or array for each"
+                f"the segmenter needs the modalities {', '.join(bands)}, but got {', '.join(map(str, given))}; pass "
+                "one path or array for each"
             )
         source = OpenScene({name: given[name] for name in bands}, bands)
         for name, expected in self.facts.bands.items():
             if source.bands()[name] != expected:
                 raise DataError(
-                    f"{source.rasters[name].path}: {source.bands()[name]} bands are read, but the segmenter was trained on "
-                    f"{expected} bands for '{name}'; choose them with data.modalities.{name}.bands when training"
+                    f"{source.rasters[name].path}: {source.bands()[name]} bands are read, but the model was trained "
+                    f"on {expected} bands for '{name}'; choose them with data.modalities.{name}.bands when training"
                 )
         return source
 

@@ -59,7 +59,7 @@ def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        _complain(f"{error.filename or 'the target'}: {error.strerror}; free some space or choose another output folder")
+        _complain(f"{error.filename or 'the target'}: {error.strerror}; free some space or choose another folder")
         return 3
     except RuntimeError as error:
         # torch.OutOfMemoryError is a RuntimeError; named by its class so that torch is not imported for it

@@ -21,9 +21,7 @@ class ArrayRaster(Raster):
 
     def __init__(self, array: np.ndarray, bands: Bands, name: str) -> None:
         if array.ndim != 3 or 0 in array.shape:
-            raise DataError(
-                f"the array for '{name}' has shape {array.shape}; expected (bands, height, width)"
-            )
+            raise DataError(f"the array for '{name}' has shape {array.shape}; expected (bands, height, width)")
         if array.dtype.kind not in "buif":
             raise DataError(f"the array for '{name}' holds {array.dtype}; expected integers or real numbers")
         stored = array.astype(_STORED.get(array.dtype.name, array.dtype.name), copy=False)

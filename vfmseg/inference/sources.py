@@ -26,9 +26,9 @@ class OpenScene:
         for name, raster in self.rasters.items():
             if not self.grid.same_place(raster.grid):
                 raise DataError(
-                    f"{raster.path}: the grid of '{name}' ({raster.grid.height} x {raster.grid.width} px) differs from "
-                    f"that of '{first_name}' ({self.grid.height} x {self.grid.width} px, {first.path}); warp it to that "
-                    "grid first, for instance with gdalwarp"
+                    f"{raster.path}: '{name}' has {raster.grid.height} x {raster.grid.width} px on another grid than "
+                    f"'{first_name}' ({self.grid.height} x {self.grid.width} px, {first.path}); warp it to that grid "
+                    "first, for instance with gdalwarp"
                 )
 
     def bands(self) -> dict[str, int]:

@@ -1,0 +1,193 @@
+"""The Segmenter and its folder: complete, strict, the same in another place; label maps that keep their ground."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from safetensors.torch import load_file, save_file
+
+from vfmseg.checkpoint import load_segmenter
+from vfmseg.errors import CheckpointError, DataError, RecipeError
+from vfmseg.finetune import finetune
+from vfmseg.recipe import load_recipe
+from vfmseg.segmenter import Segmenter
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/, encoder/ and a finished LoRA run in run/, shared by the tests of this file."""
+    folder = tmp_path_factory.mktemp("place")
+    toy_folder(folder / "data")
+    save_encoder(folder / "encoder", "dinov2")
+    content = recipe_dict(folder / "data", folder / "encoder", folder / "run")
+    content["train"]["epochs"] = 1
+    finetune(load_recipe(write_recipe(folder / "recipe.yaml", content)))
+    return folder
+
+
+@pytest.fixture
+def copied(place: Path, tmp_path: Path) -> Path:
+    shutil.copytree(place / "run" / "best", tmp_path / "best")
+    return tmp_path / "best"
+
+
+def test_p36_labels_keep_crs_transform_classes_and_colours(place: Path, tmp_path: Path) -> None:
+    image, _ = toy_scene(7, 50, 83)
+    scene = write_raster(tmp_path / "scene.tif", image)
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    out = segmenter.predict(scene, output=tmp_path / "out" / "labels.tif")
+    with rasterio.open(scene) as source, rasterio.open(out) as labels:
+        assert (labels.crs, labels.transform, labels.shape) == (source.crs, source.transform, source.shape)
+        assert labels.nodata == segmenter.nodata == 255
+        assert labels.tags()["CLASS_1"] == "disc"
+        assert len({labels.colormap(1)[i] for i in (0, 1)}) == 2
+        written = labels.read(1)
+    np.testing.assert_array_equal(written, segmenter.predict(image))
+
+
+def test_p26_nodata_of_a_file_comes_out_as_nodata(place: Path, tmp_path: Path) -> None:
+    image, _ = toy_scene(7)
+    image[:, :20, :30] = 0
+    scene = write_raster(tmp_path / "scene.tif", image, nodata=0)
+    labels = Segmenter.from_pretrained(place / "run" / "best").predict(str(scene))
+    assert isinstance(labels, np.ndarray)
+    assert (labels[:20, :30] == 255).all()
+    assert (labels == 255).sum() == 600
+
+
+def test_p13_the_folder_is_all_that_is_needed(place: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    segmenter.save_pretrained(tmp_path / "mine")
+    image, _ = toy_scene(9)
+    np.testing.assert_array_equal(
+        Segmenter.from_pretrained(tmp_path / "mine").probabilities(image), segmenter.probabilities(image)
+    )
+    record = json.loads((tmp_path / "mine" / "segmenter.json").read_text())
+    assert record["encoder"]["sha256"]
+    assert record["versions"]["torch"]
+    assert not (tmp_path / "mine" / "encoder.safetensors").exists()  # the base encoder is not copied
+
+
+def test_c13_merged_and_separate_adapter_are_one_function(place: Path) -> None:
+    image, _ = toy_scene(3)
+    x = {"rgb": torch.from_numpy(image[None].astype(np.float32))}
+    valid = {"rgb": torch.ones(1, 64, 64, dtype=torch.bool)}
+    outputs = [load_segmenter(place / "run" / "best", merge=merge).model(x, valid) for merge in (True, False)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_p13_another_base_encoder_is_refused(place: Path, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "other", "dinov2", seed=1)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        Segmenter.from_pretrained(place / "run" / "best", encoder=str(tmp_path / "other"))
+
+
+def test_a_moved_base_encoder_is_found_by_its_new_place(place: Path, copied: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "encoder", tmp_path / "moved")
+    recipe = (copied / "recipe.yaml").read_text().replace(str(place / "encoder"), str(tmp_path / "gone"))
+    (copied / "recipe.yaml").write_text(recipe)
+    with pytest.raises(CheckpointError, match="--encoder"):
+        Segmenter.from_pretrained(copied)
+    assert Segmenter.from_pretrained(copied, encoder=str(tmp_path / "moved")).classes == {0: "ground", 1: "disc"}
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "adapters/rgb/adapter_model.safetensors"])
+@pytest.mark.parametrize("change", ["drop", "add", "reshape"])
+def test_c14_loading_is_strict(copied: Path, file: str, change: str) -> None:
+    tensors = load_file(copied / file)
+    name = sorted(tensors)[0]
+    if change == "drop":
+        del tensors[name]
+    elif change == "add":
+        tensors["surplus"] = torch.zeros(1)
+    else:
+        tensors[name] = torch.zeros(3, 5, 7)
+    save_file(tensors, copied / file)
+    with pytest.raises(CheckpointError, match=Path(file).name):
+        Segmenter.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "segmenter.json", "recipe.yaml"])
+def test_c14_missing_or_cut_files_are_named(copied: Path, file: str) -> None:
+    whole = (copied / file).read_bytes()
+    (copied / file).write_bytes(whole[: len(whole) // 3])
+    with pytest.raises((CheckpointError, RecipeError), match=file):
+        Segmenter.from_pretrained(copied)
+    (copied / file).unlink()
+    with pytest.raises((CheckpointError, RecipeError), match=r"segmenter|head|recipe"):
+        Segmenter.from_pretrained(copied)
+
+
+def test_checkpoint_of_another_architecture_is_refused(copied: Path) -> None:
+    recipe = (copied / "recipe.yaml").read_text()
+    (copied / "recipe.yaml").write_text(recipe.replace("name: linear", "name: fpn"))
+    with pytest.raises(CheckpointError, match="another architecture"):
+        Segmenter.from_pretrained(copied)
+
+
+def test_a_trained_encoder_travels_with_the_segmenter(place: Path, tmp_path: Path) -> None:
+    content = recipe_dict(place / "data", None, tmp_path / "run")
+    content["train"] |= {"epochs": 1}
+    content["data"]["samples_per_epoch"] = 4
+    finetune(load_recipe(write_recipe(tmp_path / "r.yaml", content)))
+    segmenter = Segmenter.from_pretrained(tmp_path / "run" / "best")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"]
+    loaded = dict(segmenter.model.named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_p42_evaluate_equals_the_scores_of_the_written_maps(place: Path, tmp_path: Path) -> None:
+    from sklearn.metrics import jaccard_score
+
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    scores = segmenter.evaluate(place / "recipe.yaml", "val")
+    truth, predicted = [], []
+    for i in range(2):
+        with rasterio.open(place / "data" / "val" / "labels" / f"s{i}_val.tif") as file:
+            truth.append(file.read(1).ravel())
+        predicted.append(segmenter.predict(place / "data" / "val" / "images" / f"s{i}_val.tif").ravel())  # type: ignore[union-attr]
+    expected = jaccard_score(np.concatenate(truth), np.concatenate(predicted), average=None, labels=[0, 1])
+    assert scores["miou"] == pytest.approx(expected.mean())
+    assert scores["pixels"] == 2 * 64 * 64
+
+
+def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    with pytest.raises(DataError, match="modalities"):
+        segmenter.predict({"dem": np.zeros((1, 4, 4))})
+    with pytest.raises(DataError, match="bands"):
+        segmenter.predict(np.zeros((4, 8, 8), np.uint8))
+    with pytest.raises(DataError, match="shape"):
+        segmenter.predict(np.zeros((8, 8), np.uint8))
+    with pytest.raises(DataError, match=r"none\.tif"):
+        segmenter.predict(str(tmp_path / "none.tif"), output=tmp_path / "out.tif")
+    with pytest.raises(RecipeError, match="overlap"):
+        segmenter.predict(np.zeros((3, 8, 8), np.uint8), overlap=1.0)
+    assert not (tmp_path / "out.tif").exists()
+
+
+def test_p37_a_failed_prediction_leaves_no_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, _ = toy_scene(7)
+    scene = write_raster(tmp_path / "scene.tif", image)
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    calls = 0
+    honest = segmenter.model.forward
+
+    def breaks_late(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise RuntimeError("broken")
+        return honest(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segmenter.model, "forward", breaks_late)
+    with pytest.raises(RuntimeError, match="broken"):
+        segmenter.predict(scene, output=tmp_path / "labels.tif", batch_size=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]

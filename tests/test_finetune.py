@@ -38,15 +38,18 @@ def run(folder: Path, content: dict[str, Any], **how: bool) -> dict[str, Any]:
     return finetune(load_recipe(write_recipe(folder / "recipe.yaml", content)), **how)
 
 
-def launch(arguments: list[str], *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch vfmseg/finetune.py ...` as a user types it."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """The script as a user starts it: by `accelerate launch`, or on several CPU processes by torchrun.
+
+    (On the CPU `accelerate launch` starts one process however many are asked for; on GPUs it starts torchrun itself.)
+    """
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if processes > 1:
-        command += ["--main_process_port", "0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
-        [*command, *options, str(ROOT / "vfmseg" / "finetune.py"), *arguments],
+        [*command, str(ROOT / "vfmseg" / "finetune.py"), *arguments],
         capture_output=True, text=True, env=environment, timeout=240, check=False,
     )  # fmt: skip
 

@@ -131,7 +131,7 @@ def test_a_pickled_encoder_is_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "enc" / "config.json").write_text((place / "encoder" / "config.json").read_text())
     torch.save({"x": Path("code")}, tmp_path / "enc" / "pytorch_model.bin")
     message = refused(place, tmp_path, lambda r: r["model"]["encoder"].update(checkpoint=str(tmp_path / "enc")))
-    assert "pytorch_model.bin" in message
+    assert "expected model.safetensors" in message
 
 
 def test_a_run_state_with_code_is_refused(place: Path, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_arrays_are_modalities_and_bands_are_chosen_and_scaled(tmp_path: Path) -
     assert (chips["dem"].pixels == 1.0).all()
     assert scenes[2].bands() == {"rgb": 2, "dem": 1}
     assert scenes[2].dtypes() == {"rgb": "uint8", "dem": "float32"}
+    assert open_set(tmp_path / "set", rgb="ids")[0].dtypes() == {"rgb": "int16"}  # as stored, not widened on the way
     assert not scenes[3].read(Window(0, 0, 24, 32))["dem"].valid.any()  # 3 / 2 is its nodata
     assert stream_statistics([scenes[2], scenes[4]])["dem"] == ((1.5,), (0.5,))
     with pytest.raises(DataError, match=r"row 0, column 'photo' has 3 bands, but data\.modalities\.rgb\.bands asks"):

@@ -11,6 +11,7 @@ if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(_
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,8 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
         say(f"resuming after epoch {loop.state.epoch} of {section.epochs}")
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _remove_run(output)
         with whole_file(output / "recipe.yaml") as aside:
             aside.write_text(text, encoding="utf-8")
     progress = TrainingProgress(loop.steps_total, section.epochs, loop.state.step)
@@ -145,6 +148,14 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"output_dir = {output} already holds {', '.join(sorted(p.name for p in output.iterdir())[:4])}; "
             "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
         )
+
+
+def _remove_run(output: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else: its state must not be resumed under the new recipe."""
+    for name in (STATE_FILE, "metrics.jsonl", "metrics.json"):
+        (output / name).unlink(missing_ok=True)
+    for name in ("best", "last"):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vfmseg.data.split import SceneLike, disjoint, scenes_from_dataset, scenes_from_files, scenes_from_table
+from vfmseg.data.split import (
+    SceneLike,
+    disjoint,
+    require_labels,
+    scenes_from_dataset,
+    scenes_from_files,
+    scenes_from_table,
+)
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.labels import LabelMap
@@ -60,7 +67,10 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file."""
     splits = {name: open_split(recipe, name) for name in ("train", "val", "test") if getattr(recipe.data, name)}
     disjoint(splits)
-    return {name: splits[name] for name in ("train", "val") if name in splits}
+    training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
+    for name, scenes in training.items():
+        require_labels(scenes, name)
+    return training
 
 
 def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:

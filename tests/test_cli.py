@@ -75,7 +75,7 @@ def test_finetune_evaluate_predict(place: Path, tmp_path: Path) -> None:
     done = vfmseg("predict", tmp_path / "run" / "best", scene, "-o", tmp_path / "labels.tif", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"].endswith("labels.tif")
-    assert time.perf_counter() - started < 60  # the bound on a quiet machine is 6 s: benchmarks/startup.py
+    assert time.perf_counter() - started < 60  # about 7 s on a quiet machine, nearly all of it imports
     again = vfmseg("finetune", recipe, "train.epochs=1")
     assert again.returncode == 2
     assert "--resume" in again.stderr

@@ -65,7 +65,7 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
             name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue)
             for name, r in section.augment.radiometry.items()
         },
-        value_range=value_ranges(facts, {name: m.scale for name, m in recipe.data.modalities.items()}),
+        value_range=value_ranges(facts, recipe),
     )
     ids = tuple(sorted(recipe.data.classes))
     names = [recipe.data.classes[i].name for i in ids]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from vfmseg.data.split import (
     SceneLike,
@@ -85,9 +85,10 @@ def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
     return InputFacts(bands, dtypes, {name: statistics[name] for name in by_dataset})
 
 
-def value_ranges(facts: InputFacts, scales: Mapping[str, float]) -> dict[str, float]:
-    """255 for modalities that hold 8-bit values unscaled, 0 (unknown) for the others."""
-    return {name: 255.0 if dtype == "uint8" and scales[name] == 1.0 else 0.0 for name, dtype in facts.dtypes.items()}
+def value_ranges(facts: InputFacts, recipe: Recipe) -> dict[str, float]:
+    """255 for modalities that hold 8-bit values as stored, 0 (unknown) for the others."""
+    plain = {name: m.scale == 1.0 and m.offset == 0.0 for name, m in recipe.data.modalities.items()}
+    return {name: 255.0 if dtype == "uint8" and plain[name] else 0.0 for name, dtype in facts.dtypes.items()}
 
 
 def _check_alike(scenes: Sequence[SceneLike], split: str) -> None:

@@ -6,7 +6,6 @@ as imagery or as labels, is decided in `reader` and `labels`.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import warnings
@@ -24,9 +23,6 @@ from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
-
-# GDAL's complaints reach the user once, inside our own message; without a handler Python would print them too.
-logging.getLogger("rasterio").addHandler(logging.NullHandler())
 
 _OPTIONS: dict[str, Any] = {
     "GDAL_CACHEMAX": 256,  # MB; GDAL's default is 5 % of the machine's memory

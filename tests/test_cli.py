@@ -168,6 +168,25 @@ sys.exit(guarded(verb))
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
+def test_p37_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vfmseg.files import whole_folder
+
+    with whole_folder(tmp_path / "best") as aside:
+        (aside / "a").write_bytes(b"old")
+    honest = Path.rename
+
+    def fails_for_the_new(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError("no")
+        return honest(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new)
+    with pytest.raises(OSError, match="no"), whole_folder(tmp_path / "best") as aside:
+        (aside / "a").write_bytes(b"new")
+    assert (tmp_path / "best" / "a").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
 def test_p63_overwrite_replaces_the_run(place: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", content(place, tmp_path / "run"))
     assert vfmseg("finetune", recipe, "train.epochs=1").returncode == 0

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vfmseg.catalog import FAMILY_STATISTICS
 from vfmseg.encoders.base import quarter_points, sha256_of
-from vfmseg.encoders.build import ENCODERS, architecture_config, build_encoder, build_encoder_from_config
+from vfmseg.encoders.build import ENCODERS, build_encoder, build_encoder_from_config
 from vfmseg.encoders.sam import resize_positions
 from vfmseg.errors import CheckpointError, RecipeError
 
@@ -481,7 +481,7 @@ def test_builtin_is_small_and_follows_its_seed() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_p6_an_encoder_rebuilds_from_its_config_and_tensors(folders: dict[str, Path], kind: str) -> None:
     encoder = build(folders, kind, layers=[1, 2], upscale=1.5)
-    config = json.loads(json.dumps(architecture_config(encoder)))
+    config = json.loads(json.dumps(encoder.config()))
     assert str(folders[kind]) not in json.dumps(config)
     again = build_encoder_from_config(family(kind), config, 3, layers=[1, 2], upscale=1.5)
     images, valid = picture(30, 40)

@@ -14,7 +14,7 @@ import torch
 from makers import recipe_dict, save_encoder, toy_folder, write_recipe
 from safetensors.torch import load_file
 
-from vfmseg.errors import CheckpointError, MachineError, RecipeError
+from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
@@ -52,6 +52,12 @@ def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProc
         [*command, str(ROOT / "vfmseg" / "finetune.py"), *arguments],
         capture_output=True, text=True, env=environment, timeout=240, check=False,
     )  # fmt: skip
+
+
+def records(run_folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` for each "step" or "epoch"."""
+    lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
 
 
 def trained_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -133,18 +139,29 @@ def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
     whole, cut = trained_tensors(tmp_path / "whole"), trained_tensors(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    logs = [
-        [
-            line
-            for line in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines())
-            if line["kind"] == "step"
-        ]
-        for f in ("whole", "cut")
-    ]
+    logs = [records(tmp_path / f, "step") for f in ("whole", "cut")]
     assert logs[0] == logs[1]
     results = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("whole", "cut")]
     assert results[0]["best_epoch"] == results[1]["best_epoch"]
     assert results[0]["validation"] == results[1]["validation"]
+
+
+def test_p63_an_overwritten_run_cannot_be_resumed(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in its first epoch, the new run must not go on from the old one's state, nor show its results."""
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    run(tmp_path, content)
+    (tmp_path / "run" / "mine.txt").write_text("keep me")
+    from vfmseg import loop
+
+    def interrupted(self: loop.Loop, epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Loop, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, content, overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["mine.txt", "recipe.yaml"]
 
 
 def test_p55_resume_with_another_recipe_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
@@ -177,13 +194,12 @@ def test_p49_two_processes_equal_one(data: Path, encoders: dict[str, Path], tmp_
     content["output_dir"] = str(tmp_path / "two")
     two = launch([str(write_recipe(tmp_path / "two.yaml", content))], processes=2)
     assert two.returncode == 0, two.stderr
-    logs = [[json.loads(x) for x in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in ("one", "two")]
-    steps = [[r for r in log if r["kind"] == "step"] for log in logs]
+    steps = [records(tmp_path / f, "step") for f in ("one", "two")]
     assert len(steps[0]) == len(steps[1]) == 2 * 3
     for a, b in zip(*steps, strict=True):
         assert a["lr"] == b["lr"]  # P50: one schedule, stepped by optimizer step
         assert abs(a["loss"] - b["loss"]) <= 1e-5 * abs(a["loss"])
-    epochs = [[r for r in log if r["kind"] == "epoch"] for log in logs]
+    epochs = [records(tmp_path / f, "epoch") for f in ("one", "two")]
     for a, b in zip(*epochs, strict=True):
         assert a["validation"]["pixels"] == b["validation"]["pixels"]  # P54: nothing counted twice
         assert abs(a["validation"]["miou"] - b["validation"]["miou"]) < 1e-3
@@ -200,14 +216,7 @@ def test_p49_accumulation_equals_one_large_batch(data: Path, encoders: dict[str,
     content["train"] |= {"batch_size": 2, "accumulate": 4}
     content["output_dir"] = str(tmp_path / "small")
     run(tmp_path, content)
-    steps = [
-        [
-            r["loss"]
-            for r in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines())
-            if r["kind"] == "step"
-        ]
-        for f in ("large", "small")
-    ]
+    steps = [[r["loss"] for r in records(tmp_path / f, "step")] for f in ("large", "small")]
     assert len(steps[0]) == len(steps[1]) == 2
     assert steps[0] == pytest.approx(steps[1], rel=1e-5)
 
@@ -229,14 +238,7 @@ def test_p60_bf16_run_is_finite_and_close(data: Path, encoders: dict[str, Path],
     content["train"]["precision"] = "no"
     content["output_dir"] = str(tmp_path / "fp32")
     run(tmp_path, content)
-    losses = [
-        [
-            r["loss"]
-            for r in map(json.loads, (tmp_path / f / "metrics.jsonl").read_text().splitlines())
-            if r["kind"] == "step"
-        ]
-        for f in ("run", "fp32")
-    ]
+    losses = [[r["loss"] for r in records(tmp_path / f, "step")] for f in ("run", "fp32")]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
@@ -259,16 +261,14 @@ def test_c1_test_split_is_not_read_during_training(
     assert not [path for path in seen if "_test" in path]
 
 
-def test_p41_all_pixels_ignored_in_training_is_an_error_or_harmless(
+def test_p30_unknown_label_ids_are_refused_before_training(
     data: Path, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["data"] |= {"classes": {2: "a", 3: "b"}, "ignore_index": 0}
-    content["data"]["train"]["labels"] = content["data"]["train"]["labels"]
-    from vfmseg.errors import DataError
-
-    with pytest.raises(DataError, match="1"):
+    with pytest.raises(DataError, match=r"s0_train\.tif"):
         run(tmp_path, content)
+    assert not (tmp_path / "run").exists()
 
 
 def test_learning_falls_on_the_toy(data: Path, tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_p42_evaluate_equals_the_scores_of_the_written_maps(place: Path, tmp_pat
     assert scores["pixels"] == 2 * 64 * 64
 
 
+def test_p26_nodata_never_reaches_the_scores(place: Path, tmp_path: Path) -> None:
+    """The labels go on where the image has none; those pixels are not counted."""
+    image, labels = toy_scene(7)
+    image[:, :20, :30] = 0
+    write_raster(tmp_path / "i" / "a.tif", image, nodata=0)
+    write_raster(tmp_path / "l" / "a.tif", labels)
+    content = recipe_dict(place / "data", place / "encoder", tmp_path / "run")
+    content["data"]["val"] = {"rgb": f"{tmp_path}/i/*.tif", "labels": f"{tmp_path}/l/*.tif"}
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
+    scores = Segmenter.from_pretrained(place / "run" / "best").evaluate(recipe, "val")
+    assert scores["pixels"] == 64 * 64 - 600
+
+
 def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     with pytest.raises(DataError, match="modalities"):

@@ -27,12 +27,18 @@ from torch import Tensor
 
 from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adapter
 from vfmseg.catalog import CATALOG
-from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.base import Encoder
-from vfmseg.encoders.build import build_encoder, build_encoder_from_config
+from vfmseg.encoders.build import build_encoder_from_config
 from vfmseg.errors import CheckpointError
 from vfmseg.files import whole_folder
-from vfmseg.model import InputFacts, SegmentationModel, normalization, stacked_statistics
+from vfmseg.model import (
+    InputFacts,
+    SegmentationModel,
+    normalization,
+    published_encoder,
+    stacked_statistics,
+    with_decoder,
+)
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 
 FORMAT = 1
@@ -123,15 +129,7 @@ def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True)
     else:
         attached = ADAPTERS[adapter.name](built, **adapter.model_dump(exclude={"name"}))
         load_adapter(built, attached, place)
-    decoder_section = recipe.model.decoder
-    decoder = build_decoder(
-        decoder_section.name,
-        in_channels=built.channels,
-        strides=built.strides,
-        classes=len(recipe.data.classes),
-        channels=None if decoder_section.name == "linear" else decoder_section.channels,
-    )
-    model = SegmentationModel(built, attached, decoder, facts.bands, len(recipe.data.classes))
+    model = with_decoder(recipe, built, attached, facts.bands)
     load_strictly(_read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
     return Loaded(model.eval(), recipe, facts, record)
 
@@ -159,8 +157,6 @@ def _load_encoder(
     folder: Path, recipe: Recipe, facts: InputFacts, record: dict[str, Any], override: str | None
 ) -> Encoder:
     section = recipe.model.encoder
-    mean, std = stacked_statistics(section.name, normalization(recipe, facts.bands, facts.dtypes), facts)
-    channels = sum(facts.bands.values())
     stored = record["encoder"]
     if stored["name"] != section.name:
         raise CheckpointError(
@@ -170,35 +166,23 @@ def _load_encoder(
     if stored["stored"]:
         if override is not None:
             raise CheckpointError(f"{folder}: this run trained its encoder and stores it; leave out encoder={override}")
+        mean, std = stacked_statistics(section.name, normalization(recipe, facts.bands, facts.dtypes), facts)
         encoder = build_encoder_from_config(
-            section.name, stored["config"], channels, mean, std, section.layers, section.upscale, section.input
+            section.name, stored["config"], len(mean), mean, std, section.layers, section.upscale, section.input
         )
         path = folder / "encoder.safetensors"
         load_strictly(_read_tensors(path), encoder.backbone.state_dict(), path)
         return encoder
-    # narrowed by name: builtin has no published weights to look for
-    checkpoint = None if section.name == "builtin" else override or section.checkpoint
-    revision = None if section.name == "builtin" or override else section.revision
     try:
-        encoder = build_encoder(
-            section.name,
-            checkpoint=checkpoint,
-            revision=revision,
-            in_channels=channels,
-            mean=mean,
-            std=std,
-            layers=section.layers,
-            upscale=section.upscale,
-            input=section.input,
-        )
+        encoder = published_encoder(recipe, facts, instead=override)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\n{folder} needs this base encoder; if it lies elsewhere, pass encoder=FOLDER (--encoder FOLDER)"
         ) from None
     if encoder.base.sha256 != stored["sha256"]:
         raise CheckpointError(
-            f"{folder}: the base encoder {checkpoint} has SHA-256 {encoder.base.sha256[:12]}..., but this checkpoint "
-            f"was trained on {stored['sha256'][:12]}...; use the encoder it was trained on ({stored['id']})"
+            f"{folder}: the base encoder {encoder.base.id} has SHA-256 {encoder.base.sha256[:12]}..., but this "
+            f"checkpoint was trained on {stored['sha256'][:12]}...; use the encoder it was trained on ({stored['id']})"
         )
     return encoder
 

@@ -83,15 +83,20 @@ def predict(
     """Label a scene of any size and write a GeoTIFF."""
 
     def verb() -> None:
+        import gc
         import time
 
         started = time.perf_counter()
         quiet_libraries()
         inputs = _inputs(scene, modality or [])
+        # importing makes millions of objects that live to the end; looking for garbage among them costs half a second
+        gc.disable()
         from vfmseg.progress import TileProgress
         from vfmseg.segmenter import Segmenter
 
         segmenter = Segmenter.from_pretrained(checkpoint, device=device, dtype=dtype, encoder=encoder)
+        gc.freeze()
+        gc.enable()
         first = next(iter(segmenter.facts.bands))
         segmenter.predict(
             {first: scene, **inputs},

@@ -95,39 +95,44 @@ def build_model(recipe: Recipe, facts: InputFacts) -> SegmentationModel:
 
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
-    encoder_section = recipe.model.encoder
-    chosen = normalization(recipe, facts.bands, facts.dtypes)
-    mean, std = stacked_statistics(encoder_section.name, chosen, facts)
-    encoder = build_encoder(
-        encoder_section.name,
-        checkpoint=encoder_section.checkpoint if encoder_section.name != "builtin" else None,
-        revision=encoder_section.revision if encoder_section.name != "builtin" else None,
-        in_channels=sum(facts.bands.values()),
-        mean=mean,
-        std=std,
-        layers=encoder_section.layers,
-        upscale=encoder_section.upscale,
-        input=encoder_section.input,
-        gradient_checkpointing=recipe.train.gradient_checkpointing,
-        seed=recipe.seed,
-    )
-    return assemble(recipe, encoder, facts.bands)
-
-
-def assemble(recipe: Recipe, encoder: Encoder, bands: Mapping[str, int]) -> SegmentationModel:
-    """Attach adapter and decoder to a built encoder."""
+    encoder = published_encoder(recipe, facts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         adapter = recipe.model.adapter
         attached = ADAPTERS[adapter.name](encoder, **adapter.model_dump(exclude={"name"}))
-        decoder_section = recipe.model.decoder
-        decoder = build_decoder(
-            decoder_section.name,
-            in_channels=encoder.channels,
-            strides=encoder.strides,
-            classes=len(recipe.data.classes),
-            channels=None if decoder_section.name == "linear" else decoder_section.channels,
-        )
+        return with_decoder(recipe, encoder, attached, facts.bands)
+
+
+def published_encoder(recipe: Recipe, facts: InputFacts, instead: str | None = None) -> Encoder:
+    """The recipe's encoder with its published weights; `instead` is another folder or hub id to take them from."""
+    section = recipe.model.encoder
+    mean, std = stacked_statistics(section.name, normalization(recipe, facts.bands, facts.dtypes), facts)
+    return build_encoder(
+        section.name,
+        # narrowed by name: builtin has no published weights to look for
+        checkpoint=None if section.name == "builtin" else instead or section.checkpoint,
+        revision=None if section.name == "builtin" or instead else section.revision,
+        in_channels=sum(facts.bands.values()),
+        mean=mean,
+        std=std,
+        layers=section.layers,
+        upscale=section.upscale,
+        input=section.input,
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+        seed=recipe.seed,
+    )
+
+
+def with_decoder(recipe: Recipe, encoder: Encoder, attached: Attached, bands: Mapping[str, int]) -> SegmentationModel:
+    """Put the recipe's decoder (random weights) on an encoder and its adapter."""
+    section = recipe.model.decoder
+    decoder = build_decoder(
+        section.name,
+        in_channels=encoder.channels,
+        strides=encoder.strides,
+        classes=len(recipe.data.classes),
+        channels=None if section.name == "linear" else section.channels,
+    )
     return SegmentationModel(encoder, attached, decoder, bands, len(recipe.data.classes))
 
 

@@ -69,7 +69,7 @@ def build_encoder_from_config(
     gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Encoder:
-    """The architecture that `architecture_config` described, with random weights: load the stored ones next.
+    """The architecture that `Encoder.config` described, with random weights: load the stored ones next.
 
     Its backbone holds exactly the tensors of the encoder it was taken from. Arguments as in `build_encoder`.
     """
@@ -79,11 +79,6 @@ def build_encoder_from_config(
     backbone = _random(family, config, seed, "encoder config")
     base = BaseRecord(name, None, "")
     return _finish(family, backbone, base, in_channels, statistics, layers, upscale, input, gradient_checkpointing)
-
-
-def architecture_config(encoder: Encoder) -> dict[str, Any]:
-    """Upstream configuration of an encoder, as plain JSON values."""
-    return encoder.config()
 
 
 def _family(name: str) -> Family:

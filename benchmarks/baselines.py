@@ -3,9 +3,9 @@
     python benchmarks/baselines.py RECIPE [key.path=value ...] --baseline forest --seeds 0 1 2
 
 `majority`: always the most frequent class of the training labels. `forest`: a random forest on the bands of the 5 x 5
-pixels round each pixel. `unet`: a small U-Net trained from nothing for `--seconds`, its weights chosen on validation.
-Only `train` (and `val` for the U-Net) is learned from; the pixels scored are those that `vfmseg evaluate` scores:
-labelled, and valid in every modality. Messages go to stderr, one JSON object goes to stdout.
+pixels round each pixel. `unet`: a small U-Net trained from nothing for `--seconds` of CPU time, its weights chosen on
+validation. Only `train` (and `val` for the U-Net) is learned from; the pixels scored are those that `vfmseg evaluate`
+scores: labelled, and valid in every modality. Messages go to stderr, one JSON object goes to stdout.
 
 The functions take plain arrays; scenes larger than `LARGEST` are cut into tiles of the recipe's size first.
 """
@@ -259,12 +259,13 @@ def unet(
     lr: float = 1e-3,
     width: int = 24,
 ) -> UNetRun:
-    """Train a small U-Net from nothing for `seconds` (validation counted in), keep the best on `val`, score `test`.
+    """Train a small U-Net from nothing for `seconds` of CPU time (validation counted in), keep the best on `val`,
+    score `test`.
 
     The learning rate warms up and falls along the time spent, so a run depends on the machine's speed; with `steps` it
     ends, and is scheduled, by the number of steps instead, and the same seed gives the same run.
     """
-    started = time.perf_counter()
+    started = time.process_time()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = UNet(*band_statistics(train), classes, width)
@@ -273,7 +274,7 @@ def unet(
     every = max(25, math.ceil(len(train) / BATCH))  # steps between two validations
     best, best_state, validation, step = -math.inf, copy.deepcopy(model.state_dict()), [], 0
     for image, valid, targets in batches(train, size, rng):
-        done = step / steps if steps is not None else (time.perf_counter() - started) / seconds
+        done = step / steps if steps is not None else (time.process_time() - started) / seconds
         if done < 1:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
@@ -293,7 +294,7 @@ def unet(
             break
     model.load_state_dict(best_state)
     parameters = sum(p.numel() for p in model.parameters())
-    return UNetRun(score(model, test, classes), parameters, step, validation, time.perf_counter() - started)
+    return UNetRun(score(model, test, classes), parameters, step, validation, time.process_time() - started)
 
 
 @dataclass(frozen=True)
@@ -377,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--baseline", choices=("majority", "forest", "unet"), required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="training time of the U-Net, each seed")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="CPU time of the U-Net's training, each seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes of the forest")
     parser.add_argument("--all-pixels", action="store_true", help="the forest answers every test pixel")
     try:

@@ -5,7 +5,8 @@
 
 `run` goes through data sets, rows and seeds, and keeps each result as a JSON file in `benchmarks/results/`; what is
 there already is not run again, so an interrupted table goes on. Each training is one `vfmseg finetune` and one
-`vfmseg evaluate`, the commands a user has. A row whose first run takes over ten minutes keeps to one seed.
+`vfmseg evaluate`, the commands a user has. A row whose first run takes over ten minutes keeps to one seed. Minutes are
+CPU time of the training: beside other work the clock would measure that work too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -73,7 +75,9 @@ def train_and_measure(name: str, row: str, seed: int, data: Path, vit: str) -> d
         changes = recipe_changes(name, row, data, vit)
         changes += [f"seed={seed}", f"output_dir={scratch}/run"]
         recipe = str(ROOT / "recipes" / f"{name}.yaml")
+        started = children_minutes()
         vfmseg("finetune", recipe, *changes)
+        minutes = round(children_minutes() - started, 2)
         training = json.loads((Path(scratch) / "run" / "metrics.json").read_text())
         test = json.loads(vfmseg("evaluate", f"{scratch}/run/best", recipe, *changes[:-2], "--json"))
     return {
@@ -81,7 +85,7 @@ def train_and_measure(name: str, row: str, seed: int, data: Path, vit: str) -> d
         "validation": training["validation"]["miou"],
         "best_epoch": training["best_epoch"],
         "trainable": training["trainable_parameters"],
-        "minutes": training["minutes"],
+        "minutes": minutes,
         "changes": [change for change in changes[:-1] if "table=" not in change and "checkpoint=" not in change],
         "versions": training["versions"],
     }
@@ -103,12 +107,14 @@ def run_demo(seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         recipe = str(ASSETS / "recipe.yaml")
         changes = [f"seed={seed}"]
+        started = children_minutes()
         vfmseg("finetune", recipe, *changes, f"output_dir={scratch}/run")
+        minutes = round(children_minutes() - started, 2)
         training = json.loads((Path(scratch) / "run" / "metrics.json").read_text())
         test = json.loads(vfmseg("evaluate", f"{scratch}/run/best", recipe, "--json"))
     return {
         "test": test, "validation": training["validation"]["miou"], "best_epoch": training["best_epoch"],
-        "trainable": training["trainable_parameters"], "minutes": training["minutes"], "changes": changes,
+        "trainable": training["trainable_parameters"], "minutes": minutes, "changes": changes,
         "versions": training["versions"],
     }  # fmt: skip
 
@@ -118,9 +124,15 @@ def run_baseline(name: str, row: str, seed: int, data: Path) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from benchmarks.baselines import measure
 
-    started = time.perf_counter()
+    started = time.process_time()
     scores, trainable = measure(row, ROOT / "recipes" / f"{name}.yaml", data, seed)
-    return {"test": scores, "trainable": trainable, "minutes": round((time.perf_counter() - started) / 60, 2)}
+    return {"test": scores, "trainable": trainable, "minutes": round((time.process_time() - started) / 60, 2)}
+
+
+def children_minutes() -> float:
+    """CPU minutes of the processes that this one has started and seen end."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) / 60
 
 
 def vfmseg(*arguments: str) -> str:
@@ -165,7 +177,7 @@ def show() -> str:
         rows = [row for row in TITLES if list(RESULTS.glob(f"{name}.{row}.*.json"))]
         if not rows:
             continue
-        lines += ["", f"### {title}", "", "| model | test mIoU | seeds | val mIoU | IoU by class | trained | min |",
+        lines += ["", f"### {title}", "", "| model | test mIoU | seeds | val mIoU | IoU by class | trained | CPU min |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
         lines += [_row(name, row) for row in rows]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from vfmseg.adapters.attach import attach_lora, parameter_table
+from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.build import build_encoder
 
 
@@ -18,7 +19,8 @@ def main(folder: str, family: str = "dinov2") -> tuple[str, ...]:
     for layer, feature_map, stride in zip(encoder.layers, features.maps, features.strides):
         print(f"block {layer}: {tuple(feature_map.shape)}, one cell every {stride:.1f} pixels")
     attached = attach_lora(encoder, rank=8, alpha=16.0, dropout=0.0, targets=("q", "v"))
-    for part, trainable, total in parameter_table({"encoder": encoder}):
+    decoder = build_decoder("fpn", encoder.channels, encoder.strides, classes=2)
+    for part, trainable, total in parameter_table(encoder, attached, decoder):
         print(f"{part}: {trainable:,} of {total:,} parameters learn")
     print(f"LoRA sits on {len(attached.sites)} layers, the first is {attached.sites[0]}")
     return attached.sites

@@ -1,4 +1,4 @@
-"""Small random encoders in the layout of published ones, and what tests ask of them."""
+"""Small random encoders in the layout of published ones, adapters on them, and what tests ask of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vfmseg.adapters.attach import ADAPTERS, Attached
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import ENCODERS, build_encoder
 
@@ -15,6 +16,10 @@ DEPTH = 3
 NATIVE = {"dinov2": 56, "registers": 56, "clip": 48, "clip-vision": 48, "sam": 64, "sam-vision": 64}
 PATCH = {"dinov2": 14, "registers": 14, "clip": 16, "clip-vision": 16, "sam": 16, "sam-vision": 16}
 KINDS = tuple(NATIVE)
+ALL = ("q", "k", "v", "o", "mlp")
+FAMILIES = ("dinov2", "registers", "clip", "sam")
+LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")}
+SETTINGS: dict[str, dict[str, Any]] = {"none": {}, "full": {}, "lora": LORA, "adapter": {"hidden": 4, "scale": 0.5}}
 
 
 def family(kind: str) -> str:
@@ -41,7 +46,7 @@ def vision_config(kind: str, **changes: Any) -> Any:
 
     # two windowed blocks and a global one; 4 x 4 tokens, so windows of 3 must pad
     settings = {"output_channels": 8, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1], "num_pos_feats": 4}
-    return SamVisionConfig(**settings, **common)
+    return SamVisionConfig(**{**settings, **common})
 
 
 def upstream(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
@@ -89,3 +94,31 @@ def build(folders: dict[str, Path], kind: str, in_channels: int = 3, **settings:
 def picture(height: int, width: int, bands: int = 3, batch: int = 1) -> tuple[Tensor, Tensor]:
     images = 255 * torch.rand(batch, bands, height, width, generator=torch.Generator().manual_seed(7))
     return images, torch.ones_like(images, dtype=torch.bool)
+
+
+def attach(encoder: Encoder, name: str, **changes: Any) -> Attached:
+    return ADAPTERS[name](encoder, **{**SETTINGS[name], **changes})
+
+
+def last_map(encoder: Encoder) -> Tensor:
+    return encoder(*picture(50, 70, bands=encoder.in_channels)).maps[
+        -1
+    ]  # H and W differ, and are multiples of no patch
+
+
+def backward(encoder: Encoder) -> None:
+    """Gradient of a fixed random sum over all maps (their squares are constant, as maps are normed)."""
+    generator = torch.Generator().manual_seed(3)
+    maps = encoder(*picture(50, 70, bands=encoder.in_channels)).maps
+    torch.stack([(m * torch.randn(m.shape, generator=generator)).sum() for m in maps]).sum().backward()
+
+
+def train(encoder: Encoder, steps: int = 3) -> None:
+    learning = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=0.02, weight_decay=0.1)
+    encoder.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(encoder)
+        optimizer.step()
+    encoder.eval()

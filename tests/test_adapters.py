@@ -1,12 +1,9 @@
-"""Adapters: found by structure, identity at first, frozen means frozen, files that plain peft reads, strict loading."""
+"""Adapters: found by structure, identity at first, frozen means frozen."""
 
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
-import warnings
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,53 +11,33 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_models import DEPTH, build, picture, save_all, upstream
-from safetensors.torch import load_file, save_file
+from encoder_models import (
+    ALL,
+    DEPTH,
+    FAMILIES,
+    SETTINGS,
+    attach,
+    backward,
+    build,
+    last_map,
+    picture,
+    save_all,
+    train,
+    upstream,
+)
 from torch import Tensor, nn
 
-from vfmseg.adapters.attach import ADAPTERS, Attached, load_adapter, merge_lora, parameter_table, save_adapter
+from vfmseg.adapters.attach import ADAPTERS, parameter_table, save_adapter
+from vfmseg.adapters.bottleneck import ParallelMlp
 from vfmseg.adapters.sites import chosen_sites
 from vfmseg.encoders.base import Encoder, sha256_of
 from vfmseg.encoders.build import build_encoder
-from vfmseg.errors import AdapterError, CheckpointError
-
-ALL = ("q", "k", "v", "o", "mlp")
-FAMILIES = ("dinov2", "registers", "clip", "sam")
-LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")}
-SETTINGS: dict[str, dict[str, Any]] = {"none": {}, "full": {}, "lora": LORA, "adapter": {"hidden": 4, "scale": 0.5}}
+from vfmseg.errors import AdapterError
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_all(tmp_path_factory.mktemp("adapted"))
-
-
-def attach(encoder: Encoder, name: str, **changes: Any) -> Attached:
-    return ADAPTERS[name](encoder, **{**SETTINGS[name], **changes})
-
-
-def last_map(encoder: Encoder) -> Tensor:
-    return encoder(*picture(50, 70, bands=encoder.in_channels)).maps[
-        -1
-    ]  # H and W differ, and are multiples of no patch
-
-
-def backward(encoder: Encoder) -> None:
-    """Gradient of a fixed random sum over all maps (their squares are constant, as maps are normed)."""
-    generator = torch.Generator().manual_seed(3)
-    maps = encoder(*picture(50, 70, bands=encoder.in_channels)).maps
-    torch.stack([(m * torch.randn(m.shape, generator=generator)).sum() for m in maps]).sum().backward()
-
-
-def train(encoder: Encoder, steps: int = 3) -> None:
-    learning = [p for p in encoder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=0.02, weight_decay=0.1)
-    encoder.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        backward(encoder)
-        optimizer.step()
-    encoder.eval()
 
 
 def frozen_digest(encoder: Encoder) -> str:
@@ -224,6 +201,16 @@ def test_c11_alpha_counts_in_every_layer(folders: dict[str, Path], kind: str) ->
         assert torch.allclose(deltas[2.0][site], 2 * single, rtol=1e-3, atol=1e-4)
 
 
+def test_adaptformer_follows_its_formula() -> None:
+    adapter = ParallelMlp(nn.Linear(5, 5), 5, 3, 0.25)
+    x = torch.randn(2, 4, 5)
+    assert torch.equal(adapter(x), adapter.mlp(x))
+    nn.init.normal_(adapter.up.weight)
+    expected = adapter.mlp(x) + 0.25 * adapter.up((adapter.down(x)).clamp(min=0))
+    assert not torch.allclose(adapter.down(x).clamp(min=0), adapter.down(x))
+    torch.testing.assert_close(adapter(x), expected)
+
+
 @pytest.mark.parametrize("targets", [("q", "v"), ("q",), ("k", "v"), ("q", "k", "v")])
 def test_p1_fused_qkv_learns_the_wanted_thirds_alone(folders: dict[str, Path], targets: tuple[str, ...]) -> None:
     encoder = build(folders, "sam")
@@ -233,6 +220,24 @@ def test_p1_fused_qkv_learns_the_wanted_thirds_alone(folders: dict[str, Path], t
         layer: Any = encoder.backbone.get_submodule(site)
         for part, rows in zip("qkv", layer.lora_B["default"].weight.chunk(3), strict=True):
             assert bool((rows != 0).any()) == (part in targets)
+
+
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, lambda e: e.to(torch.bfloat16), lambda e: pickle.loads(pickle.dumps(e))]
+)
+def test_p1_c10_unwanted_thirds_stay_zero_in_a_copied_or_cast_model(
+    folders: dict[str, Path], change: Callable[[Encoder], Encoder]
+) -> None:
+    """What holds them must travel with the module; `train` decays the weights too."""
+    encoder = build(folders, "sam")
+    attached = attach(encoder, "lora", targets=("q", "v"))
+    changed = change(encoder)
+    train(changed)
+    for site in attached.sites:
+        q, k, v = changed.backbone.get_submodule(site).lora_B["default"].weight.chunk(3)  # type: ignore[union-attr]
+        assert bool(q.any())
+        assert not bool(k.any())
+        assert bool(v.any())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -258,6 +263,7 @@ def test_p8_dropout_acts_in_the_adapter_alone(tmp_path: Path) -> None:
     upstream("dinov2", drop_path_rate=0.5, attention_probs_dropout_prob=0.5).save_pretrained(tmp_path)
     encoder = build_encoder("dinov2", str(tmp_path), 3)
     attached = attach(encoder, "lora", dropout=0.5)
+    assert not any(m.training for m in encoder.modules())  # as the encoder was
     with torch.no_grad():
         for site in attached.sites:
             layer: Any = encoder.backbone.get_submodule(site)
@@ -267,6 +273,17 @@ def test_p8_dropout_acts_in_the_adapter_alone(tmp_path: Path) -> None:
         training = {n for n, m in encoder.backbone.named_modules() if m.training}
         assert training
         assert all("lora_dropout" in n for n in training)
+        encoder.eval()
+        assert torch.equal(last_map(encoder), last_map(encoder))
+
+
+def test_p8_an_encoder_that_learns_as_a_whole_drops_as_published(tmp_path: Path) -> None:
+    upstream("dinov2", drop_path_rate=0.5, attention_probs_dropout_prob=0.5).save_pretrained(tmp_path)
+    encoder = build_encoder("dinov2", str(tmp_path), 3)
+    attach(encoder, "full")
+    with torch.no_grad():
+        encoder.train()
+        assert not torch.equal(last_map(encoder), last_map(encoder))
         encoder.eval()
         assert torch.equal(last_map(encoder), last_map(encoder))
 
@@ -284,177 +301,25 @@ def test_c13_switching_modes_merges_nothing(folders: dict[str, Path]) -> None:
             assert torch.equal(last_map(encoder), first)
 
 
-@pytest.fixture(scope="session")
-def trained(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """(kind, adapter name) -> (folder of the saved adapter, map of the trained encoder); made once each."""
-    made: dict[tuple[str, str], tuple[Path, Tensor]] = {}
-
-    def make(kind: str, name: str = "lora") -> tuple[Path, Tensor]:
-        if (kind, name) not in made:
-            encoder = build(folders, kind)
-            attached = attach(encoder, name)
-            train(encoder)
-            folder = tmp_path_factory.mktemp("saved") / kind
-            save_adapter(attached, folder)
-            with torch.no_grad():
-                made[kind, name] = (folder, last_map(encoder))
-        return made[kind, name]
-
-    return make
-
-
-@pytest.mark.parametrize("name", ["lora", "adapter"])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_p6_a_saved_adapter_gives_the_same_maps(
-    folders: dict[str, Path], trained: Callable[..., Any], kind: str, name: str
-) -> None:
-    folder, expected = trained(kind, name)
-    encoder = build(folders, kind)
-    with torch.no_grad():
-        assert not torch.allclose(last_map(encoder), expected, atol=1e-2)
-        load_adapter(encoder, attach(encoder, name), folder)
-        assert torch.equal(last_map(encoder), expected)
-    tensors = load_file(next(folder.glob("*.safetensors")))
-    count = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    assert sum(t.numel() for t in tensors.values()) == count  # C10: nothing that learns is left out
-
-
-@pytest.mark.parametrize("name", ["lora", "adapter"])
-def test_p14_c14_adapter_files_load_strictly(
-    folders: dict[str, Path], trained: Callable[..., Any], name: str, tmp_path: Path
-) -> None:
-    folder, _ = trained("sam", name)
-    weights = next(folder.glob("*.safetensors")).name
-    tensors = load_file(folder / weights)
-    victim = sorted(tensors)[1]
-    cases = {
-        r"1 tensors missing": {n: t for n, t in tensors.items() if n != victim},
-        r"1 tensors not expected \(stranger": {**tensors, "stranger": torch.zeros(1)},
-        r"1 tensors of another shape": {**tensors, victim: torch.zeros(9, 9)},
-    }
-    for words, changed in cases.items():
-        for file in folder.iterdir():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-        save_file(changed, tmp_path / weights)
-        encoder = build(folders, "sam")
-        attached = attach(encoder, name)
-        digest = sha256_of(encoder.backbone.state_dict())
-        with pytest.raises(CheckpointError, match=words) as caught:
-            load_adapter(encoder, attached, tmp_path)
-        assert str(tmp_path / weights) in str(caught.value)
-        assert sha256_of(encoder.backbone.state_dict()) == digest  # nothing half loaded
-        if name == "lora":
-            with pytest.raises(CheckpointError, match=words):
-                merge_lora(build(folders, "sam"), tmp_path, 2, 4.0, ("q", "v"))
-    (tmp_path / weights).unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        load_adapter(encoder, attached, tmp_path)
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_p6_plain_peft_reads_the_file_on_the_upstream_model(
-    folders: dict[str, Path], trained: Callable[..., Any], kind: str
-) -> None:
-    from peft import PeftModel
-
-    folder, _ = trained(kind)
-    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    encoder = build(folders, kind)
-    load_adapter(encoder, attach(encoder, "lora"), folder)
-    cls = encoder.anatomy.model_class("dinov2_with_registers" if kind == "registers" else kind)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # peft warns of tensors that it misses
-        plain = PeftModel.from_pretrained(cls.from_pretrained(folders[kind]), str(folder)).eval()
-    # upstream's own forward at its own size, against ours: the last hidden state before any further norm
-    side = {"dinov2": 56, "registers": 56, "clip": 48, "sam": 64}[kind]
-    images, valid = picture(side, side)
-    with torch.no_grad():
-        states = plain(encoder.prepare(images, valid), output_hidden_states=True).hidden_states[-1]
-        expected = encoder.anatomy.finish(encoder.backbone, states.flatten(1, -2))[:, encoder.prefix :]
-        found = encoder(images, valid).maps[-1].flatten(2).transpose(1, 2)
-    assert torch.allclose(found, expected, atol=1e-5)
-
-
-def test_p1_many_targets_stay_spelled_out(tmp_path: Path) -> None:
-    """Peft shortens 20 targets and more to suffixes; on the whole model those hit the blocks that were trimmed."""
-    from peft import PeftModel
-
-    model = upstream("dinov2", num_hidden_layers=12)
-    model.save_pretrained(tmp_path / "base")
-    encoder = build_encoder("dinov2", str(tmp_path / "base"), 3, layers=[11])
-    attached = attach(encoder, "lora")
-    save_adapter(attached, tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["target_modules"] == list(attached.sites)
-    assert len(attached.sites) == 22
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # peft warns of layers that the file says nothing about
-        PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
-
-
-def test_merged_lora_equals_peft_and_needs_no_peft(folders: dict[str, Path], trained: Callable[..., Any]) -> None:
-    program = """
-import json, sys, torch
-from pathlib import Path
-from encoder_models import build, picture
-from vfmseg.adapters.attach import merge_lora
-folders, places = json.loads(sys.argv[1])
-for kind, place in places.items():
-    encoder = build(folders, kind)
-    attached = merge_lora(encoder, Path(place), 2, 4.0, ("q", "v"))
-    assert not any(p.requires_grad for p in encoder.parameters())
-    with torch.no_grad():
-        torch.save(encoder(*picture(50, 70)).maps[-1], Path(place).parent / "merged.pt")
-print(sorted(n for n in sys.modules if n.split(".")[0] == "peft"))
-"""
-    places = {kind: trained(kind) for kind in FAMILIES}
-    argument = json.dumps([{k: str(v) for k, v in folders.items()}, {k: str(p) for k, (p, _) in places.items()}])
-    done = subprocess.run(
-        [sys.executable, "-c", program, argument],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-    assert done.stderr == ""  # whole CLIP and SAM folders, and yet no reports and progress bars
-    for folder, expected in places.values():
-        assert torch.allclose(torch.load(folder.parent / "merged.pt"), expected, atol=1e-5)
-
-
-def test_merging_refuses_what_is_not_this_lora(
-    folders: dict[str, Path], trained: Callable[..., Any], tmp_path: Path
-) -> None:
-    folder, _ = trained("clip")
-    encoder = build(folders, "clip")
-    digest = sha256_of(encoder.backbone.state_dict())
-    with pytest.raises(CheckpointError, match=r"rank 2 and alpha 4\.0, but recipe\.yaml says 4 and 4\.0"):
-        merge_lora(encoder, folder, 4, 4.0, ("q", "v"))
-    with pytest.raises(CheckpointError, match="missing"):
-        merge_lora(encoder, folder, 2, 4.0, ("q", "v", "o"))
-    for change, words in (({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "peft_type = IA3")):
-        for file in folder.iterdir():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-        config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
-        with pytest.raises(CheckpointError, match=words):
-            merge_lora(encoder, tmp_path, 2, 4.0, ("q", "v"))
-    assert sha256_of(encoder.backbone.state_dict()) == digest
-
-
 def test_c10_table_counts_what_learns(folders: dict[str, Path]) -> None:
     encoder = build(folders, "sam")
-    attach(encoder, "lora")
+    published = sum(p.numel() for p in encoder.parameters())
+    attached = attach(encoder, "lora")
     width, rank = 32, 2
     expected = DEPTH * rank * (width + 3 * width)
-    total = sum(p.numel() for p in encoder.parameters())
-    head = nn.Linear(4, 2)
-    assert parameter_table({"encoder": encoder, "decoder": head}) == [
-        ("encoder", expected, total),
+    assert parameter_table(encoder, attached, nn.Linear(4, 2)) == [
+        ("encoder", 0, published),
+        ("adapter", expected, expected),
         ("decoder", 10, 10),
-        ("all", expected + 10, total + 10),
+        ("all", expected + 10, published + expected + 10),
     ]
+
+
+def test_c10_table_of_a_trained_encoder_has_no_adapter(folders: dict[str, Path]) -> None:
+    encoder = build(folders, "dinov2")
+    attached = attach(encoder, "full")
+    total = sum(p.numel() for p in encoder.parameters())
+    assert parameter_table(encoder, attached, nn.Linear(4, 2))[0] == ("encoder", total, total)
 
 
 def test_attaching_says_nothing(
@@ -464,3 +329,29 @@ def test_attaching_says_nothing(
         save_adapter(attach(build(folders, kind), "lora"), tmp_path / kind)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+def test_p11_an_error_while_injecting_surfaces_and_thaws_nothing(
+    folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken layer")
+
+    encoder = build(folders, "sam")
+    monkeypatch.setattr(
+        "peft.tuners.lora.layer.LoraLayer.update_layer" if name == "lora" else "torch.nn.init.zeros_", fails
+    )
+    with pytest.raises(RuntimeError, match="broken layer"):
+        attach(encoder, name)
+    assert not any(p.requires_grad for n, p in encoder.named_parameters() if "lora" not in n)
+
+
+def test_p11_an_encoder_without_the_expected_parts_is_an_error(folders: dict[str, Path]) -> None:
+    encoder = build(folders, "clip")
+    encoder.blocks[1][1].feed_forward = encoder.blocks[1][1].mlp  # type: ignore[assignment]
+    del encoder.blocks[1][1].mlp
+    with pytest.raises(AdapterError, match=r"block encoder\.layers\.1 has no part called mlp, but .*; choose lora"):
+        attach(encoder, "adapter")
+    with pytest.raises(AdapterError, match="targets"):
+        attach(build(folders, "clip"), "lora", targets=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,20 @@ def test_catalog_prints_its_page_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
     assert done.stdout.decode() == checkpoints_markdown()
+
+
+def test_p21_a_local_folder_says_its_own_statistics(tmp_path: Path) -> None:
+    assert published_statistics("dinov2", str(tmp_path)) == FAMILY_STATISTICS["dinov2"]
+    own = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143], "do_normalize": True}
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(own))
+    assert published_statistics("dinov2", str(tmp_path)) == ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
+    file.write_text(json.dumps(own | {"do_normalize": False}))
+    assert published_statistics("dinov2", str(tmp_path)) == FAMILY_STATISTICS["dinov2"]
+    for wrong in ('{"image_mean": [0.4, 0.4, 0.4]}', '{"image_mean": [1], "image_std": [1]}', "[1]", "{"):
+        file.write_text(wrong)
+        with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: not understood"):
+            published_statistics("dinov2", str(tmp_path))
+    file.write_text(json.dumps(own | {"image_std": [0.2, 0.0, 0.1]}))
+    with pytest.raises(CheckpointError, match="expected numbers above 0"):
+        published_statistics("dinov2", str(tmp_path))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +66,7 @@ def test_finetune_evaluate_predict(place: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", content(place, tmp_path / "run"))
     done = vfmseg("finetune", recipe, "train.epochs=1")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"encoder +[1-9]", done.stderr)  # the table of trainable parameters
+    assert re.search(r"encoder +0 +[1-9].*\nadapter +[1-9].*\ndecoder +[1-9]", done.stderr)  # what learns, by part
     scored = vfmseg("evaluate", tmp_path / "run" / "best", recipe, "--json")
     assert scored.returncode == 0, scored.stderr
     assert 0 <= json.loads(scored.stdout)["miou"] <= 1
@@ -185,6 +187,113 @@ def test_p37_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch:
         (aside / "a").write_bytes(b"new")
     assert (tmp_path / "best" / "a").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path) -> None:
+    """The line is typed as it stands, and the run ends as it would have: same recipe, overrides included."""
+    recipe = write_recipe(tmp_path / "my recipe.yaml", content(place, tmp_path / "run"))
+    command = [sys.executable, "-m", "vfmseg.cli", "finetune", str(recipe), "train.epochs=20", "seed=3"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 2"):
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stderr.read()
+    assert process.wait(60) == 130, said
+    line = said.strip().splitlines()[-1]
+    program, *arguments = shlex.split(line.split("go on with: ")[1])
+    assert program == "vfmseg"
+    done = vfmseg(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"resuming after epoch [1-9]", done.stderr)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["kind"] == "epoch"] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "scene.tif"], "is the scene itself"),
+        (["-o", "x.tif", "--modality", "rgb=scene.tif"], "'rgb' is SCENE itself"),
+        (["-o", "x.tif", "--modality", "dem=a.tif", "--modality", "dem=b.tif"], "given twice"),
+    ],
+)
+def test_p62_wrong_predict_arguments_are_one_message(
+    place: Path, tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from vfmseg.cli import app
+    from vfmseg.finetune import finetune
+    from vfmseg.recipe import load_recipe
+
+    if not (place / "trained").exists():
+        finetune(load_recipe(write_recipe(tmp_path / "r.yaml", content(place, place / "trained")), ["train.epochs=1"]))
+    monkeypatch.chdir(tmp_path)
+    write_raster(tmp_path / "scene.tif", toy_scene(5)[0])
+    done = CliRunner().invoke(app, ["predict", str(place / "trained" / "best"), "scene.tif", *arguments])
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "x.tif").exists()
+
+
+def test_p62_errors_of_rights_and_of_other_processes_say_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vfmseg.terminal import guarded
+
+    def locked() -> None:
+        raise PermissionError(13, "Permission denied", "runs/locked")
+
+    assert guarded(locked) == 2
+    assert "vfmseg: runs/locked: Permission denied" in capsys.readouterr().err
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "1")
+    assert guarded(locked) == 2
+    assert "vfmseg, process 1: runs/locked" in capsys.readouterr().err
+    assert guarded(interrupted, "again") == 130
+    assert capsys.readouterr().err == ""  # one process tells for all
+
+
+def test_demo_with_an_encoder_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo with a very small encoder and a shortened run, into a folder whose name YAML would cut at the #."""
+    from vfmseg import demo
+    from vfmseg.recipe import Recipe, load_recipe
+
+    def shortened(path: Path, changes: list[str]) -> Recipe:
+        return load_recipe(path, [*changes, "train.epochs=1", "data.samples_per_epoch=8"])
+
+    monkeypatch.setattr(demo, "load_recipe", shortened)
+    output = tmp_path / "my demo #1"
+    result = demo.run_demo(output, str(place / "encoder"))
+    assert {p.name for p in output.iterdir()} == {"run", "labels.tif", "preview.png", "metrics.json"}
+    assert json.loads((output / "metrics.json").read_text())["test"] == result["test"]
+    assert f"mean IoU {result['test']['miou']:.3f}" in capsys.readouterr().err
+    again = vfmseg("demo", "--output", output, "--encoder", place / "encoder")
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+    assert "--resume" not in again.stderr  # which the demo does not have
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_p62_demo_names_an_encoder_that_is_none(tmp_path: Path, text: str) -> None:
+    from vfmseg.demo import encoder_family
+    from vfmseg.errors import CheckpointError, RecipeError
+
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        encoder_family(str(tmp_path))
+    for name in ("nothing", "./nothing/dinov2", str(tmp_path / "no" / "dinov2")):
+        with pytest.raises(RecipeError, match="neither a folder"):
+            encoder_family(name)
+    assert encoder_family("someone/dinov2-of-mine") == "dinov2"
 
 
 def test_p63_overwrite_replaces_the_run(place: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
@@ -55,6 +57,8 @@ def table(rows: range = range(ROWS)) -> datasets.Dataset:
             "mask": datasets.Image(),
             "ids": datasets.List(datasets.List(datasets.Value("int16"))),
             "kind": datasets.Value("string"),
+            "words": datasets.List(datasets.List(datasets.Value("string"))),
+            "times": datasets.List(datasets.List(datasets.Value("timestamp[ms]"))),
         }
     )
     content = {
@@ -63,6 +67,8 @@ def table(rows: range = range(ROWS)) -> datasets.Dataset:
         "mask": [Image.fromarray(classes(i)) for i in rows],
         "ids": [classes(i).tolist() for i in rows],
         "kind": ["town"] * len(rows),
+        "words": [[["roof"]]] * len(rows),
+        "times": [[[0]]] * len(rows),
     }
     return datasets.Dataset.from_dict(content, features=features)
 
@@ -184,6 +190,7 @@ def test_p29_palette_labels_keep_their_indexes_and_colours_are_refused(tmp_path:
 def test_p26_alpha_is_validity_and_16_bit_stays_16_bit(tmp_path: Path) -> None:
     clear = np.dstack([pixels(0), np.full((24, 32), 255, dtype=np.uint8)])
     clear[:10, :, 3] = 0
+    clear[10, :, 3] = 1
     ramp = (np.arange(24 * 32, dtype=np.uint16) * 80 + 1).reshape(24, 32)
     features = datasets.Features({"photo": datasets.Image(), "deep": datasets.Image(), "mask": datasets.Image()})
     rows = {
@@ -208,6 +215,9 @@ def test_p26_alpha_is_validity_and_16_bit_stays_16_bit(tmp_path: Path) -> None:
         ({"labels": "kind"}, "labels: column 'kind' holds .*expected an image, or an array"),
         ({"split": "tran"}, "there is no split 'tran'; did you mean 'train'"),
         ({"split": "train[:"}, r"there is no split 'train\[:'"),
+        ({"split": "train[50:60]"}, r"train\[50:60\]\): the split has no rows"),
+        ({"labels": "words"}, "labels: column 'words' holds .*expected an image, or an array"),
+        ({"labels": "times"}, "labels: column 'times' holds .*expected an image, or an array"),
     ],
 )
 def test_wrong_columns_and_splits_are_named(tmp_path: Path, change: dict[str, str], said: str) -> None:
@@ -222,6 +232,10 @@ def test_sets_that_cannot_be_loaded_say_what_is_expected(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty cannot be loaded .*expected a folder written by save_to_disk"):
         open_set(tmp_path / "empty")
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").touch()
+    with pytest.raises(DataError, match=r"script cannot be loaded .*scripts are no longer supported"):
+        open_set(tmp_path / "script")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match=r"broken\.parquet cannot be loaded"):
         open_set(tmp_path / "broken.parquet")
@@ -300,3 +314,55 @@ def test_rows_travel_to_workers_and_become_samples(tmp_path: Path) -> None:
     cover = CoverWindows(scenes, 16)
     counted = sum(int((cover[i].labels != IGNORE).sum()) for i in range(len(cover)))
     assert counted == sum(int((classes(row) != 0).sum()) for row in range(ROWS))
+
+
+@pytest.mark.filterwarnings("error")
+def test_p26_gaps_in_whole_numbers_are_unlabelled_and_invalid_never_0(tmp_path: Path) -> None:
+    """Arrow hands whole numbers with gaps over as float; turned back into uint8, a gap would be 0, a class."""
+    labels = [[0, 1, None], [1, None, 0]]
+    stored = [[5, None, 7], [5, 6, 7]]
+    whole = datasets.List(datasets.List(datasets.Value("uint8")))
+    rows = datasets.Dataset.from_dict({"photo": [stored], "mask": [labels]}, datasets.Features(photo=whole, mask=whole))
+    rows.to_parquet(tmp_path / "one.parquet")
+    (scene,) = scenes_from_dataset(
+        str(tmp_path / "one.parquet"), "train", {"rgb": "photo"}, "mask", {"rgb": Bands()}, LabelMap((0, 1), 255)
+    )
+    assert scene.read_labels(Window(0, 0, 2, 3)).tolist() == [[0, 1, IGNORE], [1, IGNORE, 0]]
+    chip = scene.read(Window(0, 0, 2, 3))["rgb"]
+    assert chip.valid.tolist() == [[True, False, True], [True, True, True]]
+    assert chip.pixels[0].tolist() == [[5, 0, 7], [5, 6, 7]]
+    assert scene.dtypes() == {"rgb": "uint8"}
+
+
+@pytest.mark.parametrize("bands", [2, 3, 4])
+def test_p24_16_bit_colours_are_refused_never_cut_to_8(tmp_path: Path, bands: int) -> None:
+    deep = np.arange(bands * 24 * 32, dtype=np.uint16).reshape(bands, 24, 32) * 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with rasterio.open(
+            tmp_path / "deep.png", "w", driver="PNG", count=bands, height=24, width=32, dtype="uint16"
+        ) as target:
+            target.write(deep)
+    cell = {"bytes": (tmp_path / "deep.png").read_bytes(), "path": None}
+    rows = {"photo": [cell], "mask": [Image.fromarray(classes(0))]}
+    features = datasets.Features({"photo": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"row 0, column 'photo': holds 16 bits a band .*store it as an array"):
+        _ = open_set(tmp_path / "set")[0].grid
+
+
+def test_p62_a_picture_cut_short_names_its_row_already_when_it_is_measured(tmp_path: Path) -> None:
+    cell = {"bytes": _png(pixels(0))[:60], "path": None}
+    rows = {"photo": [cell], "mask": [Image.fromarray(classes(0))]}
+    features = datasets.Features({"photo": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"row 0, column 'photo': the image is damaged"):
+        _ = open_set(tmp_path / "set")[0].grid
+
+
+def test_a_picture_beyond_the_limit_of_pil_names_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(range(1)).save_to_disk(tmp_path / "set")
+    (scene,) = open_set(tmp_path / "set")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"row 0, column 'photo': cannot be read as an image .*exceeds limit"):
+        _ = scene.grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from makers import DATA, write_raster
 
 from vfmseg.data.opened import Opened
+from vfmseg.data.pairing import find
 from vfmseg.data.scene import FileScene
 from vfmseg.data.split import disjoint, require_labels, scenes_from_files, scenes_from_table
 from vfmseg.errors import DataError
@@ -71,6 +73,17 @@ def test_p31_exact_stems_win_over_what_the_stars_stand_for(tmp_path: Path) -> No
     # the stars stand for "1" and "img_1": only the stems agree
     twins(tmp_path, "img_{}.tif", "img_{}.tif")
     assert pairs_are_right(from_globs(tmp_path, images="images/img_*.tif"))
+
+
+def test_p31_exact_stems_win_also_where_the_stars_agree_on_other_pairs(tmp_path: Path) -> None:
+    for folder, name, array in (
+        ("A1", "x", image(10)), ("B2", "y", image(11)), ("C1", "y", label(1)), ("D2", "x", label(0))
+    ):  # fmt: skip
+        write_raster(tmp_path / folder / f"{name}.tif", array)
+    images = [str(tmp_path / part) for part in ("A*/x.tif", "B*/y.tif")]
+    labels = [str(tmp_path / part) for part in ("C*/y.tif", "D*/x.tif")]
+    scenes = scenes_from_files({"rgb": images}, labels, {"rgb": Bands()}, LABELS, "data.train")
+    assert pairs_are_right(scenes)
 
 
 def test_p31_folders_that_the_stars_stand_for_stay_apart(tmp_path: Path) -> None:
@@ -169,6 +182,46 @@ def test_image_and_label_of_different_places_are_refused(tmp_path: Path) -> None
     assert len(from_globs(tmp_path)) == 1  # a label that says nothing of its place contradicts nothing
 
 
+def test_p31_an_image_is_never_its_own_label(tmp_path: Path) -> None:
+    twins(tmp_path)
+    with pytest.raises(DataError, match=r"a\.tif: is image and labels at once; expected the labels in a file of"):
+        from_globs(tmp_path, labels="images/*.tif")
+
+
+def test_p31_folders_with_brackets_pair_like_any_other(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    home = tmp_path / "area [1]?"
+    twins(home, "{}_ms.tif")
+    scenes = scenes_from_files(
+        {"rgb": os.path.join(glob.escape(str(home)), "images/*_ms.tif")}, str(home / "labels"), {"rgb": Bands()},
+        LABELS, "data.train",
+    )  # fmt: skip
+    assert pairs_are_right(scenes)
+    assert [scene.name for scene in scenes] == sorted(NAMES)
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wild"),
+    [("[!x]*.tif", "t/ile_1"), ("til[e[]_*.tif", "e/1"), ("tile[!]_*.tif", None), ("tile[\\d_]*.tif", "_/1")],
+)
+def test_p31_sets_of_characters_stand_for_what_the_file_system_says(
+    tmp_path: Path, pattern: str, wild: str | None
+) -> None:
+    for name in ("tile_1.tif", "tile[!]_1.tif"):
+        (tmp_path / name).touch()
+    found = {Path(file.path).name: file.wild for file in find(f"{glob.escape(str(tmp_path))}/{pattern}", "here")}
+    assert found.get("tile_1.tif") == wild
+
+
+def test_hidden_files_and_folders_in_a_folder_are_no_images(tmp_path: Path) -> None:
+    twins(tmp_path)
+    (tmp_path / "images" / "._a.tif").write_bytes(b"written by another system beside every file")
+    (tmp_path / "labels" / "old.img").mkdir()
+    scenes = from_globs(tmp_path, "images", "labels")
+    assert len(scenes) == len(NAMES)
+    assert pairs_are_right(scenes)
+
+
 def write_table(folder: Path, separator: str = ",", mark: str = "") -> Path:
     twins(folder)
     splits = dict(zip(NAMES, ("train", "train_extra", "test", "train", "val", "test"), strict=True))
@@ -225,6 +278,40 @@ def test_table_with_a_short_row_or_a_repeated_scene_is_refused(tmp_path: Path) -
         from_table(table)
     with pytest.raises(DataError, match="cannot be read as a table"):
         from_table(tmp_path / "none.csv")
+
+
+def test_p31_a_quotation_mark_left_open_swallows_no_scene(tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    text = table.read_text()
+    table.write_text(
+        text.replace("images/tile_2.tif,labels/tile_2.tif,train_extra", '"images/tile_2.tif,l,train_extra')
+    )
+    with pytest.raises(DataError, match=r"split\.csv line 6: is not a row of a table .*check its quotation marks"):
+        from_table(table)
+    table.write_text(text + '"' + "x" * 200_000 + '",l,train,x\n')
+    with pytest.raises(DataError, match=r"split\.csv line 8: is not a row of a table \(field larger"):
+        from_table(table)
+
+
+def test_p31_table_cells_may_hold_commas_quotes_and_any_letter(tmp_path: Path) -> None:
+    name = 'a, "b"\u2028\x85 ü'
+    twins(tmp_path, names=(name,))
+    quoted = name.replace('"', '""')
+    table = tmp_path / "split.csv"
+    row = f'"images/{quoted}.tif","labels/{quoted}.tif",train'
+    table.write_bytes(("\ufeffimage,label,split\r\n" + row + "\r\n\r\n,,\r\n").encode())
+    assert [scene.name for scene in from_table(table)] == [name]
+
+
+def test_table_with_two_columns_of_one_name_or_a_path_beyond_limits_is_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    text = table.read_text()
+    table.write_text(text.replace("split,name", "split,image"))
+    with pytest.raises(DataError, match=r"split\.csv: has two columns 'image'; expected each name once"):
+        from_table(table)
+    table.write_text(text + "x" * 5000 + ",labels/a.tif,train,a\n")
+    with pytest.raises(DataError, match=r"split\.csv line 8: 'image' names .*which does not exist"):
+        from_table(table)
 
 
 def test_p48_one_file_in_two_splits_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.decoders.build import DECODERS, WITH_WIDTH, build_decoder
-from vfmseg.decoders.pyramid import LEVELS, add_downwards, enlarge, maps_of_level, on_one_grid
+from vfmseg.decoders.pyramid import LEVELS, add_downwards, enlarge, group_norm, halve, maps_of_level, on_one_grid
+from vfmseg.decoders.upernet import PooledContext
 from vfmseg.encoders.base import Features
 from vfmseg.errors import RecipeError
 from vfmseg.losses import cross_entropy, dice
@@ -116,11 +117,22 @@ def test_maps_of_other_sizes_are_brought_to_the_first_grid() -> None:
 def test_p19_halving_and_enlarging_keeps_every_cell_in_its_place(size: int) -> None:
     """Going to the coarse level and back must not stretch an odd map: a slope comes back as the same slope."""
     ramp = torch.arange(size, dtype=torch.float64).reshape(1, 1, 1, size).expand(1, 1, size, size)
-    half = F.avg_pool2d(ramp, 2, ceil_mode=True, count_include_pad=False)
+    half = halve(ramp)
     back = enlarge(half, ramp.shape[-2:])
     assert back.shape == ramp.shape
     inner = slice(1, size - 2)  # the borders are flat, as bilinear enlarging leaves them
     assert (back - ramp)[..., inner].abs().max() < 1e-9
+
+
+def test_p45_halving_takes_nothing_from_beyond_the_edge() -> None:
+    for size in ((7, 8), (1, 1), (5, 3)):
+        assert torch.equal(halve(torch.ones(1, 2, *size)), torch.ones(1, 2, -(-size[0] // 2), -(-size[1] // 2)))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(128, 16), (64, 8), (24, 3), (16, 2), (20, 2), (8, 1), (7, 1)])
+def test_p7_groups_hold_at_least_eight_channels(channels: int, groups: int) -> None:
+    """A channel alone on a small grid would be normalised to next to nothing."""
+    assert group_norm(channels).num_groups == groups
 
 
 @pytest.mark.parametrize("name", sorted(WITH_WIDTH))
@@ -148,6 +160,31 @@ def test_the_top_down_path_adds_every_coarser_level() -> None:
     levels = [torch.full((1, 1, s, s), v) for s, v in ((14, 1.0), (7, 10.0), (4, 100.0))]
     assert [float(x.min()) for x in add_downwards(levels)] == [111.0, 110.0, 100.0]
     assert [float(x.max()) for x in add_downwards(levels)] == [111.0, 110.0, 100.0]
+
+
+def test_the_context_of_a_tile_is_the_mean_of_its_cells() -> None:
+    """Read off the grid of a single cell alone, a difference that leaves the mean does not show."""
+    context = PooledContext(16)
+    kernel = context.join[0].weight  # (16, 16 + 4 * 4, 3, 3): the map itself, then the grids of 1, 2, 3 and 6 cells
+    with torch.no_grad():
+        kernel[:, :16] = 0
+        kernel[:, 20:] = 0
+    x = torch.randn(1, 16, 6, 7)
+    balanced = torch.randn_like(x)
+    balanced -= balanced.mean(dim=(2, 3), keepdim=True)
+    torch.testing.assert_close(context(x + balanced), context(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(context(x + torch.randn(1, 16, 1, 1)), context(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(WITH_WIDTH))
+def test_the_finest_level_hears_of_the_deepest_map_through_the_top_down_path(name: str) -> None:
+    decoder = make_decoder(name, maps=4)
+    last = decoder.classify if name == "fpn" else decoder.join
+    for coarser in list(last)[1:]:  # type: ignore[arg-type]
+        nn.init.zeros_(coarser.weight)  # the answer is read off the finest level alone, which the first map feeds
+    features = Features(tuple(x.requires_grad_() for x in make_features((6, 7), 4).maps), (14.0,) * 4)
+    decoder(features).square().sum().backward()
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in features.maps)
 
 
 def textured_tiles(cell: int) -> tuple[Tensor, Tensor]:

@@ -193,6 +193,20 @@ def test_c19_padding_of_windows_holds_nothing_of_the_picture(folders: dict[str, 
     assert torch.equal(after, before)
 
 
+def test_c19_share_of_padding_in_windows_is_known(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = build(folders, "sam")  # windows of 3 x 3 tokens
+    assert encoder.padded_share(64, 64) == pytest.approx(1 - 16 / 36)
+    assert encoder.padded_share(33, 90) == pytest.approx(1 - 3 * 6 / (3 * 6))
+    assert encoder.padded_share(16, 48) == pytest.approx(1 - 3 / 9)
+    assert build(folders, "sam", upscale=1.5).padded_share(64, 64) == 0  # 6 x 6 tokens
+    assert build(folders, "sam", upscale=0.01).padded_share(16, 16) == pytest.approx(1 - 1 / 9)
+    assert build(folders, "clip").padded_share(64, 64) == 0
+    upstream("sam-vision", window_size=14, image_size=256).save_pretrained(tmp_path)
+    published = build_encoder("sam", str(tmp_path), 3)
+    assert published.padded_share(256, 256) == pytest.approx(1 - 256 / 784)
+    assert published.padded_share(1024, 1024) == pytest.approx(1 - 64**2 / 70**2)
+
+
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_p21_c15_each_encoder_normalises_its_own_input(folders: dict[str, Path], name: str) -> None:
     encoder = build(folders, name) if name != "builtin" else build_encoder(name, None, 3)
@@ -335,10 +349,12 @@ def test_layers_are_blocks_passed_and_the_rest_is_trimmed(folders: dict[str, Pat
             build(folders, "clip", layers=wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_c8_every_parameter_left_gets_a_gradient(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("kind", [*KINDS, "builtin"])
+def test_c8_every_parameter_left_gets_a_gradient(folders: dict[str, Path], kind: str, layers: list[int] | None) -> None:
     """Mask token, neck and norms that no map depends on would count as trainable and stall several processes."""
-    encoder = build(folders, kind)
+    built = kind == "builtin"
+    encoder = build_encoder("builtin", None, 3, layers=layers) if built else build(folders, kind, layers=layers)
     encoder.backbone.requires_grad_(True)
     torch.stack([m.mul(torch.randn_like(m)).sum() for m in encoder(*picture(50, 70)).maps]).sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
+from vfmseg.loop import dropout_seed, learning_rate
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
+from vfmseg.terminal import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("dinov2", "clip", "sam")
@@ -38,7 +40,9 @@ def run(folder: Path, content: dict[str, Any], **how: bool) -> dict[str, Any]:
     return finetune(load_recipe(write_recipe(folder / "recipe.yaml", content)), **how)
 
 
-def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+def launch(
+    arguments: list[str], processes: int = 1, script: Path = ROOT / "vfmseg" / "finetune.py"
+) -> subprocess.CompletedProcess[str]:
     """The script as a user starts it: by `accelerate launch`, or on several CPU processes by torchrun.
 
     (On the CPU `accelerate launch` starts one process however many are asked for; on GPUs it starts torchrun itself.)
@@ -49,7 +53,7 @@ def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProc
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
-        [*command, str(ROOT / "vfmseg" / "finetune.py"), *arguments],
+        [*command, str(script), *arguments],
         capture_output=True, text=True, env=environment, timeout=240, check=False,
     )  # fmt: skip
 
@@ -135,6 +139,7 @@ def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, content)
     monkeypatch.setattr(loop.Loop, "_train_epoch", honest)
+    Segmenter.from_pretrained(tmp_path / "cut" / "last")  # every finished epoch leaves one that can be used
     run(tmp_path, content, resume=True)
     whole, cut = trained_tensors(tmp_path / "whole"), trained_tensors(tmp_path / "cut")
     assert whole.keys() == cut.keys()
@@ -172,6 +177,123 @@ def test_p55_resume_with_another_recipe_is_refused(data: Path, encoders: dict[st
         run(tmp_path, content, resume=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: [1],
+        lambda state: {name: state[name] for name in state if name != "optimizer"},
+        lambda state: state | {"state": {"surplus": 1}},
+        lambda state: state | {"optimizer": {"state": {}, "param_groups": []}},
+        lambda state: state | {"state": state["state"] | {"step": 3}},
+    ],
+    ids=["list", "no optimizer", "another state", "no groups", "another number of steps an epoch"],
+)
+def test_p55_a_state_that_does_not_fit_is_refused(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, change: Any
+) -> None:
+    """The last: an epoch has 4 steps here, so its 3 were made with other scenes or another number of processes."""
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    content["train"]["epochs"] = 1
+    run(tmp_path, content)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["state"]["step"] == 4
+    torch.save(change(state), tmp_path / "run" / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt.*--overwrite"):
+        run(tmp_path, content, resume=True)
+
+
+def test_p63_resume_goes_on_with_a_run_or_says_that_there_is_none(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    content["train"]["epochs"] = 1
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep me")
+    with pytest.raises(RecipeError, match=r"mine\.txt, but no run"):
+        run(tmp_path, content, resume=True)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    (tmp_path / "run" / "mine.txt").unlink()
+    run(tmp_path, content, resume=True)
+    assert "starts with the first" in capsys.readouterr().err
+
+
+def test_p63_overwrite_never_removes_a_folder_that_is_no_segmenter(
+    data: Path, encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "photo.jpg").write_text("keep me")
+    with pytest.raises(CheckpointError, match="best"):
+        run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"), overwrite=True)
+    assert (tmp_path / "run" / "best" / "photo.jpg").read_text() == "keep me"
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["best"]
+
+
+def test_p37_leftovers_of_a_killed_run_are_removed(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    content["train"]["epochs"] = 1
+    (tmp_path / "run" / ".best.123.old").mkdir(parents=True)
+    (tmp_path / "run" / ".state.pt.123.partial").write_text("half")
+    (tmp_path / "run" / ".mine.old").write_text("keep me")
+    run(tmp_path, content, overwrite=True)
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == [".mine.old"]
+
+
+@pytest.mark.parametrize(("part", "file"), [("head.safetensors", "best"), ("state.pt", "state.pt")])
+def test_p37_full_disk_is_one_message_and_names_the_file(
+    data: Path,
+    encoders: dict[str, Path],
+    tmp_path: Path,
+    part: str,
+    file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file size limit stands for the full disk, which safetensors and torch report in their own ways."""
+    resource = pytest.importorskip("resource")
+    from vfmseg import checkpoint, resume
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    honest = {"head.safetensors": checkpoint.save_file, "state.pt": torch.save}[part]
+
+    def on_a_full_disk(content: Any, path: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            honest(content, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    room, name = (checkpoint, "save_file") if part == "head.safetensors" else (resume.torch, "save")
+    monkeypatch.setattr(room, name, on_a_full_disk)
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    assert guarded(lambda: run(tmp_path, content) and None) == 3
+    assert f"run/{file}: could not be written" in capsys.readouterr().err
+    held = {p.name for p in (tmp_path / "run").iterdir()}
+    assert not [name for name in held if name.startswith(".") or name == file]
+
+
+def test_p62_output_below_a_file_is_refused_before_training(
+    data: Path, encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises(RecipeError, match="is a file"):
+        run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "file" / "run"))
+
+
+def test_p55_the_resume_line_of_a_launch_repeats_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vfmseg import finetune as script
+
+    def interrupted(path: Path, overrides: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "load_recipe", interrupted)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert script.main(["my recipe.yaml", "train.epochs=5", "seed=3", "--overwrite"]) == 130
+    line = "accelerate launch --num_processes 2 vfmseg/finetune.py 'my recipe.yaml' train.epochs=5 seed=3 --resume"
+    assert capsys.readouterr().err.strip().endswith(line)
+
+
 def test_p63_output_of_another_run_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep me")
@@ -180,28 +302,69 @@ def test_p63_output_of_another_run_is_refused(data: Path, encoders: dict[str, Pa
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
-def test_p49_two_processes_equal_one(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+# `finetune.py` that also notes, per epoch and process, the hash of its weights and which of them got no gradient.
+WITNESS = """
+import hashlib, json, os, sys
+import torch
+from vfmseg import finetune, loop
+
+train_epoch, adamw_step = loop.Loop._train_epoch, torch.optim.AdamW.step
+unused = []
+
+def step(self, closure=None):
+    unused.extend(p for group in self.param_groups for p in group["params"] if p.grad is None)
+    return adamw_step(self, closure)
+
+def epoch(self, number):
+    train_epoch(self, number)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(self.model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    searches = getattr(self.wrapped, "find_unused_parameters", False)
+    seen = {"epoch": number, "weights": digest.hexdigest(), "unused": len(unused), "searches": searches}
+    with open(os.environ["WITNESS"] + os.environ["RANK"], "a") as file:
+        file.write(json.dumps(seen) + chr(10))
+
+loop.Loop._train_epoch, torch.optim.AdamW.step = epoch, step
+sys.exit(finetune.main())
+"""
+
+
+def test_p49_p50_p51_p52_p53_p54_two_processes_equal_one(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Same effective batch, cross-entropy and dice: same loss per step, same weights, same validation metrics.
 
-    Four scenes of 64 px give 16 samples an epoch; batches of 6 leave a short last step (uneven ranks).
+    15 samples an epoch in batches of 6 leave a short last step (uneven ranks). Validation has 7 windows: batches of
+    3 and 1 on one process, of 3 on the other.
     """
+    toy_folder(tmp_path / "data", {"val": 1}, height=32, width=7 * 32)
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "one")
+    content["data"]["val"] = recipe_dict(tmp_path / "data", None, tmp_path)["data"]["val"]
     content["train"] |= {"batch_size": 6, "epochs": 2, "loss": {"cross_entropy": 1.0, "dice": 1.0}}
     content["data"]["samples_per_epoch"] = 15
     one = launch([str(write_recipe(tmp_path / "one.yaml", content))])
     assert one.returncode == 0, one.stderr
     content["train"]["batch_size"] = 3
     content["output_dir"] = str(tmp_path / "two")
-    two = launch([str(write_recipe(tmp_path / "two.yaml", content))], processes=2)
+    (tmp_path / "witness.py").write_text(WITNESS)
+    monkeypatch.setenv("WITNESS", str(tmp_path / "rank"))
+    # P52: a wait for a batch that never comes would end in the time limit of `launch`
+    recipe = write_recipe(tmp_path / "two.yaml", content)
+    two = launch([str(recipe)], processes=2, script=tmp_path / "witness.py")
     assert two.returncode == 0, two.stderr
     steps = [records(tmp_path / f, "step") for f in ("one", "two")]
-    assert len(steps[0]) == len(steps[1]) == 2 * 3
+    table = [learning_rate(step, 2 * 3, 0.01, 0.05) for step in range(2 * 3)]
+    assert all([record["lr"] for record in log] == table for log in steps)  # P50: one table, in the log of both
     for a, b in zip(*steps, strict=True):
-        assert a["lr"] == b["lr"]  # P50: one schedule, stepped by optimizer step
         assert abs(a["loss"] - b["loss"]) <= 1e-5 * abs(a["loss"])
+    ranks = [[json.loads(line) for line in (tmp_path / f"rank{r}").read_text().splitlines()] for r in (0, 1)]
+    assert ranks[0] == ranks[1]  # P50, P51: the same weights on both after each epoch
+    assert len({seen["weights"] for seen in ranks[0]}) == 2  # which are not those of the epoch before
+    assert all(seen["unused"] == 0 and seen["searches"] is False for seen in ranks[0])  # P53
     epochs = [records(tmp_path / f, "epoch") for f in ("one", "two")]
     for a, b in zip(*epochs, strict=True):
-        assert a["validation"]["pixels"] == b["validation"]["pixels"]  # P54: nothing counted twice
+        assert a["validation"]["pixels"] == b["validation"]["pixels"] == 7 * 32 * 32  # P54: nothing counted twice
         assert abs(a["validation"]["miou"] - b["validation"]["miou"]) < 1e-3
     weights = [trained_tensors(tmp_path / f) for f in ("one", "two")]
     for name in weights[0]:
@@ -261,6 +424,17 @@ def test_c1_test_split_is_not_read_during_training(
     assert not [path for path in seen if "_test" in path]
 
 
+def test_p62_an_error_in_a_worker_is_one_message(encoders: dict[str, Path], tmp_path: Path) -> None:
+    folder = toy_folder(tmp_path / "data", {"train": 1, "val": 1, "test": 1}, 300, 300)
+    content = recipe_dict(folder, encoders["dinov2"], tmp_path / "run")
+    content["data"] |= {"workers": 1, "modalities": {"rgb": {"normalize": "encoder"}}}
+    image = folder / "train" / "images" / "s0_train.tif"
+    image.write_bytes(image.read_bytes()[: 300 * 300])
+    with pytest.raises(DataError, match=r"^[^\n]*s0_train\.tif: rows [^\n]* cannot be read[^\n]*$") as caught:
+        run(tmp_path, content)
+    assert "Traceback" not in str(caught.value)
+
+
 def test_p30_unknown_label_ids_are_refused_before_training(
     data: Path, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -282,11 +456,16 @@ def test_learning_falls_on_the_toy(data: Path, tmp_path: Path) -> None:
 
 
 def test_loop_learning_rate_is_a_closed_form() -> None:
-    from vfmseg.loop import learning_rate
-
     rates = [learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
     assert max(rates) == 1.0
     assert rates[55] == pytest.approx(0.5, abs=0.01)
     assert 0 < rates[-1] < 0.001
+
+
+def test_p57_dropout_seed_is_another_for_each_epoch_and_process() -> None:
+    """The same on every machine, so that a run can go on elsewhere; neighbours and negative seeds do not meet."""
+    where = [(seed, epoch, rank) for seed in (-2, -1, 0, 1, 2) for epoch in range(4) for rank in range(4)]
+    assert len({dropout_seed(*one) for one in where}) == len(where)
+    assert dropout_seed(0, 0, 0) == 6569863346532939966

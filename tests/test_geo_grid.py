@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio.transform import Affine, xy
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Tile, Window, cut, starts
@@ -132,6 +133,12 @@ def test_window_clip_is_the_intersection(
     canvas = np.zeros((scene_height, scene_width), dtype=bool)
     canvas[part.rows, part.cols] = True
     assert set(zip(*map(tuple, np.nonzero(canvas)), strict=True)) == wanted
+
+
+@pytest.mark.parametrize("grid", [UTM, TURNED], ids=["north up", "turned"])
+def test_p34_places_of_pixels_are_those_of_the_transform(grid: Grid) -> None:
+    for row, col in [(0, 0), (0.5, 0.5), (3, 0), (0, 4), (19.5, -4.5)]:
+        assert grid.point(row, col) == pytest.approx(xy(Affine(*grid.transform), row, col, offset="ul"))
 
 
 @pytest.mark.parametrize("grid", [UTM, TURNED], ids=["north up", "turned"])

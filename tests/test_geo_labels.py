@@ -100,6 +100,15 @@ def test_p30_no_id_wraps_into_another(value: int) -> None:
         BINARY.to_index(np.array([0, value]), "x")
 
 
+def test_p30_the_upper_half_of_uint64_does_not_wrap_into_ids_below_0() -> None:
+    stored = np.array([0, 1, 2**64 - 1, 2**64 - 2], dtype=np.uint64)
+    for label_map in (LabelMap((0, 1), -1), LabelMap((-2, -1, 0, 1), 255)):
+        with pytest.raises(DataError, match=r"2 labels are not whole numbers, such as 1\.8"):
+            label_map.to_index(stored, "x")
+        index = label_map.to_index(stored[:2], "x")
+        np.testing.assert_array_equal(label_map.to_id(index), [0, 1])
+
+
 def test_p30_minus_one_is_the_ignore_index_only_if_declared() -> None:
     stored = np.array([-1, 0, 1], dtype=np.int8)
     assert LabelMap((0, 1), -1).to_index(stored, "x").tolist() == [IGNORE, 0, 1]
@@ -204,6 +213,19 @@ def test_p26_hidden_by_alpha_or_mask_band_is_unlabelled(tmp_path: Path) -> None:
     png = write(tmp_path / "c.png", np.stack([stored, shown]), driver="PNG")
     for path in (grey_alpha, masked, png):
         assert read(path).tolist() == [[0, 1, IGNORE, IGNORE]], path
+
+
+def test_p26_labels_behind_an_alpha_band_keep_their_own_nodata(tmp_path: Path) -> None:
+    shown = np.array([[0, 255, 255, 255]], dtype=np.uint8)
+    write(tmp_path / "a.tif", np.stack([shown, np.array([[1, 0, 9, 1]], dtype=np.uint8)]))
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}">{extra}<SimpleSource><SourceFilename relativeToVRT="1">a.tif'
+        f"</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource></VRTRasterBand>"
+        for band, extra in ((1, "<ColorInterp>Alpha</ColorInterp>"), (2, "<NoDataValue>9</NoDataValue>"))
+    )
+    path = tmp_path / "a.vrt"
+    path.write_text(f'<VRTDataset rasterXSize="4" rasterYSize="1">{bands}</VRTDataset>')
+    assert read(path).tolist() == [[IGNORE, 0, IGNORE, 1]]
 
 
 def palette_png(path: Path, rows: list[list[int]], bits: int, transparent: int | None = None) -> Path:

@@ -25,6 +25,7 @@ from rasterio.transform import Affine
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Window
+from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.reader import Bands, Raster
 
 PLACE: dict[str, Any] = {"crs": "EPSG:32633", "transform": Affine(10, 0, 500000, 0, -10, 5000000)}
@@ -203,6 +204,23 @@ def test_p26_nodata_of_the_recipe_joins_the_one_of_the_file(tmp_path: Path) -> N
     assert spots(read_all(path, Bands(nodata=0))[1]) == [(1, 1), (2, 2)]
 
 
+def test_p26_every_band_has_its_own_nodata_value(tmp_path: Path) -> None:
+    array = np.full((2, 4, 5), 9, dtype=np.uint8)
+    array[0, 0, 0] = array[1, 1, 1] = 7
+    array[0, 2, 2] = array[1, 3, 3] = 8
+    write(tmp_path / "a.tif", array)
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}"><NoDataValue>{nodata}</NoDataValue><SimpleSource>'
+        f'<SourceFilename relativeToVRT="1">a.tif</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource>'
+        "</VRTRasterBand>"
+        for band, nodata in ((1, 7), (2, 8))
+    )
+    path = tmp_path / "a.vrt"
+    path.write_text(f'<VRTDataset rasterXSize="5" rasterYSize="4">{bands}</VRTDataset>')
+    assert spots(read_all(path)[1]) == [(0, 0), (3, 3)]
+    assert spots(read_all(path, Bands((2,)))[1]) == [(3, 3)]
+
+
 @pytest.mark.parametrize("value", [-9999.0, 255.5, float("nan"), float("inf")])
 def test_p26_nodata_that_the_type_cannot_hold_hides_nothing(tmp_path: Path, value: float) -> None:
     array = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
@@ -272,6 +290,24 @@ def test_p26_mask_band_hides(tmp_path: Path, kind: str) -> None:
         assert spots(read_all(path, bands)[1]) == [(3, 4), (19, 29)]
     with Raster(path) as raster:
         assert spots(raster.read(Window(2, 2, 4, 4)).valid) == [(1, 2)]
+
+
+def test_p26_bands_may_have_masks_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path / "a.tif", noise(2, 4, 5))
+    masks = np.full((2, 4, 5), 255, dtype=np.uint8)
+    masks[0, 1, 1] = masks[1, 2, 3] = 0
+    write(tmp_path / "m.tif", masks, photometric="MINISBLACK", alpha="no")
+    source = '<SourceFilename relativeToVRT="1">{}.tif</SourceFilename><SourceBand>{}</SourceBand>'
+    source = f"<SimpleSource>{source}</SimpleSource>"
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{n}">{source.format("a", n)}<MaskBand><VRTRasterBand dataType="Byte">'
+        f"{source.format('m', n)}</VRTRasterBand></MaskBand></VRTRasterBand>"
+        for n in (1, 2)
+    )
+    path = tmp_path / "a.vrt"
+    path.write_text(f'<VRTDataset rasterXSize="5" rasterYSize="4">{bands}</VRTDataset>')
+    assert spots(read_all(path)[1]) == [(1, 1), (2, 3)]
+    assert spots(read_all(path, Bands((2,)))[1]) == [(2, 3)]
 
 
 def test_p26_mask_band_nodata_and_nan_add_up(tmp_path: Path) -> None:
@@ -348,9 +384,11 @@ def test_p34_turned_transform_and_crs_arrive_as_written(tmp_path: Path) -> None:
 
 def test_crs_without_a_code_is_kept_whole(tmp_path: Path) -> None:
     odd = "+proj=laea +lat_0=47.3 +lon_0=8.5 +x_0=100 +y_0=200 +ellps=bessel +units=m"
-    path = write(tmp_path / "a.tif", noise(), crs=odd, transform=PLACE["transform"])
-    with Raster(path) as raster, rasterio.open(path) as source:
-        assert CRS.from_user_input(raster.grid.crs) == source.crs
+    close = "+proj=utm +zone=33 +ellps=GRS80 +units=m"  # GDAL names EPSG:25833 for it, which has a datum
+    for crs in (odd, close):
+        path = write(tmp_path / "a.tif", noise(), crs=crs, transform=PLACE["transform"])
+        with Raster(path) as raster, rasterio.open(path) as source:
+            assert CRS.from_user_input(raster.grid.crs) == source.crs
 
 
 def test_no_crs_is_silent_and_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -438,6 +476,24 @@ def test_a_file_that_is_no_raster_is_named(tmp_path: Path, content: bytes | None
         _ = Raster(path).grid
 
 
+@pytest.mark.parametrize("profile", [{}, {"compress": "jpeg"}, {"driver": "PNG"}, {"driver": "JPEG"}], ids=str)
+def test_p62_bytes_at_random_in_a_header_never_end_in_a_traceback(tmp_path: Path, profile: dict[str, Any]) -> None:
+    content = write(tmp_path / "whole", noise(3, 32, 32), **profile, **PLACE).read_bytes()
+    draws = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        hurt = bytearray(content)
+        for place in draws.integers(0, min(len(hurt), 600), 4):
+            hurt[place] = draws.integers(256)
+        (tmp_path / "hurt").write_bytes(hurt)
+        try:
+            with Raster(tmp_path / "hurt") as raster:
+                raster.read(Window(0, 0, min(raster.grid.height, 64), min(raster.grid.width, 64)))
+        except DataError as error:
+            refused += "hurt: " in str(error)
+    assert refused > 20
+
+
 def test_a_folder_and_a_container_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder"):
         _ = Raster(tmp_path).grid
@@ -512,6 +568,26 @@ def test_p32_threads_share_a_raster_without_mixing_windows(tmp_path: Path) -> No
     with Raster(path) as raster, ThreadPoolExecutor(8) as pool:
         for window, chip in zip(windows, pool.map(raster.read, windows), strict=True):
             np.testing.assert_array_equal(chip.pixels, array[:, window.rows, window.cols])
+
+
+def test_p32_no_thread_finds_a_file_that_another_has_closed(tmp_path: Path) -> None:
+    class Watched:
+        """A lock that looks, when it is given back, at what the next thread would find."""
+
+        def __enter__(self) -> None:
+            seen.append("taken")
+
+        def __exit__(self, *_: object) -> None:
+            assert file._dataset is None or not file._dataset.closed
+
+    seen: list[str] = []
+    file = RasterFile(write(tmp_path / "a.tif", noise()))
+    file.read([1], Window(0, 0, 2, 2))
+    file._lock = Watched()  # type: ignore[assignment]
+    file.close()
+    file.close()
+    assert file.read([1], Window(0, 0, 2, 2)).shape == (1, 2, 2)
+    assert seen
 
 
 def _read_in_child(raster: Raster, rows: list[int], results: Any) -> None:

@@ -365,6 +365,16 @@ def test_p63_existing_file_is_kept_unless_overwriting_is_allowed(tmp_path: Path)
     assert names_in(tmp_path) == ["a.tif"]
 
 
+@pytest.mark.parametrize("path", ["s3://bucket/labels.tif", "/vsis3/bucket/labels.tif", "/vsimem/labels.tif"])
+def test_p63_paths_that_are_no_place_on_disk_make_no_folders_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"{path}: maps are written to this machine's disks only"):
+        LabelWriter(path, UTM, IDS, NAMES, COLORS)
+    assert names_in(tmp_path) == []
+
+
 def test_p63_sidecars_of_an_overwritten_map_go_with_it(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", labels_for(UTM))
     for suffix in (".aux.xml", ".ovr", ".msk"):

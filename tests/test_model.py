@@ -8,15 +8,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from encoder_models import picture, save_all, upstream
 from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
+from vfmseg.adapters.attach import ADAPTERS
+from vfmseg.data.sample import Sample
+from vfmseg.decoders.build import DECODERS, WITH_WIDTH, build_decoder
+from vfmseg.encoders.build import ENCODERS, build_encoder
+from vfmseg.encoders.stem import Project
 from vfmseg.errors import RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.model import InputFacts, SegmentationModel, build_model
+from vfmseg.loop import Schedule, parameter_groups, score_windows
+from vfmseg.losses import IGNORE, cross_entropy
+from vfmseg.model import InputFacts, SegmentationModel, build_model, normalization
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 
 RGB = InputFacts({"rgb": 3}, {"rgb": "uint8"}, {})
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_all(tmp_path_factory.mktemp("wired"))
+
+
+def wired(
+    families: dict[str, Path], name: str, adapter: str, decoder: str, bands: int = 3, **settings: Any
+) -> SegmentationModel:
+    """A model of small parts, two classes, one modality called rgb."""
+    statistics = {"mean": [100.0] * bands, "std": [50.0] * bands}
+    checkpoint = None if name == "builtin" else str(families[name])
+    encoder = build_encoder(name, checkpoint, bands, **statistics, **settings)
+    options = {
+        "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")},
+        "adapter": {"hidden": 4, "scale": 0.5},
+    }
+    attached = ADAPTERS[adapter](encoder, **options.get(adapter, {}))
+    head = build_decoder(decoder, encoder.channels, encoder.strides, 2, 16 if decoder in WITH_WIDTH else None)
+    return SegmentationModel(encoder, attached, head, {"rgb": bands}, 2)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +72,7 @@ class Shining(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("height", "width"), [(56, 56), (50, 61), (29, 83), (14, 15)])
-@pytest.mark.parametrize("upscale", [1.0, 1.5])
+@pytest.mark.parametrize("upscale", [1.0, 1.5, 0.5])
 def test_p19_every_pixel_keeps_its_place(
     tmp_path: Path, encoder: Path, height: int, width: int, upscale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +95,161 @@ def test_p19_every_pixel_keeps_its_place(
     inner = (columns > stride / 2) & (columns < width - stride)
     if inner.any():
         assert (out[0, 0, 0] - columns)[inner].abs().max() <= 1.0
+
+
+@pytest.mark.parametrize("upscale", [0.25, 0.3, 0.5, 0.7, 1.1, 1.75])
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_p17_p19_logits_have_the_size_of_the_image(families: dict[str, Path], name: str, upscale: float) -> None:
+    """Also where the enlarged side is rounded: 113 pixels halved are 56, exactly four patches of 14."""
+    model = wired(families, name, "none", "linear", upscale=upscale)
+    for height, width in ((113, 57), (225, 1), (87, 129)):
+        images, valid = picture(height, width)
+        with torch.no_grad():
+            assert model({"rgb": images}, {"rgb": valid[:, 0]}).shape == (1, 2, height, width)
+
+
+@pytest.mark.parametrize("decoder", list(DECODERS))
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_c8_p53_everything_that_may_learn_gets_a_gradient(
+    families: dict[str, Path], name: str, adapter: str, decoder: str
+) -> None:
+    """One without would inflate the count of what is trained, and stall several processes."""
+    model = wired(families, name, adapter, decoder, bands=4).train()
+    images, valid = picture(70, 50, bands=4, batch=2)
+    labels = torch.zeros(2, 70, 50, dtype=torch.int64)
+    cross_entropy(model({"rgb": images}, {"rgb": valid[:, 0]}), labels).backward()
+    assert [n for n, p in model.trainable().items() if p.grad is None] == []
+    assert [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None] == []
+    parts = {n.split(".")[1] if n.startswith("encoder.") else n.split(".")[0] for n in model.trainable()}
+    assert parts == {"stem", "decoder"} | (set() if adapter == "none" else {"backbone"})
+
+
+def test_p12_the_full_state_keeps_every_part(families: dict[str, Path]) -> None:
+    """Each part writes its own keys into a shared dictionary and deletes none; `train` of each returns the part."""
+    model = wired(families, "dinov2", "lora", "fpn", bands=4)
+    for part in model.modules():
+        assert part.train() is part
+        assert part.eval() is part
+    shared: dict[str, torch.Tensor] = {"other.key": torch.zeros(1)}
+    state = model.state_dict(destination=shared)
+    assert state is shared
+    parts = [("encoder.backbone.", model.encoder.backbone), ("encoder.stem.", model.encoder.stem)]
+    parts.append(("decoder.", model.decoder))
+    expected = {f"{prefix}{name}" for prefix, part in parts for name in part.state_dict()}
+    assert set(state) == expected | {"encoder.mean", "encoder.std", "other.key"}
+    assert {n for n, _ in model.named_parameters()} <= set(state)
+    assert set(model.head_state()) == {n for n in state if not n.startswith("encoder.backbone.")} - {"other.key"}
+
+
+def test_c9_the_mode_of_the_model_decides_nothing_about_what_learns(families: dict[str, Path]) -> None:
+    """An optimizer made before `train()`, after it, or after validation has the same groups."""
+    for adapter in ADAPTERS:
+        model = wired(families, "sam", adapter, "upernet", bands=4)
+        found = []
+        for mode in (None, True, False, True):
+            if mode is not None:
+                model.train(mode)
+            groups = parameter_groups(model, Schedule(epochs=1, batch_size=1))
+            found.append([(g["weight_decay"], [id(p) for p in g["params"]]) for g in groups])
+        assert found == [found[0]] * 4
+        assert model.encoder.training
+        assert model.decoder.training
+
+
+@pytest.mark.parametrize("upscale", [1.0, 1.5])
+def test_p46_scores_are_those_of_the_native_grid(families: dict[str, Path], upscale: float) -> None:
+    """Labels of single pixels, far below a token, are counted one by one against answers of their own size."""
+    model = wired(families, "clip", "none", "fpn", upscale=upscale)
+    images, valid = picture(45, 61, batch=3)
+    valid[1, :, 10:20] = False
+    with torch.no_grad():  # as many answers of one class as of the other
+        logits = model({"rgb": images}, {"rgb": valid[:, 0]})
+        model.decoder.classify[0].bias[1] += (logits[:, 0] - logits[:, 1]).median()  # type: ignore[index,union-attr]
+    labels = torch.randint(0, 2, (3, 45, 61))
+    labels[2, 30:] = IGNORE
+    samples = [Sample({"rgb": i}, {"rgb": v[0]}, y) for i, v, y in zip(images, valid, labels, strict=True)]
+    found: Any = score_windows(Accelerator(cpu=True), model, samples, 2, batch_size=2)  # type: ignore[arg-type]
+    with torch.no_grad():
+        answers = model({"rgb": images}, {"rgb": valid[:, 0]}).argmax(1)
+    counted = valid[:, 0] & (labels != IGNORE)
+    pairs = [[int(((labels == t) & (answers == p) & counted).sum()) for p in (0, 1)] for t in (0, 1)]
+    assert found.matrix.tolist() == pairs
+    assert min(map(min, pairs)) > 100
+
+
+def test_c19_padding_of_sam_windows_is_said_once_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfmseg.terminal._said", set())
+    folder = tmp_path / "sam"
+    upstream("sam-vision", window_size=14, image_size=256).save_pretrained(folder)
+    capsys.readouterr()
+
+    def said(tile: int, upscale: float) -> str:
+        content = recipe_dict(tmp_path, folder, tmp_path / "run", "sam")
+        content["data"]["tile"] = tile
+        content["model"]["encoder"]["upscale"] = upscale
+        build_model(load_recipe(write_recipe(tmp_path / "r.yaml", content)), RGB)
+        return capsys.readouterr().err
+
+    message = said(256, 1.0)
+    assert message.startswith("data.tile = 256: 67% of what the sam encoder attends to in windows of 14 x 14 tokens")
+    assert message.endswith("try model.encoder.upscale = 1.75, or data.tile = 224\n")
+    assert said(256, 1.0) == ""  # once
+    assert said(256, 1.75) == said(224, 1.0) == said(1024, 1.0) == ""
+    assert "upscale = 2.24, or data.tile = 224" in said(100, 1.0)
+    assert said(100, 2.24) == ""
+
+
+def test_the_recipe_reaches_every_part(tmp_path: Path, encoder: Path) -> None:
+    content = recipe_dict(tmp_path, encoder, tmp_path / "run")
+    content["model"]["encoder"] |= {"layers": [1, 3], "input": "project", "upscale": 1.5}
+    content["model"]["adapter"] = {"name": "lora", "rank": 3, "alpha": 5.0, "targets": ["k"]}
+    content["model"]["decoder"] = {"name": "fpn", "channels": 24}
+    content["train"]["gradient_checkpointing"] = True
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
+    model = build_model(recipe, InputFacts({"rgb": 4}, {"rgb": "uint8"}, {"rgb": ((9.0,) * 4, (5.0,) * 4)}))
+    assert (model.encoder.layers, model.encoder.upscale) == ((1, 3), 1.5)
+    assert isinstance(model.encoder.stem, Project)
+    assert model.encoder.gradient_checkpointing
+    assert model.encoder.mean.tolist() == [9.0] * 4
+    assert model.encoder.std.tolist() == [5.0] * 4
+    assert model.decoder.classify[0].in_channels == 24  # type: ignore[index,union-attr]
+    assert [site.split(".")[-1] for site in model.attached.sites] == ["k_proj"] * 3
+    layer: Any = model.encoder.backbone.get_submodule(model.attached.sites[0])
+    assert (layer.r["default"], layer.lora_alpha["default"]) == (3, 5.0)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "builtin"])
+def test_every_random_part_comes_from_the_seed_of_the_recipe(tmp_path: Path, encoder: Path, name: str) -> None:
+    content = recipe_dict(tmp_path, encoder if name == "dinov2" else None, tmp_path / "run")
+    state = torch.get_rng_state()
+    found = []
+    for seed in (1, 1, 2):
+        content["seed"] = seed
+        found.append(build_model(load_recipe(write_recipe(tmp_path / "r.yaml", content)), RGB).trainable())
+        torch.rand(3)  # what the process drew before does not matter
+    torch.set_rng_state(state)
+    drawn = [n for n, p in found[0].items() if p.ndim > 1 and p.any()]  # not what starts at zero
+    assert any(n.startswith("decoder.") for n in drawn)
+    assert any(n.startswith("encoder.backbone.") for n in drawn)
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    assert [n for n in drawn if torch.equal(found[0][n], found[2][n])] == []
+
+
+def test_p21_p24_published_statistics_are_for_plain_8_bit_rgb_unless_asked_for(tmp_path: Path, encoder: Path) -> None:
+    def chosen(bands: int, dtype: str, **section: Any) -> str:
+        content = recipe_dict(tmp_path, encoder, tmp_path / "run")
+        content["data"]["modalities"] = {"rgb": section}
+        recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
+        return normalization(recipe, {"rgb": bands}, {"rgb": dtype})["rgb"]
+
+    assert chosen(3, "uint8") == "encoder"
+    assert chosen(3, "uint16") == chosen(3, "float32") == chosen(4, "uint8") == chosen(1, "uint8") == "dataset"
+    assert chosen(3, "uint8", scale=0.5) == chosen(3, "uint8", offset=1.0) == "dataset"
+    assert chosen(3, "uint16", normalize="encoder") == "encoder"
+    assert chosen(3, "uint8", normalize="dataset") == "dataset"
 
 
 def test_p26_what_lies_under_an_invalid_pixel_does_not_matter(tmp_path: Path, encoder: Path) -> None:

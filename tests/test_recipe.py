@@ -153,6 +153,18 @@ def test_a_folder_with_brackets_is_no_part_of_the_glob(tmp_path: Path) -> None:
     assert [path.name for path in Path("/").glob(pattern.lstrip("/"))] == ["a.tif"]
 
 
+def test_brackets_in_names_are_letters_of_paths_and_escaped_only_in_globs(tmp_path: Path) -> None:
+    home = tmp_path / "area [1]"
+    (home / "train").mkdir(parents=True)
+    (home / "train" / "a[2].tif").touch()
+    val = "data.val={table: 's[3].csv', split: val, optical: image, labels: label}"
+    recipe = small(home, "output_dir=runs [4]", "data.train.optical=train/a[2].tif", val)
+    assert recipe.output_dir == home / "runs [4]"
+    assert recipe.data.val is not None
+    assert recipe.data.val.table == home / "s[3].csv"
+    assert recipe.data.train.images["optical"] == str(home / "train" / "a[2].tif")
+
+
 def test_checkpoint_is_a_folder_if_it_exists_or_looks_like_one(tmp_path: Path) -> None:
     (tmp_path / "models" / "vit").mkdir(parents=True)
     for given_, expected in {

@@ -69,8 +69,15 @@ WRONG = {
     "predict.overlap=0.9": "predict.overlap = 0.9 must be below 0.9; the default is 0.25",
     "predict.overlap=-0.1": "predict.overlap = -0.1 must be at least 0; the default is 0.25",
     "data.tile=0": "data.tile = 0 must be at least 1; the default is 256",
+    "data.tile=99999999999999999999": "data.tile = 99999999999999999999 must be at most 65536; the default is 256",
+    "predict.tile=65537": "predict.tile = 65537 must be at most 65536; for example 512",
+    "data.ignore_index=9999999999": "data.ignore_index = 9999999999 must be below 2.14748e+09; the default is 255",
     "data.samples_per_epoch=many": "data.samples_per_epoch = 'many' must be a whole number; for example 500",
     "name=3": "name = 3 must be text; put it in quotes",
+    "output_dir=s3://bucket/run": "output_dir = 's3://bucket/run' must be a path on this machine; "
+    "for example 'runs/flood'",
+    f"data.classes.{'9' * 5000}=x": f"data.classes has the key '{'9' * 56}..., which must be a whole number; "
+    "for example {0: 'land', 1: 'water'}",
     "output_dir=": "output_dir = null must be a path; for example 'runs/flood'",
     "train.optimizer=1": "train.optimizer = 1 must be a mapping (keys: lr, encoder_lr, weight_decay, warmup)",
     "data.classes={0: land}": "data.classes = {0: 'land'} must have 2 or more entries; "
@@ -260,6 +267,51 @@ def test_key_written_twice_is_refused(tmp_path: Path) -> None:
 def test_file_that_is_no_recipe(tmp_path: Path, text: str | bytes, line: str) -> None:
     (found,) = complaint(tmp_path, text=text)
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize("text", ["name: &a [*a]\n", "name: &a {name: *a}\n", "a: &a\n  b: {c: *a}\n"])
+def test_anchor_that_holds_itself_is_refused(tmp_path: Path, text: str) -> None:
+    (line,) = complaint(tmp_path, text=text)
+    assert line.startswith(f"line {text.count(chr(10), 0, text.index('&')) + 1}, column ")
+    assert "recursive" in line
+
+
+def test_pattern_without_quotes_is_told_about_them(tmp_path: Path) -> None:
+    (line,) = complaint(tmp_path, "data.train.optical=*.tif")
+    assert line.endswith('text that starts with * needs quotes: "*.tif"')
+    (line,) = complaint(tmp_path, text=SMALL.replace("train/*.tif", "*.tif"))
+    assert line.startswith("line 5, column ")
+    assert line.endswith('text that starts with * needs quotes: "*.tif"')
+
+
+def test_keys_that_local_files_do_not_use_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "set.parquet").touch()
+    (line,) = complaint(tmp_path, "model.encoder.checkpoint=vit", "model.encoder.revision=main")
+    assert f"model.encoder.revision is not used: {tmp_path}/vit is no hub id; drop it" in line
+    source = "data.test={dataset: %s, split: test, optical: rgb, dem: dem, labels: mask, revision: v1, config: small}"
+    one, two = complaint(tmp_path, source % "set.parquet")
+    assert f"data.test.revision is not used: {tmp_path}/set.parquet is no hub id; drop it" in one
+    assert f"data.test.config is not used: {tmp_path}/set.parquet is a single file; drop it" in two
+    (line,) = complaint(tmp_path, source % "./vit")  # a folder may have configs
+    assert "data.test.revision is not used" in line
+
+
+def test_gradient_checkpointing_without_gradients_in_the_encoder_is_refused(tmp_path: Path) -> None:
+    three = SMALL.replace("{optical: {bands: [1, 2, 3]}, dem: {bands: [1]}}", "{optical: {bands: [1, 2, 3]}}")
+    three = three.replace(" dem: dem/*.tif,", "").replace(" dem: dem,", "")
+    (line,) = complaint(tmp_path, "train.gradient_checkpointing=true", "model.adapter={name: none}", text=three)
+    assert "train.gradient_checkpointing is not used: adapter none lets nothing in the encoder learn" in line
+    # a stem for a fourth band learns through the encoder
+    (tmp_path / "lora.yaml").write_text(SMALL)
+    load_recipe(tmp_path / "lora.yaml", ["train.gradient_checkpointing=true", "model.adapter={name: none}"])
+
+
+@pytest.mark.parametrize("template", ["i/{id:03d}.tif", "i/{id:{split}}.tif", "i/{id:.tif"])
+def test_template_that_no_text_can_fill_is_refused(tmp_path: Path, template: str) -> None:
+    (line,) = complaint(tmp_path, f"data.val.optical='{template}'")
+    assert f"data.val.optical = '{template}' is not a template" in line
+    assert line.endswith("write columns as {name}")
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

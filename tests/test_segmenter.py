@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raste
 from safetensors.torch import load_file, save_file
 
 from vfmseg.checkpoint import load_segmenter
-from vfmseg.errors import CheckpointError, DataError, RecipeError
+from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
@@ -204,3 +205,110 @@ def test_p37_a_failed_prediction_leaves_no_file(place: Path, tmp_path: Path, mon
     with pytest.raises(RuntimeError, match="broken"):
         segmenter.predict(scene, output=tmp_path / "labels.tif", batch_size=1)
     assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
+
+
+def test_p63_labels_never_replace_the_scene(place: Path, tmp_path: Path) -> None:
+    scene = write_raster(tmp_path / "scene.tif", toy_scene(7)[0])
+    before = scene.read_bytes()
+    (tmp_path / "link.tif").symlink_to(scene)
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    for output in (scene, tmp_path / "link.tif"):
+        with pytest.raises(DataError, match="is the scene itself"):
+            segmenter.predict(scene, output=output)
+    with pytest.raises(DataError, match=r"name it labels\.tif"):
+        segmenter.predict(scene, output=tmp_path / "labels.png")
+    assert scene.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"scene.tif", "link.tif"}
+
+
+def test_p63_save_pretrained_replaces_nothing_but_a_segmenter(place: Path, copied: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.from_pretrained(copied)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_text("keep me")
+    (tmp_path / "file").write_text("keep me")
+    for taken in (tmp_path / "mine", tmp_path / "file", tmp_path, copied / "inside"):
+        with pytest.raises(CheckpointError, match="choose"):
+            segmenter.save_pretrained(taken)
+    assert (tmp_path / "mine" / "photo.jpg").read_text() == (tmp_path / "file").read_text() == "keep me"
+    assert not (copied / "inside").exists()
+    for _ in range(2):  # onto nothing, then onto an older segmenter
+        segmenter.save_pretrained(tmp_path / "saved")
+    assert Segmenter.from_pretrained(tmp_path / "saved").classes == segmenter.classes
+
+
+def test_save_pretrained_into_the_current_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    monkeypatch.chdir(tmp_path)
+    segmenter.save_pretrained(".")
+    assert (tmp_path / "segmenter.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: [],
+        lambda record: {name: record[name] for name in record if name != "input"},
+        lambda record: {name: record[name] for name in record if name != "encoder"},
+        lambda record: record | {"input": {"dem": record["input"]["rgb"]}},
+        lambda record: record | {"input": {"rgb": record["input"]["rgb"] | {"bands": 4}}},
+        lambda record: record | {"input": {"rgb": record["input"]["rgb"] | {"dtype": "uint16"}}},
+        lambda record: record | {"encoder": record["encoder"] | {"stored": True}},
+    ],
+    ids=["list", "no input", "no encoder", "modality", "bands", "normalisation", "no encoder config"],
+)
+def test_p13_a_record_of_another_segmenter_is_refused(copied: Path, change: Any) -> None:
+    record = json.loads((copied / "segmenter.json").read_text())
+    (copied / "segmenter.json").write_text(json.dumps(change(record)))
+    with pytest.raises(CheckpointError, match=r"segmenter\.json.*copy"):
+        Segmenter.from_pretrained(copied)
+
+
+def test_p21_another_stored_type_and_a_missing_crs_are_said_once(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfmseg.terminal._said", set())
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    image, _ = toy_scene(7)
+    segmenter.predict(image)
+    segmenter.predict(write_raster(tmp_path / "same.tif", image))
+    assert capsys.readouterr().err == ""
+    other = write_raster(tmp_path / "other.tif", image.astype(np.float32) / 255, crs=None)
+    for _ in range(2):
+        segmenter.predict(other)
+    said = capsys.readouterr().err
+    assert said.count("holds float32, the training scenes uint8") == 1
+    assert said.count("no CRS") == 1
+    assert len(said.splitlines()) == 2
+
+
+def test_p62_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    image, _ = toy_scene(7)
+    with pytest.raises(RecipeError, match="did you mean 'hann'"):
+        segmenter.predict(image, blend="hanm")
+    with pytest.raises(RecipeError, match="tile = 0"):
+        segmenter.predict(image, tile=0)
+    with pytest.raises(RecipeError, match="batch_size = 0"):
+        segmenter.predict(image, batch_size=0)
+    with pytest.raises(RecipeError, match="split = 'tests'"):
+        segmenter.evaluate(place / "recipe.yaml", split="tests")
+    with pytest.raises(DataError, match="is a Tensor"):
+        segmenter.predict(torch.zeros(3, 8, 8))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="the array for 'rgb': 8 bands"):
+        segmenter.predict(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(RecipeError, match="device = 'gpu'"):
+        Segmenter.from_pretrained(place / "run" / "best", device="gpu")
+    with pytest.raises(MachineError, match=r"cuda:99.*cpu"):
+        Segmenter.from_pretrained(place / "run" / "best", device="cuda:99")
+
+
+def test_p26_a_masked_array_does_not_lose_its_mask(place: Path) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    with pytest.raises(DataError, match=r"filled\(numpy\.nan\)"):
+        segmenter.predict(np.ma.masked_equal(toy_scene(7)[0], 70))
+
+
+def test_p42_classes_in_another_order_are_not_compared(place: Path) -> None:
+    recipe = load_recipe(place / "recipe.yaml", ["data.classes={0: disc, 1: ground}"])
+    with pytest.raises(RecipeError, match=r"0: 'disc'.*0: 'ground'"):
+        Segmenter.from_pretrained(place / "run" / "best").evaluate(recipe, "val")

@@ -6,7 +6,9 @@ prints `checkpoints.md`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from vfmseg.errors import CheckpointError, nearest
 
@@ -83,17 +85,38 @@ CATALOG: dict[str, Published] = {row.checkpoint: row for row in _ROWS}
 def published_statistics(family: str, checkpoint: str | None) -> Statistics:
     """Mean and std (red, green, blue; images scaled to 0..1) that the weights of a checkpoint expect.
 
-    A checkpoint outside the catalog (a local folder, say) has those of its family. Raises CheckpointError for an
-    unknown family, or for a checkpoint of another family.
+    A local folder says them itself if it holds a preprocessor_config.json; else, outside the catalog, they are those of
+    the family. Raises CheckpointError for an unknown family, a checkpoint of another family, or a file that cannot be
+    understood.
     """
     if family not in FAMILY_STATISTICS:
         raise CheckpointError(f"encoder family '{family}' is not known; {nearest(family, FAMILY_STATISTICS)}")
     row = CATALOG.get(checkpoint or "")
     if row is None:
-        return FAMILY_STATISTICS[family]
+        return _of_folder(checkpoint) or FAMILY_STATISTICS[family]
     if row.family != family:
         raise CheckpointError(f"{checkpoint} is a {row.family} checkpoint, not {family}; use the encoder {row.family}")
     return row.mean, row.std
+
+
+def _of_folder(checkpoint: str | None) -> Statistics | None:
+    """What the preprocessor_config.json of a local folder says, as transformers' image processors write it."""
+    file = Path(checkpoint or "").expanduser() / "preprocessor_config.json"
+    if checkpoint is None or not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not content.get("do_normalize", True) or "image_mean" not in content:
+            return None
+        (r, g, b), (sr, sg, sb) = ([float(value) for value in content[key]] for key in ("image_mean", "image_std"))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not understood ({type(error).__name__}: {error}); expected image_mean and image_std with three "
+            "numbers each, as transformers writes them; copy the folder again"
+        ) from None
+    if min(sr, sg, sb) <= 0:
+        raise CheckpointError(f"{file}: image_std = {[sr, sg, sb]}; expected numbers above 0; copy the folder again")
+    return (r, g, b), (sr, sg, sb)
 
 
 _HEADER = """\

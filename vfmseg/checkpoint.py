@@ -12,9 +12,10 @@ Everything is written beside its target, flushed and renamed: a folder or file u
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +30,8 @@ from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adap
 from vfmseg.catalog import CATALOG
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder_from_config
-from vfmseg.errors import CheckpointError
-from vfmseg.files import whole_folder
+from vfmseg.errors import CheckpointError, MachineError
+from vfmseg.files import require_own, whole_folder
 from vfmseg.model import (
     InputFacts,
     SegmentationModel,
@@ -42,6 +43,7 @@ from vfmseg.model import (
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 
 FORMAT = 1
+MARK = "segmenter.json"  # a folder that holds it is a segmenter, and may be replaced by one
 LIBRARIES = ("torch", "torchvision", "transformers", "peft", "accelerate", "rasterio", "datasets", "safetensors")
 
 
@@ -77,7 +79,7 @@ def save_segmenter(
         "metrics": dict(metrics),
         "versions": versions(),
     }
-    with whole_folder(folder) as aside:
+    with segmenter_folder(folder) as aside:
         (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         if trains_encoder:
             record["encoder"]["config"] = encoder.config()
@@ -86,6 +88,20 @@ def save_segmenter(
         save_adapter(model.attached, aside / "adapters" / adapter_folder(facts))
         (aside / "segmenter.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(_card(recipe, record), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def segmenter_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write a segmenter into; it replaces an older segmenter at the end, and nothing else."""
+    require_own(folder, MARK)
+    try:
+        with whole_folder(folder) as aside:
+            yield aside
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise MachineError(
+            f"{folder}: could not be written ({error}); what was there is kept: free some space or choose another "
+            "folder"
+        ) from None
 
 
 def adapter_folder(facts: InputFacts) -> str:
@@ -112,15 +128,7 @@ def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True)
     """
     record = _read_record(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    facts = InputFacts(
-        bands={name: entry["bands"] for name, entry in record["input"].items()},
-        dtypes={name: entry["dtype"] for name, entry in record["input"].items()},
-        statistics={
-            name: (tuple(entry["statistics"][0]), tuple(entry["statistics"][1]))
-            for name, entry in record["input"].items()
-            if entry["statistics"]
-        },
-    )
+    facts = _facts(folder, record, recipe)
     built = _load_encoder(folder, recipe, facts, record, encoder)
     adapter = recipe.model.adapter
     place = folder / "adapters" / adapter_folder(facts)
@@ -135,7 +143,7 @@ def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "segmenter.json"
+    path = folder / MARK
     if not path.is_file():
         found = "it does not exist" if not folder.is_dir() else "it has no segmenter.json"
         raise CheckpointError(
@@ -145,6 +153,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the checkpoint again") from None
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: is not the record of a segmenter; copy the checkpoint again")
     if record.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format = {record.get('format')}, but this version of vfmseg reads format {FORMAT}; "
@@ -153,11 +163,40 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def _facts(folder: Path, record: dict[str, Any], recipe: Recipe) -> InputFacts:
+    """What was noted of the training data; it must be that of the recipe beside it."""
+    try:
+        entries = record["input"].items()
+        facts = InputFacts(
+            bands={name: entry["bands"] for name, entry in entries},
+            dtypes={name: entry["dtype"] for name, entry in entries},
+            statistics={
+                name: (tuple(entry["statistics"][0]), tuple(entry["statistics"][1]))
+                for name, entry in entries
+                if entry["statistics"]
+            },
+        )
+        noted = {name: entry["normalize"] for name, entry in entries}
+        fits = noted == normalization(recipe, facts.bands, facts.dtypes) and all(
+            name in facts.statistics for name in noted if noted[name] == "dataset"
+        )
+    except (KeyError, TypeError, AttributeError, IndexError):
+        fits = False
+    if not fits:
+        raise CheckpointError(
+            f"{folder / MARK}: what it says of the input does not fit recipe.yaml; the folder is damaged or mixes two "
+            "checkpoints, copy it again"
+        )
+    return facts
+
+
 def _load_encoder(
     folder: Path, recipe: Recipe, facts: InputFacts, record: dict[str, Any], override: str | None
 ) -> Encoder:
     section = recipe.model.encoder
-    stored = record["encoder"]
+    stored = record.get("encoder", {})
+    if not {"name", "id", "sha256", "stored"} <= stored.keys() or (stored["stored"] and "config" not in stored):
+        raise CheckpointError(f"{folder / MARK}: does not say which encoder it needs; copy the checkpoint again")
     if stored["name"] != section.name:
         raise CheckpointError(
             f"{folder}: segmenter.json names a {stored['name']} encoder, recipe.yaml a {section.name} encoder; "
@@ -166,7 +205,7 @@ def _load_encoder(
     if stored["stored"]:
         if override is not None:
             raise CheckpointError(f"{folder}: this run trained its encoder and stores it; leave out encoder={override}")
-        mean, std = stacked_statistics(section.name, normalization(recipe, facts.bands, facts.dtypes), facts)
+        mean, std = stacked_statistics(recipe, facts)
         encoder = build_encoder_from_config(
             section.name, stored["config"], len(mean), mean, std, section.layers, section.upscale, section.input
         )

@@ -98,15 +98,18 @@ def predict(
         gc.freeze()
         gc.enable()
         first = next(iter(segmenter.facts.bands))
-        segmenter.predict(
-            {first: scene, **inputs},
-            output=output,
-            tile=tile,
-            overlap=overlap,
-            blend=blend,
-            batch_size=batch_size,
-            progress=TileProgress(Path(scene).name),
-        )
+        if first in inputs:
+            raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
+        with TileProgress(Path(scene).name) as progress:
+            segmenter.predict(
+                {first: scene, **inputs},
+                output=output,
+                tile=tile,
+                overlap=overlap,
+                blend=blend,
+                batch_size=batch_size,
+                progress=progress,
+            )
         if as_json:
             print(json.dumps({"output": str(output), "seconds": round(time.perf_counter() - started, 2)}))
         else:
@@ -120,6 +123,8 @@ def _inputs(scene: str, modality: list[str]) -> dict[str, str]:
     for item, (name, sign, path) in zip(modality, pairs, strict=True):
         if not (name and sign and path):
             raise RecipeError(f"--modality {item}: expected name=path, such as dem=dem.tif")
+        if [other for other, _, _ in pairs].count(name) > 1:
+            raise RecipeError(f"--modality {name}=... is given twice; expected one path for each modality")
     return {name: path for name, _, path in pairs}
 
 
@@ -137,8 +142,6 @@ def evaluate(
 
     def verb() -> None:
         quiet_libraries()
-        if split not in ("train", "val", "test"):
-            raise RecipeError(f"--split {split}: expected train, val or test")
         from vfmseg.recipe import load_recipe
 
         chosen = load_recipe(recipe, overrides or [])
@@ -146,7 +149,9 @@ def evaluate(
         from vfmseg.segmenter import Segmenter
 
         segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=encoder)
-        _show(segmenter.evaluate(chosen, split, TileProgress(f"{split} scenes")), as_json)
+        with TileProgress(f"{split} scenes") as progress:
+            result = segmenter.evaluate(chosen, split, progress)
+        _show(result, as_json)
 
     _end(verb)
 
@@ -167,7 +172,8 @@ def demo(
 
         run_demo(output, encoder=encoder, overwrite=overwrite)
 
-    _end(verb)
+    again = ["vfmseg", "demo", "--output", str(output), *(["--encoder", encoder] if encoder else []), "--overwrite"]
+    _end(verb, shlex.join(again))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
     Without it the built-in encoder is trained whole. Returns the content of `metrics.json`.
     """
     started = time.perf_counter()
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise RecipeError(f"--output {output} is not empty; replace an earlier demo by --overwrite, or choose another")
     recipe = demo_recipe(output, encoder)
     if encoder is None:
         say("the built-in encoder has no pretrained weights yet: the demo trains all of it, from random numbers")
@@ -55,13 +58,14 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
 
 def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
     """The recipe of the demo, for another encoder with LoRA and a shorter schedule if one is named."""
-    changes = [f"output_dir={(output / 'run').absolute()}"]
+    # JSON is YAML: quoted, a path may hold whatever a path can hold
+    changes = [f"output_dir={json.dumps(str((output / 'run').absolute()))}"]
     if encoder is not None:
         local = Path(encoder).expanduser()
         checkpoint = local.absolute() if local.is_dir() else encoder
-        section = f"{{name: {encoder_family(encoder)}, checkpoint: '{checkpoint}', upscale: 1.3125}}"
+        section = {"name": encoder_family(encoder), "checkpoint": str(checkpoint), "upscale": 1.3125}
         changes += [
-            f"model.encoder={section}",
+            f"model.encoder={json.dumps(section)}",
             "model.adapter={name: lora, rank: 8, targets: [q, v]}",
             "train.epochs=2",
             "train.optimizer.lr=1.0e-3",
@@ -71,20 +75,22 @@ def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
 
 def encoder_family(encoder: str) -> str:
     """`sam`, `dinov2` or `clip`, told by the config of a folder or by the catalog for a hub id."""
-    import json
-
     from vfmseg.catalog import CATALOG
 
     folder = Path(encoder).expanduser()
     if (folder / "config.json").is_file():
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        try:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{folder / 'config.json'}: not the config of an encoder; copy it again") from None
         if kind in FAMILIES:
             return FAMILIES[kind]
         raise CheckpointError(f"{folder}: model_type = {kind}; expected one of {', '.join(FAMILIES)}")
     if encoder in CATALOG:
         return CATALOG[encoder].family
     found = [family for family in ("dinov2", "sam", "clip") if family in encoder.lower()]
-    if not found or folder.is_dir():
+    hub_id = encoder.count("/") == 1 and not encoder.startswith((".", "~", "/"))
+    if not found or not hub_id or folder.is_dir():
         raise RecipeError(
             f"--encoder {encoder}: neither a folder with a config.json nor a known hub id; see checkpoints.md"
         )

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from vfmseg.errors import CheckpointError, DataError
 
 
 def _flush(path: Path) -> None:
@@ -17,6 +19,28 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_own(target: Path, mark: str) -> None:
+    """Refuse to replace what is not ours: a folder of ours is empty or holds the file `mark` (CheckpointError)."""
+    if target.is_dir() and ((target / mark).is_file() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise CheckpointError(
+            f"{target}: exists and is no folder with a {mark}, so it is not replaced; choose another name, or move it "
+            "away"
+        )
+
+
+def check_label_file(target: Path, inputs: Iterable[str]) -> None:
+    """Labels are a GeoTIFF and are called one; they never replace the imagery that they are made from (DataError)."""
+    if target.is_dir():
+        raise DataError(f"{target}: is a folder; expected the name of a GeoTIFF to write")
+    if target.suffix.lower() not in (".tif", ".tiff"):
+        raise DataError(f"{target}: labels are written as a GeoTIFF; name it {target.with_suffix('.tif').name}")
+    for path in inputs:
+        if target.exists() and os.path.exists(path) and os.path.samefile(target, path):
+            raise DataError(f"{target}: is the scene itself, which would be lost; choose another output")
 
 
 @contextlib.contextmanager
@@ -35,9 +59,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(old)
         aside.rename(target)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not target.exists():
             old.rename(target)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(target)  # a full disk is reported without a name
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -53,6 +79,9 @@ def whole_file(target: Path) -> Iterator[Path]:
         yield aside
         _flush(aside)
         os.replace(aside, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

@@ -11,13 +11,15 @@ if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(_
 
 import argparse
 import json
+import os
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vfmseg.errors import MachineError, RecipeError
-from vfmseg.files import whole_file, write_json
+from vfmseg.files import require_own, whole_file, write_json
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 from vfmseg.terminal import guarded, is_main_process, quiet_libraries, say
@@ -25,10 +27,12 @@ from vfmseg.terminal import guarded, is_main_process, quiet_libraries, say
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from vfmseg.loop import Loop, RunState
-    from vfmseg.model import InputFacts, SegmentationModel
+    from vfmseg.loop import RunState
+    from vfmseg.model import SegmentationModel
 
 STATE_FILE = "state.pt"
+RUN_FILES = (STATE_FILE, "metrics.jsonl", "metrics.json", "recipe.yaml")
+RUN_FOLDERS = ("best", "last")
 
 
 def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -43,6 +47,7 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     _check_output(output, resume, overwrite)
     accelerator = _accelerator(recipe)
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
+    from vfmseg.checkpoint import save_segmenter
     from vfmseg.data.augment import Augment, Radiometry
     from vfmseg.data.dataset import CoverWindows, TrainingWindows
     from vfmseg.loop import Loop, Schedule, StepReport, score_windows
@@ -87,7 +92,8 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
         progress.epoch(state.step, state.epoch, scores)
         if is_main_process():
             metrics = {"epoch": state.epoch, "validation": scores}
-            _keep(output, loop, recipe, facts, metrics, improved, state.epoch == section.epochs)
+            for folder in RUN_FOLDERS if improved else RUN_FOLDERS[1:]:
+                save_segmenter(output / folder, model, recipe, facts, metrics)
             _write_records(output / "metrics.jsonl", state)
             save_run(output / STATE_FILE, loop, text)
         accelerator.wait_for_everyone()
@@ -117,8 +123,11 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     if resume and (output / STATE_FILE).is_file():
         load_run(output / STATE_FILE, loop, text)
         say(f"resuming after epoch {loop.state.epoch} of {section.epochs}")
+    elif resume:
+        say(f"{output}: no epoch was finished there, so the run starts with the first one")
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(output)
         if overwrite:
             _remove_run(output)
         with whole_file(output / "recipe.yaml") as aside:
@@ -141,20 +150,41 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds another run; nothing is created here."""
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite exclude each other: go on with a run, or replace it")
-    if output.is_file():
-        raise RecipeError(f"output_dir = {output} is a file; expected a folder that can be created")
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        found = "may not be written to" if there.is_dir() else "is a file"
+        raise RecipeError(f"output_dir = {output}: {there} {found}; expected a folder that can be created")
+    held = sorted(path.name for path in output.iterdir()) if there == output else []
+    if held and not (resume or overwrite):
         raise RecipeError(
-            f"output_dir = {output} already holds {', '.join(sorted(p.name for p in output.iterdir())[:4])}; "
+            f"output_dir = {output} already holds {', '.join(held[:4])}; "
             "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
         )
+    if held and resume and "recipe.yaml" not in held and STATE_FILE not in held:
+        raise RecipeError(
+            f"output_dir = {output} holds {', '.join(held[:4])}, but no run to go on with; leave out --resume and "
+            "choose another output_dir"
+        )
+    for name in RUN_FOLDERS:
+        require_own(output / name, "segmenter.json")
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what a killed run was just writing beside its files."""
+    for name in (*RUN_FILES, *RUN_FOLDERS):
+        for kind in ("partial", "old"):
+            for path in output.glob(f".{name}.*.{kind}"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def _remove_run(output: Path) -> None:
     """Remove what an earlier run wrote, and nothing else: its state must not be resumed under the new recipe."""
-    for name in (STATE_FILE, "metrics.jsonl", "metrics.json"):
+    for name in RUN_FILES:
         (output / name).unlink(missing_ok=True)
-    for name in ("best", "last"):
+    for name in RUN_FOLDERS:
         shutil.rmtree(output / name, ignore_errors=True)
 
 
@@ -174,30 +204,13 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 def _parameter_lines(model: SegmentationModel) -> str:
     from vfmseg.adapters.attach import parameter_table
 
-    rows = parameter_table({"encoder": model.encoder, "decoder": model.decoder})
+    rows = parameter_table(model.encoder, model.attached, model.decoder)
     lines = [f"{'part':<10}{'trainable':>14}{'total':>14}"]
     lines += [f"{part:<10}{trainable:>14,}{total:>14,}" for part, trainable, total in rows]
     sites = model.attached.sites
     if sites:
         lines.append(f"adapter {model.attached.name} on {len(sites)} layers: {sites[0]} ... {sites[-1]}")
     return "\n".join(lines)
-
-
-def _keep(
-    output: Path,
-    loop: Loop,
-    recipe: Recipe,
-    facts: InputFacts,
-    metrics: dict[str, Any],
-    improved: bool,
-    finished: bool,
-) -> None:
-    from vfmseg.checkpoint import save_segmenter
-
-    if improved:
-        save_segmenter(output / "best", loop.model, recipe, facts, metrics)
-    if finished:
-        save_segmenter(output / "last", loop.model, recipe, facts, metrics)
 
 
 def _write_records(path: Path, state: RunState) -> None:
@@ -239,7 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def verb() -> None:
         finetune(load_recipe(options.recipe, options.overrides), options.resume, options.overwrite)
 
-    return guarded(verb, f"accelerate launch vfmseg/finetune.py {options.recipe} --resume")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launch = ["accelerate", "launch", *(["--num_processes", processes] if processes != "1" else [])]
+    again = [*launch, "vfmseg/finetune.py", str(options.recipe), *options.overrides, "--resume"]
+    return guarded(verb, shlex.join(again))
 
 
 if __name__ == "__main__":

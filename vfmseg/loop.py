@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -96,6 +97,12 @@ def parameter_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any
     ]
 
 
+def dropout_seed(seed: int, epoch: int, rank: int) -> int:
+    """Seed of torch's generator for one epoch of one process: the same on every machine, another for each."""
+    words = np.random.SeedSequence([abs(seed), int(seed < 0), epoch, rank]).generate_state(1, np.uint64)
+    return int(words[0] % 2**63)
+
+
 def global_sum(values: Tensor) -> Tensor:
     """Sum over all processes; the tensor itself where there is only one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -147,7 +154,7 @@ class Loop:
     def _train_epoch(self, epoch: int) -> None:
         self.wrapped.train()
         # dropout is the only randomness outside the data; seeded anew each epoch it survives a resume
-        torch.manual_seed(hash((self.schedule.seed, epoch, self.accelerator.process_index)) % 2**63)
+        torch.manual_seed(dropout_seed(self.schedule.seed, epoch, self.accelerator.process_index))
         for group in self._steps(epoch):
             self._step(epoch, [batch.to(self.accelerator.device) for batch in group])
 
@@ -211,13 +218,26 @@ class Loop:
             multiprocessing_context="spawn" if self.schedule.workers else None,
         )
         group: list[Batch] = []
-        for batch in loader:
+        for batch in _plain_errors(loader):
             group.append(batch)
             if len(group) == self.schedule.accumulate:
                 yield group
                 group = []
         if group:
             yield group
+
+
+def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; an error that a worker process has met is raised as it was there, without its traceback as text."""
+    try:
+        yield from batches
+    except VfmsegError as error:
+        text = str(error).rstrip()
+        if not text.startswith("Caught "):
+            raise
+        # the last paragraph of torch's report: class, colon, message
+        message = text[text.rindex(f"{type(error).__name__}: ") :].partition(": ")[2]
+        raise type(error)(message) from None
 
 
 @torch.no_grad()

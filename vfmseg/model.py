@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.adapters.attach import ADAPTERS, Attached
-from vfmseg.catalog import FAMILY_STATISTICS
+from vfmseg.catalog import published_statistics
 from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder
 from vfmseg.errors import RecipeError
 from vfmseg.recipe import Recipe
+from vfmseg.terminal import say_once
 
 # mean and standard deviation of each band of one modality, in the units of the images
 BandStatistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -49,7 +51,9 @@ class SegmentationModel(nn.Module):
         # ground that the grid really covers and cut, so that every pixel keeps its place.
         height, width = stacked.shape[-2:]
         rows, cols = features.maps[0].shape[-2:]
-        covered = (round(rows * features.strides[0]), round(cols * features.strides[0]))
+        stride = features.strides[0]
+        # where rounding an image made smaller lost less than half a pixel of it, the grid does cover all of it
+        covered = (max(height, round(rows * stride)), max(width, round(cols * stride)))
         logits = F.interpolate(logits, size=covered, mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
@@ -96,6 +100,7 @@ def build_model(recipe: Recipe, facts: InputFacts) -> SegmentationModel:
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
     encoder = published_encoder(recipe, facts)
+    _say_if_windows_are_padding(encoder, recipe.data.tile)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         adapter = recipe.model.adapter
@@ -103,10 +108,24 @@ def build_model(recipe: Recipe, facts: InputFacts) -> SegmentationModel:
         return with_decoder(recipe, encoder, attached, facts.bands)
 
 
+def _say_if_windows_are_padding(encoder: Encoder, tile: int) -> None:
+    share = encoder.padded_share(tile, tile)
+    if share <= 0.25:
+        return
+    side = encoder.window * encoder.patch  # pixels of a window, after upscale
+    windows = tile * encoder.upscale / side
+    say_once(
+        f"data.tile = {tile}: {share:.0%} of what the {encoder.family} encoder attends to in windows of "
+        f"{encoder.window} x {encoder.window} tokens is padding, which costs time and accuracy; "
+        f"try model.encoder.upscale = {math.ceil(windows) * side / tile:.4g}, or "
+        f"data.tile = {round(max(1, round(windows)) * side / encoder.upscale)}"
+    )
+
+
 def published_encoder(recipe: Recipe, facts: InputFacts, instead: str | None = None) -> Encoder:
     """The recipe's encoder with its published weights; `instead` is another folder or hub id to take them from."""
     section = recipe.model.encoder
-    mean, std = stacked_statistics(section.name, normalization(recipe, facts.bands, facts.dtypes), facts)
+    mean, std = stacked_statistics(recipe, facts)
     return build_encoder(
         section.name,
         # narrowed by name: builtin has no published weights to look for
@@ -136,15 +155,16 @@ def with_decoder(recipe: Recipe, encoder: Encoder, attached: Attached, bands: Ma
     return SegmentationModel(encoder, attached, decoder, bands, len(recipe.data.classes))
 
 
-def stacked_statistics(
-    family: str, chosen: Mapping[str, str], facts: InputFacts
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def stacked_statistics(recipe: Recipe, facts: InputFacts) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of all stacked channels in image units: the encoder's published ones or the data set's."""
+    section = recipe.model.encoder
+    checkpoint = None if section.name == "builtin" else section.checkpoint
+    chosen = normalization(recipe, facts.bands, facts.dtypes)
     mean: list[float] = []
     std: list[float] = []
     for name in facts.bands:
         if chosen[name] == "encoder":
-            published_mean, published_std = FAMILY_STATISTICS[family]
+            published_mean, published_std = published_statistics(section.name, checkpoint)
             mean += [255 * m for m in published_mean]
             std += [255 * s for s in published_std]
         else:

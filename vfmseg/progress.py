@@ -60,7 +60,10 @@ class TrainingProgress:
 
 
 class TileProgress:
-    """Shows tiles done of a prediction; silent where stderr is not a terminal."""
+    """Shows tiles done of a prediction; silent where stderr is not a terminal.
+
+    Used in a `with` statement, so that an error gives the terminal its cursor back.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,7 +82,12 @@ class TileProgress:
             self.task = self.bar.add_task(self.name, total=total)
             self.bar.start()
         self.bar.update(self.task, completed=done)
-        if done >= total:
+
+    def __enter__(self) -> TileProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
             self.bar.stop()
 
 

@@ -67,6 +67,8 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file."""
     splits = {name: open_split(recipe, name) for name in ("train", "val", "test") if getattr(recipe.data, name)}
     disjoint(splits)
+    for name, scenes in splits.items():
+        _check_alike([splits["train"][0], *scenes], name)
     training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
     for name, scenes in training.items():
         require_labels(scenes, name)

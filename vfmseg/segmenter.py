@@ -6,14 +6,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from vfmseg.checkpoint import Loaded, load_segmenter
-from vfmseg.errors import CheckpointError, DataError, RecipeError
-from vfmseg.files import whole_folder
+from vfmseg.checkpoint import Loaded, load_segmenter, segmenter_folder
+from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError, nearest
+from vfmseg.files import check_label_file
 from vfmseg.geo.labels import IGNORE
 from vfmseg.geo.reader import Chip
 from vfmseg.geo.writer import LabelWriter, label_type
@@ -21,6 +21,8 @@ from vfmseg.inference.sources import OpenScene, Source
 from vfmseg.inference.stream import Predictor, Rows, SceneSource, stream_rows
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import Recipe, load_recipe
+from vfmseg.recipe.train import PredictSection
+from vfmseg.terminal import say_once
 
 # one array (C, H, W) or one file; with several modalities a dictionary of them
 Input = Source | Mapping[str, Source]
@@ -60,7 +62,7 @@ class Segmenter:
         """
         if dtype not in DTYPES:
             raise RecipeError(f"dtype = {dtype!r} is not known; expected one of {', '.join(DTYPES)}")
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "fp16" and chosen.type == "cpu":
             raise RecipeError("dtype = fp16 needs an accelerator; use fp32 or bf16 on the CPU")
         folder = _local_folder(checkpoint)
@@ -96,6 +98,8 @@ class Segmenter:
         out is as in the recipe.
         """
         source = self._source(scene)
+        if output is not None:
+            check_label_file(Path(output), [path for raster in source.rasters.values() for path in raster.paths])
         rows = self._rows(source, tile, overlap, blend, batch_size, progress)
         if output is None:
             labels = np.empty((source.grid.height, source.grid.width), dtype=np.int64)
@@ -135,6 +139,8 @@ class Segmenter:
         """
         from vfmseg.scenes import open_split
 
+        if split not in ("train", "val", "test"):
+            raise RecipeError(f"split = {split!r}; expected train, val or test")
         if not isinstance(recipe, Recipe):
             recipe = load_recipe(recipe)
         self._check_same_task(recipe)
@@ -154,13 +160,18 @@ class Segmenter:
         return confusion.scores([self.classes[i] for i in self.ids]) | {"split": split, "scenes": len(scenes)}
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write this segmenter to another folder, complete: what `from_pretrained` reads and a hub can hold."""
-        target = Path(folder)
-        if target.resolve() == self.folder.resolve():
-            return target
-        with whole_folder(target) as aside:
+        """Write this segmenter to another folder, complete: what `from_pretrained` reads and a hub can hold.
+
+        Replaces an older segmenter there; a folder that holds anything else is refused (CheckpointError).
+        """
+        target, source = Path(folder).expanduser().resolve(), self.folder.resolve()
+        if target == source:
+            return Path(folder)
+        if source in target.parents or target in source.parents:
+            raise CheckpointError(f"{folder}: one of it and {self.folder} lies in the other; choose a folder beside it")
+        with segmenter_folder(target) as aside:
             shutil.copytree(self.folder, aside, dirs_exist_ok=True)
-        return target
+        return Path(folder)
 
     # -----------------------------------------------------------------------------------------------------------
 
@@ -174,14 +185,33 @@ class Segmenter:
                 f"the segmenter needs the modalities {', '.join(bands)}, but got {', '.join(map(str, given))}; pass "
                 "one path or array for each"
             )
+        for name, one in given.items():
+            if isinstance(one, np.ma.MaskedArray):
+                raise DataError(f"'{name}' is a masked array; pass array.astype('float32').filled(numpy.nan) instead")
+            if not isinstance(one, str | Path | np.ndarray | list | tuple):
+                raise DataError(f"'{name}' is a {type(one).__name__}; expected a path or a numpy array (bands, H, W)")
         source = OpenScene({name: given[name] for name in bands}, bands)
+        self._tell(source, files=not isinstance(given[next(iter(bands))], np.ndarray))
         for name, expected in self.facts.bands.items():
             if source.bands()[name] != expected:
+                place = f"the array for '{name}'" if isinstance(given[name], np.ndarray) else source.rasters[name].path
                 raise DataError(
-                    f"{source.rasters[name].path}: {source.bands()[name]} bands are read, but the model was trained "
+                    f"{place}: {source.bands()[name]} bands are read, but the model was trained "
                     f"on {expected} bands for '{name}'; choose them with data.modalities.{name}.bands when training"
                 )
         return source
+
+    def _tell(self, source: OpenScene, files: bool) -> None:
+        """What is allowed but seldom meant, said once: another stored type than in training, a file without a CRS."""
+        for name, trained in self.facts.dtypes.items():
+            given = source.rasters[name].dtype
+            if given != trained:
+                say_once(
+                    f"{name}: this scene holds {given}, the training scenes {trained}; its values are taken as they "
+                    "are, so they must be in the same units"
+                )
+        if files and not source.grid.georeferenced:
+            say_once("the scene carries no CRS: its labels will have none either")
 
     def _rows(
         self,
@@ -197,10 +227,10 @@ class Segmenter:
             source,
             self._predictor(),
             len(self.ids),
-            tile=_positive("tile", tile or section.tile or self.recipe.data.tile),
+            tile=_positive("tile", (section.tile or self.recipe.data.tile) if tile is None else tile),
             overlap=_share(section.overlap if overlap is None else overlap),
-            blend=blend or section.blend,
-            batch_size=_positive("batch_size", batch_size or section.batch_size),
+            blend=section.blend if blend is None else _known("blend", blend, section),
+            batch_size=_positive("batch_size", section.batch_size if batch_size is None else batch_size),
             progress=progress,
         )
 
@@ -223,11 +253,11 @@ class Segmenter:
         return table[np.where(labels == IGNORE, len(self.ids), labels)].astype(label_type(self.ids)[0])
 
     def _check_same_task(self, recipe: Recipe) -> None:
-        ours, theirs = set(self.ids), set(recipe.data.classes)
-        if ours != theirs:
+        theirs = {i: recipe.data.classes[i].name for i in sorted(recipe.data.classes)}
+        if self.classes != theirs:
             raise RecipeError(
-                f"{recipe.name}: data.classes has the ids {sorted(theirs)}, but the segmenter knows {sorted(ours)}; "
-                "evaluate on a recipe with the same classes"
+                f"{recipe.name}: data.classes are {theirs}, but the segmenter knows {self.classes}; evaluate on a "
+                "recipe with the same classes"
             )
         if set(recipe.data.modalities) != set(self.facts.bands):
             raise RecipeError(
@@ -262,6 +292,25 @@ def _local_folder(checkpoint: str | Path) -> Path:
             f"{checkpoint}: no such folder here, and not to be had from the hub{offline}: {type(error).__name__}; "
             "check the name, or download it first"
         ) from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device = {name!r} is not known; expected cpu, cuda, cuda:1, mps, ...") from None
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch built without it, no driver, no such number
+        raise MachineError(f"device = {name}: {str(error).splitlines()[0]}; use another one, such as cpu") from None
+    return device
+
+
+def _known(name: str, value: str, section: PredictSection) -> str:
+    known = get_args(type(section).model_fields[name].annotation)
+    if value not in known:
+        raise RecipeError(f"{name} = {value!r}; {nearest(value, known)}")
+    return value
 
 
 def _positive(name: str, value: int) -> int:

@@ -51,11 +51,15 @@ def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
         _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted" + (f"; go on with: {resume_line}" if resume_line else ""))
+        if is_main_process():  # all of them were interrupted
+            _complain("interrupted" + (f"; go on with: {resume_line}" if resume_line else ""))
         return 130
     except MemoryError:
         _complain("out of memory; try a smaller batch_size or tile")
         return 3
+    except (PermissionError, NotADirectoryError) as error:
+        _complain(f"{error.filename}: {error.strerror}; check the path, and whether you may read and write there")
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
@@ -71,4 +75,5 @@ def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"vfmseg: {message}", file=sys.stderr, flush=True)
+    who = "vfmseg" if is_main_process() else f"vfmseg, process {os.environ['RANK']}"
+    print(f"{who}: {message}", file=sys.stderr, flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -14,9 +13,6 @@ from torch import nn
 from vfmseg.adapters import bottleneck, lora
 from vfmseg.encoders.base import Encoder
 from vfmseg.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 BOTTLENECK_FILE = "adapter.safetensors"
 
@@ -27,7 +23,7 @@ class Attached:
 
     name: str
     sites: tuple[str, ...] = ()
-    peft_model: PeftModel | None = None
+    low_rank: lora.Injected | None = None
     bottlenecks: Mapping[str, bottleneck.ParallelMlp] | None = None
 
 
@@ -46,10 +42,9 @@ def attach_full(encoder: Encoder) -> Attached:
 
 def attach_lora(encoder: Encoder, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> Attached:
     """Low-rank updates of the named linear layers (q, k, v, o, mlp) of every block."""
-    encoder.backbone.requires_grad_(False)
-    wrapper, sites, modes = lora.inject(encoder, rank, alpha, dropout, targets)
-    encoder.moving = modes
-    return Attached("lora", sites=sites, peft_model=wrapper)
+    injected = lora.inject(encoder, rank, alpha, dropout, targets)
+    encoder.moving = injected.modes
+    return Attached("lora", sites=tuple(injected.sites), low_rank=injected)
 
 
 def attach_bottleneck(encoder: Encoder, hidden: int, scale: float) -> Attached:
@@ -69,9 +64,9 @@ ADAPTERS: dict[str, Callable[..., Attached]] = {
 
 def save_adapter(attached: Attached, folder: Path) -> None:
     """Write an adapter: LoRA in peft's own format, bottlenecks as safetensors; nothing for the others."""
-    if attached.peft_model is not None:
+    if attached.low_rank is not None:
         folder.mkdir(parents=True)
-        lora.save(attached.peft_model, folder)
+        lora.save(attached.low_rank.wrapper, folder)
     elif attached.bottlenecks is not None:
         folder.mkdir(parents=True)
         tensors = bottleneck.tensors_of(dict(attached.bottlenecks))
@@ -79,10 +74,12 @@ def save_adapter(attached: Attached, folder: Path) -> None:
 
 
 def load_adapter(encoder: Encoder, attached: Attached, folder: Path) -> None:
-    """Fill an attached adapter from its folder, strictly: CheckpointError for a missing, extra or misshapen tensor."""
-    if attached.peft_model is not None:
-        config = attached.peft_model.peft_config["default"]
-        lora.load(encoder, folder, config.r, attached.sites)
+    """Fill an attached adapter from its folder, strictly.
+
+    CheckpointError for a missing, extra or misshapen tensor, and for another rank, alpha or other targets.
+    """
+    if attached.low_rank is not None:
+        lora.load(encoder, folder, attached.low_rank)
     elif attached.bottlenecks is not None:
         placed = dict(attached.bottlenecks)
         file = folder / BOTTLENECK_FILE
@@ -102,14 +99,23 @@ def merge_lora(encoder: Encoder, folder: Path, rank: int, alpha: float, targets:
     return attach_none(encoder)
 
 
-def parameter_table(parts: Mapping[str, nn.Module]) -> list[tuple[str, int, int]]:
-    """(part, trainable, total) for each part, and their sum."""
+def parameter_table(encoder: Encoder, attached: Attached, decoder: nn.Module) -> list[tuple[str, int, int]]:
+    """(part, trainable, total) for each part that has parameters, and their sum.
+
+    `adapter` is what was added to the backbone and learns; `encoder` is the backbone as published.
+    """
+    backbone = list(encoder.backbone.parameters())
+    added = [p for p in backbone if p.requires_grad] if attached.sites else []
+    ours = {id(p) for p in added}
+    parts = {
+        "encoder": [p for p in backbone if id(p) not in ours],
+        "adapter": added,
+        "stem": list(encoder.stem.parameters()),
+        "decoder": list(decoder.parameters()),
+    }
     rows = [
-        (
-            name,
-            sum(p.numel() for p in part.parameters() if p.requires_grad),
-            sum(p.numel() for p in part.parameters()),
-        )
-        for name, part in parts.items()
+        (name, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+        for name, parameters in parts.items()
+        if parameters
     ]
     return [*rows, ("all", sum(r[1] for r in rows), sum(r[2] for r in rows))]

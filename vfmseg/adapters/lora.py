@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vfmseg.adapters.sites import chosen_sites
 from vfmseg.encoders.base import Encoder
@@ -25,14 +27,22 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
-def inject(
-    encoder: Encoder, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]
-) -> tuple[PeftModel, tuple[str, ...], tuple[nn.Module, ...]]:
-    """Put peft's LoRA layers into the backbone, in place.
+@dataclass(frozen=True)
+class Injected:
+    """Peft's LoRA inside a backbone."""
 
-    Returns peft's wrapper (to save with), the adapted layers' names, and the modules that differ in training
-    (dropout). Of a fused qkv layer only the wanted thirds learn: the rows of B for the others stay zero, so the
-    file remains plain peft and loads anywhere.
+    wrapper: PeftModel  # to save with
+    rank: int
+    alpha: float
+    sites: Mapping[str, tuple[str, ...]]  # as `chosen_sites` gives them
+    modes: tuple[nn.Module, ...]  # what differs in training: dropout
+
+
+def inject(encoder: Encoder, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> Injected:
+    """Put peft's LoRA layers into the backbone, in place; peft freezes all else there.
+
+    Of a fused qkv layer only the wanted thirds learn: the rows of B for the others stay zero, so the file remains
+    plain peft and loads anywhere.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -60,24 +70,26 @@ def inject(
         layer: Any = encoder.backbone.get_submodule(name)
         modes += list(layer.lora_dropout.values())
         if thirds and set(thirds) != {"q", "k", "v"}:
-            up: Tensor = layer.lora_B["default"].weight  # (3 D, rank)
-            up.register_hook(_Keep(up, thirds))
-    return wrapper, tuple(sites), tuple(modes)
+            layer.lora_B["default"] = SomeThirds(layer.lora_B["default"].weight, thirds)
+    return Injected(wrapper, rank, alpha, sites, tuple(modes))
 
 
-class _Keep:
-    """A gradient hook that lets only some thirds of a fused qkv layer learn."""
+class SomeThirds(nn.Module):
+    """B of a fused qkv layer of which only some thirds count: the others are read as zero, so they never learn.
 
-    def __init__(self, up: Tensor, thirds: tuple[str, ...]) -> None:
-        third = up.shape[0] // 3
-        mask = torch.zeros(up.shape[0], 1)
-        for part in thirds:
-            start = "qkv".index(part) * third
-            mask[start : start + third] = 1.0
-        self.mask = mask
+    In the forward pass and not as a gradient hook, which a copied parameter would lose.
+    """
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient * self.mask.to(gradient)
+    def __init__(self, weight: nn.Parameter, thirds: tuple[str, ...]) -> None:
+        """`weight`: (3 D, rank), rows of q, k and v in this order; `thirds`: which of them count."""
+        super().__init__()
+        self.weight = weight
+        self.thirds = thirds
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., rank) -> (..., 3 D)."""
+        rows = zip("qkv", self.weight.chunk(3), strict=True)
+        return F.linear(x, torch.cat([w if part in self.thirds else torch.zeros_like(w) for part, w in rows]))
 
 
 def save(wrapper: PeftModel, folder: Path) -> None:
@@ -86,15 +98,56 @@ def save(wrapper: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink()
 
 
-def load(encoder: Encoder, folder: Path, rank: int, sites: Iterable[str]) -> None:
+def load(encoder: Encoder, folder: Path, injected: Injected) -> None:
     """Fill the injected layers from a folder, strictly."""
-    tensors = read_adapter(folder)[1]
-    check(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
+    tensors = read_fitting(encoder, folder, injected.rank, injected.alpha, injected.sites)
     with torch.no_grad():
-        for name in sites:
+        for name in injected.sites:
             layer: Any = encoder.backbone.get_submodule(name)
             layer.lora_A["default"].weight.copy_(tensors[f"{name}.lora_A.weight"])
             layer.lora_B["default"].weight.copy_(tensors[f"{name}.lora_B.weight"])
+
+
+def merge(encoder: Encoder, folder: Path, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+    """Add (alpha / rank) B A into the frozen weights: the same function, faster, and without importing peft."""
+    sites = chosen_sites(encoder, targets)
+    tensors = read_fitting(encoder, folder, rank, alpha, sites)
+    with torch.no_grad():
+        for name in sites:
+            layer: Any = encoder.backbone.get_submodule(name)
+            update = tensors[f"{name}.lora_B.weight"].float() @ tensors[f"{name}.lora_A.weight"].float()
+            layer.weight += (alpha / rank) * update.to(layer.weight)
+
+
+def read_fitting(
+    encoder: Encoder, folder: Path, rank: int, alpha: float, sites: Mapping[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
+    """Tensors of a peft folder, without peft's prefix, if they are the plain LoRA of this rank, alpha and sites."""
+    config, tensors = read_adapter(folder)
+    variants = [
+        key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or variants:
+        raise CheckpointError(
+            f"{folder / CONFIG}: peft_type = {config.get('peft_type')} with {', '.join(variants) or 'no variant'}; "
+            "expected plain LoRA, as vfmseg writes it"
+        )
+    if config.get("r") != rank or config.get("lora_alpha") != alpha:
+        raise CheckpointError(
+            f"{folder / CONFIG}: rank {config.get('r')} and alpha {config.get('lora_alpha')}, but recipe.yaml says "
+            f"{rank} and {alpha}; the folder mixes two checkpoints"
+        )
+    check(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
+    foreign = sorted(set(config.get("target_modules") or ()) ^ set(sites))
+    for name, wanted in sites.items():
+        parts = zip("qkv", tensors[f"{name}.lora_B.weight"].chunk(3), strict=True) if wanted else ()
+        foreign += [f"{part} of {name}" for part, rows in parts if part not in wanted and rows.any()]
+    if foreign:
+        raise CheckpointError(
+            f"{folder}: the adapter was trained on other targets than recipe.yaml names ({', '.join(foreign[:3])}); "
+            "the folder mixes two checkpoints"
+        )
+    return tensors
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -110,7 +163,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def expected_shapes(encoder: Encoder, rank: int, sites: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(encoder: Encoder, rank: int, sites: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
     """Names (as in the file, without prefix) and shapes of the tensors that a LoRA of this encoder has."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sites:
@@ -129,28 +182,3 @@ def check(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tupl
         parts = [("missing", missing), ("not expected", extra), ("of another shape", wrong)]
         found = "; ".join(f"{len(names)} tensors {what} ({', '.join(names[:3])})" for what, names in parts if names)
         raise CheckpointError(f"{file}: {found}; this adapter belongs to another encoder or recipe")
-
-
-def merge(encoder: Encoder, folder: Path, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
-    """Add (alpha / rank) B A into the frozen weights: the same function, faster, and without importing peft."""
-    config, tensors = read_adapter(folder)
-    variants = [
-        key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA" or variants:
-        raise CheckpointError(
-            f"{folder / CONFIG}: peft_type = {config.get('peft_type')} with {', '.join(variants) or 'no variant'}; "
-            "expected plain LoRA, as vfmseg writes it"
-        )
-    if config.get("r") != rank or config.get("lora_alpha") != alpha:
-        raise CheckpointError(
-            f"{folder / CONFIG}: rank {config.get('r')} and alpha {config.get('lora_alpha')}, but recipe.yaml says "
-            f"{rank} and {alpha}; the folder mixes two checkpoints"
-        )
-    sites = chosen_sites(encoder, targets)
-    check(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
-    with torch.no_grad():
-        for name in sites:
-            layer: Any = encoder.backbone.get_submodule(name)
-            update = tensors[f"{name}.lora_B.weight"].float() @ tensors[f"{name}.lora_A.weight"].float()
-            layer.weight += (alpha / rank) * update.to(layer.weight)

@@ -53,6 +53,8 @@ def chosen_sites(encoder: Encoder, targets: tuple[str, ...]) -> dict[str, tuple[
     A fused qkv layer stands for whichever of q, k, v are among the targets. AdapterError if a target finds nothing
     in any of the blocks: an adapter in half of them would go unnoticed.
     """
+    if not targets:
+        raise AdapterError("model.adapter.targets names no layer; expected some of q, k, v, o, mlp; try [q, v]")
     sites = linear_sites(encoder)
     for target in targets:
         for prefix, block in encoder.blocks:

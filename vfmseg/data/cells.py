@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -74,13 +75,15 @@ class Rows:
 
     def header(self, row: int, column: str) -> Header:
         """Size, bands and type of a cell; of an encoded image without decoding its pixels."""
-        if self._kinds[column] is not None:
-            values = self.values(row, column, label=False)[0]
-            return Header(values.shape[1], values.shape[2], values.shape[0], str(values.dtype))
-        image = self._open(row, column)
-        width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) >= 5:
-            width, height = height, width
+        kind = self._kinds[column]
+        if kind is not None:
+            bands, height, width = self.values(row, column, label=False)[0].shape
+            return Header(height, width, bands, kind)
+        with self._damage(row, column):
+            image = self._open(row, column)
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION, 1) >= 5:
+                width, height = height, width
         return Header(height, width, *_MODES.get(image.mode, (3, "uint8")))
 
     def values(self, row: int, column: str, label: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -93,20 +96,19 @@ class Rows:
                     f"{self.where(row, column)}: array of shape {array.shape}; expected (height, width) or "
                     "(height, width, bands)"
                 )
-            array = array.astype(kind, copy=False)
+            if array.dtype.kind != "f":  # whole numbers with gaps come as float with NaN, which no integer can hold
+                array = array.astype(kind, copy=False)
             return (array[None] if array.ndim == 2 else array.transpose(2, 0, 1)), None
         return self._pixels(row, column, label)
 
     def _pixels(self, row: int, column: str, label: bool) -> tuple[np.ndarray, np.ndarray | None]:
         from PIL import ImageOps
 
-        image = self._open(row, column)
-        if image.mode not in _MODES and not (label and image.mode == "P"):  # a label's palette indexes are its classes
-            image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
-        try:
+        with self._damage(row, column):
+            image = self._open(row, column)
+            if image.mode not in _MODES and not (label and image.mode == "P"):  # palette indexes of labels are classes
+                image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
             array = np.asarray(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{self.where(row, column)}: the image is damaged ({error}); replace it") from error
         if array.dtype == bool:
             array = array.astype(np.uint8)
         if array.ndim == 2:
@@ -123,9 +125,23 @@ class Rows:
         if cell is None:
             raise DataError(f"{self.where(row, column)}: the cell is empty; expected an image")
         try:
-            return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-        except (OSError, UnidentifiedImageError) as error:
+            image = Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.where(row, column)}: cannot be read as an image ({error})") from error
+        if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(part) for part in image.tile):
+            raise DataError(  # PIL keeps 16 bits of single bands only, and cuts the others to 8 without a word
+                f"{self.where(row, column)}: holds 16 bits a band in {len(image.getbands())} bands; expected 8, or one "
+                "band: store it as an array (height, width, bands), or name the files in the recipe"
+            )
+        return image
+
+    @contextmanager
+    def _damage(self, row: int, column: str) -> Iterator[None]:
+        """What goes wrong while PIL decodes, as an error that names the cell."""
+        try:
+            yield
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{self.where(row, column)}: the image is damaged ({error}); replace it") from error
 
     def where(self, row: int, column: str) -> str:
         """A cell, for messages."""
@@ -141,7 +157,8 @@ def _array_type(feature: Any, place: str) -> str:
     depth, inner = 0, feature
     while isinstance(inner, (datasets.List, list)):
         depth, inner = depth + 1, inner[0] if isinstance(inner, list) else inner.feature
-    if depth not in (2, 3) or not isinstance(inner, datasets.Value):
+    numbers = ("int", "uint", "float", "bool")
+    if depth not in (2, 3) or not isinstance(inner, datasets.Value) or not inner.dtype.startswith(numbers):
         raise DataError(
             f"{place} holds {feature}; expected an image, or an array (height, width) or (height, width, bands), in "
             "every row: labels are maps of class ids, one for each pixel"

@@ -157,7 +157,7 @@ def _load(dataset: str, config: str | None, revision: str | None) -> tuple[dict[
         else:
             name = str(path) if path.exists() else dataset
             loaded = datasets.load_dataset(name, name=config, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         remedy = (
             "expected a folder written by save_to_disk, of images with a metadata file, or of parquet files"
             if path.exists()
@@ -189,7 +189,9 @@ def _choose(parts: dict[str, Any], split: str, place: str) -> list[tuple[str, An
         rows = parts[instruction.splitname]
         first, end = instruction.from_ or 0, len(rows) if instruction.to is None else instruction.to
         name = "" if names == [""] else instruction.splitname
-        chosen.append((name, rows.select(range(first, end)), first))
+        asked = range(len(rows))[first:end]  # a slice may reach beyond the rows
+        if asked:
+            chosen.append((name, rows.select(asked), first))
     return chosen
 
 

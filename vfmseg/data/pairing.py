@@ -20,7 +20,7 @@ RASTER_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".i
 """What is picked up from a folder that is named without a pattern."""
 
 _SIDECARS = (".aux.xml", ".ovr", ".msk", ".tfw", ".jgw", ".jpgw", ".pgw", ".wld", ".prj", ".xml", ".txt", ".json")
-_WILDCARD = re.compile(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]")
+_WILDCARD = re.compile(r"\*\*/|\*\*|\*|\?|\[!?[^\]!][^\]]*\]")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _find_one(entry: str, place: str) -> list[Found]:
     if entry.startswith("/vsi") or "://" in entry or os.path.isfile(entry):
         return [Found(entry, Path(entry).stem, Path(entry).stem, literal=True)]
     if os.path.isdir(entry):
-        names = [name for name in sorted(os.listdir(entry)) if name.lower().endswith(RASTER_SUFFIXES)]
+        names = [name for name in sorted(os.listdir(entry)) if _is_listed(entry, name)]
         if not names:
             raise DataError(
                 f"{place}: the folder {entry} holds no image; expected files ending in {', '.join(RASTER_SUFFIXES)}"
@@ -73,6 +73,11 @@ def _find_one(entry: str, place: str) -> list[Found]:
     if not paths:
         raise DataError(f"{place}: the pattern {entry} matches no file; {_nearby(entry)}")
     return [Found(path, Path(path).stem, _wild_part(entry, path), literal=False) for path in paths]
+
+
+def _is_listed(folder: str, name: str) -> bool:
+    """A visible image file: like a glob, a folder leaves out names such as ._a.tif, which macOS writes beside a.tif."""
+    return name.lower().endswith(RASTER_SUFFIXES) and name[0] != "." and os.path.isfile(os.path.join(folder, name))
 
 
 def _is_image(path: str, pattern: str) -> bool:
@@ -113,7 +118,10 @@ def _group(wildcard: str) -> str:
     if wildcard == "**/":
         return r"(?:(.*)/)?"
     if wildcard.startswith("["):
-        return "([" + ("^" + wildcard[2:] if wildcard[1] == "!" else wildcard[1:]) + ")"
+        if len(wildcard) == 3:  # one character stands for itself alone: that is how globs escape *, ? and [
+            return re.escape(wildcard[1])
+        inner = wildcard[1:].replace("\\", "\\\\").replace("[", "\\[")
+        return "([" + ("^" + inner[1:] if inner[0] == "!" else inner) + ")"
     return {"**": "(.*)", "*": "([^/]*)", "?": "([^/])"}[wildcard]
 
 

@@ -62,6 +62,8 @@ class FileScene:
         self._rasters = dict(rasters)
         self._labels = labels
         self.files = tuple(os.path.realpath(p) for r in rasters.values() for p in r.paths)
+        if os.path.realpath(labels.path) in self.files:
+            raise DataError(f"{labels.path}: is image and labels at once; expected the labels in a file of their own")
         self.files += (os.path.realpath(labels.path),)
         self.grid = self._common_grid()
         self._bands = {name: raster.count for name, raster in self._rasters.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
@@ -87,16 +89,24 @@ def _read_table(table: str | Path) -> tuple[list[str], list[tuple[int, dict[str,
         text = Path(table).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table}: cannot be read as a table ({error}); expected a CSV file in UTF-8") from error
-    lines = text.splitlines()
-    header = lines[0] if lines else ""
-    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
-    columns = [column.strip() for column in reader.fieldnames or []]
-    reader.fieldnames = columns
+    header = text.partition("\n")[0]
+    # strict: a quotation mark that is left open would quietly swallow the rows below it
+    reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count), strict=True)
     rows = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise DataError(f"{table} line {reader.line_num}: expected {len(columns)} cells, one for each column")
-        rows.append((reader.line_num, {key: value.strip() for key, value in row.items()}))
+    try:
+        columns = [column.strip() for column in reader.fieldnames or []]
+        reader.fieldnames = columns
+        twice = [column for column in columns if column and columns.count(column) > 1]
+        if twice:
+            raise DataError(f"{table}: has two columns {twice[0]!r}; expected each name once")
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{table} line {reader.line_num}: expected {len(columns)} cells, one for each column")
+            rows.append((reader.line_num, {key: value.strip() for key, value in row.items()}))
+    except csv.Error as error:
+        raise DataError(
+            f"{table} line {reader.line_num + 1}: is not a row of a table ({error}); check its quotation marks"
+        ) from error
     return columns, rows
 
 
@@ -116,7 +126,7 @@ def _table_path(table: Path, columns: Sequence[str], row: Mapping[str, str], how
     if named.startswith("/vsi") or "://" in named:
         return named
     path = table.parent / named
-    if not named or not path.exists():
+    if not named or not os.path.exists(path):
         raise DataError(f"{place}: {how!r} names {str(path)!r}, which does not exist; correct the table or the path")
     return str(path)
 

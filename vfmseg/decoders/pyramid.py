@@ -20,6 +20,11 @@ def on_one_grid(maps: Sequence[Tensor]) -> list[Tensor]:
     return [x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear") for x in maps]
 
 
+def halve(x: Tensor) -> Tensor:
+    """Means of 2 x 2 cells; the last row or column of an odd map is averaged over what is there."""
+    return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
 def enlarge(x: Tensor, size: torch.Size) -> Tensor:
     """Twice as fine, then cut to `size` (height, width).
 
@@ -84,9 +89,7 @@ class Pyramid(nn.Module):
             for source, lateral, norm in zip(self.sources, self.laterals, self.norms, strict=True)
         ]
         quarter, half = (finer(x) for finer, x in zip(self.finer, reduced[:2], strict=True))
-        # the last row or column of an odd map is averaged over what is there
-        double = F.avg_pool2d(reduced[3], 2, ceil_mode=True, count_include_pad=False)
-        return [quarter, half, reduced[2], double]
+        return [quarter, half, reduced[2], halve(reduced[3])]
 
 
 def add_downwards(levels: Sequence[Tensor]) -> list[Tensor]:

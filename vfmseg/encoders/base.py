@@ -55,6 +55,7 @@ class Family:
     prefix: Callable[[Any], int]  # CLS and register tokens before the patch tokens
     embed: Callable[[Any, Tensor, Tensor | None], Tensor]
     step: Callable[[Any, Tensor, tuple[int, int]], Tensor]
+    window: Callable[[Any], int]  # tokens a side of the windows in which a block attends; 0: it attends to all
     finish: Callable[[Any, Tensor], Tensor]
     trim: Callable[[Any, int], None]
 
@@ -118,6 +119,19 @@ class Encoder(nn.Module):
         values: dict[str, Any] = backbone.config.to_diff_dict()
         return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
 
+    @property
+    def window(self) -> int:
+        """Tokens a side of the largest windows in which blocks attend; 0 if every block attends to all tokens."""
+        return max(self.anatomy.window(block) for _, block in self.blocks)
+
+    def padded_share(self, height: int, width: int) -> float:
+        """Share (0..1) of the tokens in attention windows that are padding, for images of height x width pixels."""
+        if not self.window:
+            return 0.0
+        cells = [math.ceil(self._enlarged(side) / self.patch) for side in (height, width)]
+        whole = [math.ceil(count / self.window) * self.window for count in cells]
+        return 1.0 - math.prod(cells) / math.prod(whole)
+
     def train(self, mode: bool = True) -> Encoder:
         """Switch stem and adapters; frozen parts keep evaluation mode (dropout, drop path)."""
         super().train(mode)
@@ -153,10 +167,14 @@ class Encoder(nn.Module):
         mean, std = self.mean.float()[:, None, None], self.std.float()[:, None, None]
         pixels = torch.where(valid, (images.float() - mean) / std, 0.0).to(self.mean.dtype)
         if self.upscale != 1:
-            size = [max(1, round(side * self.upscale)) for side in pixels.shape[-2:]]
+            size = [self._enlarged(side) for side in pixels.shape[-2:]]
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=self.upscale < 1)
         bottom, right = (-side % self.patch for side in pixels.shape[-2:])
         return F.pad(pixels, (0, right, 0, bottom))
+
+    def _enlarged(self, side: int) -> int:
+        """Pixels of a side after `upscale`."""
+        return max(1, round(side * self.upscale))
 
 
 def plain_norm(tokens: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ def step(block: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return block(tokens, None)
 
 
+def window(block: Any) -> int:
+    """Every block attends to all tokens."""
+    return 0
+
+
 def finish(backbone: Any, tokens: Tensor) -> Tensor:
     """CLIP trained its last norm on the class token alone, so patch tokens get a plain one."""
     return plain_norm(tokens)
@@ -61,6 +66,7 @@ CLIP = Family(
     prefix=prefix,
     embed=embed,
     step=step,
+    window=window,
     finish=finish,
     trim=trim,
 )

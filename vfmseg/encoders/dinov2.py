@@ -37,6 +37,11 @@ def step(block: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return block(tokens)
 
 
+def window(block: Any) -> int:
+    """Every block attends to all tokens."""
+    return 0
+
+
 def finish(backbone: Any, tokens: Tensor) -> Tensor:
     """DINOv2's own final norm, for each layer: its authors use intermediate layers that way."""
     return backbone.layernorm(tokens)
@@ -58,6 +63,7 @@ DINOV2 = Family(
     prefix=prefix,
     embed=embed,
     step=step,
+    window=window,
     finish=finish,
     trim=trim,
 )

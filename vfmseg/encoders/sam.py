@@ -52,6 +52,11 @@ def step(block: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return block(tokens.unflatten(1, grid)).flatten(1, 2)
 
 
+def window(block: Any) -> int:
+    """14 as published, in most blocks; a few are global."""
+    return int(block.window_size)
+
+
 def finish(backbone: Any, tokens: Tensor) -> Tensor:
     """SAM's blocks end without a norm (its neck has one of its own), so tokens get a plain one."""
     return plain_norm(tokens)
@@ -74,6 +79,7 @@ SAM = Family(
     prefix=prefix,
     embed=embed,
     step=step,
+    window=window,
     finish=finish,
     trim=trim,
 )

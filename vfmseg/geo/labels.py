@@ -75,9 +75,9 @@ class LabelMap:
 def _whole_numbers(array: np.ndarray, place: str, unlabelled: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Ids int64, and bool where they do not count."""
     hidden = np.zeros(array.shape, dtype=bool) if unlabelled is None else unlabelled.astype(bool)
-    if array.dtype.kind in "iub":
+    if array.dtype.kind in "iub" and array.dtype != np.uint64:  # the upper half of uint64 would wrap to -1 and below
         return array.astype(np.int64), hidden
-    if array.dtype.kind != "f":
+    if array.dtype.kind not in "fu":
         raise DataError(f"{place}: labels of type {array.dtype}; expected whole numbers")
     hidden = hidden | np.isnan(array)
     numbers = np.where(hidden, 0, array).astype(np.float64)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError  # the only name that rasterio has for what GDAL says of some damaged headers
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -87,8 +88,11 @@ class RasterFile:
     def info(self) -> FileInfo:
         """What the file says of itself; opens it at the first call. DataError if it cannot be opened."""
         if self._info is None:
-            with self._handle() as dataset:
-                self._info = _describe(dataset, self.path)
+            try:
+                with self._handle() as dataset:
+                    self._info = _describe(dataset, self.path)
+            except CPLE_BaseError as error:
+                raise DataError(_why_not_opened(self.path, error)) from error
         return self._info
 
     def read(self, bands: Sequence[int], window: Window) -> np.ndarray:
@@ -118,10 +122,12 @@ class RasterFile:
 
     def close(self) -> None:
         """Give the handle back; the next read opens the file again."""
-        if self._dataset is not None and self._pid == os.getpid():
-            with self._lock, gdal():
+        if self._pid != os.getpid():
+            self._reset()  # the handle is the parent process's
+        with self._lock, gdal():
+            if self._dataset is not None:
                 self._dataset.close()
-        self._dataset = None
+            self._dataset = None  # still locked: no thread may find it closed
 
     @contextmanager
     def _handle(self) -> Iterator[Any]:

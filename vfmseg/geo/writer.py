@@ -60,6 +60,8 @@ class LabelWriter:
     ) -> None:
         if not len(ids) == len(names) == len(colors):
             raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(colors)} colors: expected as many of each")
+        if os.fspath(path).startswith("/vsi") or "://" in os.fspath(path):  # Path would make folders of these names
+            raise DataError(f"{os.fspath(path)}: maps are written to this machine's disks only; choose a path there")
         self.path = Path(path)
         if self.path.is_dir():
             raise DataError(f"{self.path}: is a folder; expected the name of a GeoTIFF to write")

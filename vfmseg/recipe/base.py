@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterator
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -66,32 +66,37 @@ def recipe_folder(info: Info) -> Path | None:
     return info.context["base"] if info.context else None
 
 
-def beside_recipe(text: str, base: Path | None) -> str:
+def beside_recipe(text: str, base: Path | None, glob: bool = False) -> str:
     """An absolute path for a relative one; what GDAL reads from elsewhere (`/vsizip/`, `https://`) stays as it is.
 
-    A glob stays a glob: characters of the recipe's own folder that a glob would interpret are escaped.
+    A glob stays a glob: characters of the recipe's own folder that it would interpret are escaped. A file of just
+    that name is none, also if the name holds brackets.
     """
     if base is None or "://" in text or text.startswith("/vsi"):
         return text
     text = os.path.expanduser(text)
     if os.path.isabs(text):
         return text
-    start = glob.escape(str(base)) if glob.has_magic(text) else str(base)
-    return os.path.normpath(os.path.join(start, text))
+    path = os.path.normpath(base / text)
+    if glob and has_magic(text) and not os.path.exists(path):
+        return os.path.normpath(os.path.join(escape(str(base)), text))
+    return path
 
 
 def _resolve_path(path: Path, info: Info) -> Path:
     return Path(beside_recipe(str(path), recipe_folder(info)))
 
 
-def _not_blank(value: Any) -> Any:
-    # Path("") is the current folder: an empty value would silently point at the recipe's folder
+def _local(value: Any) -> Any:
+    # Path("") is the current folder, and Path("s3://a") is one called s3: that would silently be made there
     if isinstance(value, str) and not value.strip():
         raise ValueError("must be a path, not empty text")
+    if isinstance(value, str) and "://" in value:
+        raise ValueError("must be a path on this machine")
     return value
 
 
-RecipePath = Annotated[Path, BeforeValidator(_not_blank), AfterValidator(_resolve_path)]
+RecipePath = Annotated[Path, BeforeValidator(_local), AfterValidator(_resolve_path)]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

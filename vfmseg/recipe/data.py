@@ -20,7 +20,8 @@ from vfmseg.recipe.sources import SOURCE_KEYS, FileSource, Source, same_scenes
 Color = tuple[
     Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)]
 ]
-ClassId = Annotated[Whole, Field(ge=-(2**31), lt=2**31)]
+ClassId = Annotated[Whole, Field(gt=-(2**31), lt=2**31)]  # the smallest 32-bit number is left for nodata
+TileSide = Annotated[Whole, Field(ge=1, le=2**16)]
 
 SPLITS = ("train", "val", "test")
 # Told apart also by most colour-blind readers; further classes get hues a golden angle apart.
@@ -67,7 +68,7 @@ class ModalitySection(Section):
     scale: Number = 1.0
     offset: Number = 0.0
     nodata: float | None = Field(default=None, strict=True, examples=[0])
-    """Stored value that means "nothing measured here"; left out: as the file says. `.nan` is allowed."""
+    """Stored value, or `.nan`, that means "nothing measured here" in any band (0: in all); left out: the file's."""
     normalize: Literal["encoder", "dataset"] | None = None
     """Mean and std of the encoder's own training, or of the training split; left out: encoder for 8-bit RGB."""
 
@@ -94,7 +95,7 @@ class DataSection(Section):
         ),
     ]
     """Class id in the label files: name, or {name, color}."""
-    ignore_index: Whole = 255
+    ignore_index: ClassId = 255
     """Label value of pixels that belong to no class; they count in no loss and no metric."""
     modalities: Annotated[dict[str, ModalitySection], Field(min_length=1, examples=[{"rgb": {"bands": [1, 2, 3]}}])]
     """One or several kinds of image of the same place; the first is the reference grid."""
@@ -104,7 +105,7 @@ class DataSection(Section):
     """Scenes that choose the best checkpoint."""
     test: Source | None = None
     """Scenes that are only measured, at the end."""
-    tile: Annotated[Whole, Field(ge=1)] = 256
+    tile: TileSide = 256
     """Side of a training window in pixels of the reference grid."""
     samples_per_epoch: Whole | None = Field(default=None, ge=1, examples=[500])
     """Windows drawn per epoch; left out: as many as cover the training scenes once."""

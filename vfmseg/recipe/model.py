@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -41,6 +42,8 @@ class _PublishedEncoder(_AnyEncoder):
 
     def _problems(self) -> Iterator[Problem]:
         yield from super()._problems()
+        if self.revision and os.path.isabs(self.checkpoint):
+            yield Problem("revision", f"is not used: {self.checkpoint} is no hub id; drop it")
         row = CATALOG.get(self.checkpoint)
         if row is None:
             return

@@ -22,7 +22,7 @@ def parse_override(text: str, place: str) -> tuple[KeyPath, Any]:
 
 
 def _part(text: str) -> str | int:
-    return int(text) if text.removeprefix("-").isdecimal() else text
+    return int(text) if len(text) < 12 and text.removeprefix("-").isdecimal() else text  # Python refuses endless ones
 
 
 def override(mapping: Mapping[Any, Any], path: KeyPath, value: Any, place: str) -> dict[Any, Any]:

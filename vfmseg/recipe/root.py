@@ -46,7 +46,8 @@ class Recipe(Section):
         if self.model.fusion is not None and len(modalities) == 1:
             yield Problem("model.fusion", "is not used: data.modalities has only one modality; drop it")
         counts = [len(m.bands) if m.bands else None for m in modalities.values()]
-        if self.model.encoder.input and counts.count(None) == 0 and sum(filter(None, counts)) == 3:
+        as_published = None not in counts and sum(filter(None, counts)) == 3
+        if self.model.encoder.input and as_published:
             yield Problem(
                 "model.encoder.input",
                 f"= '{self.model.encoder.input}' is not used: 3 bands enter as published; drop it",
@@ -54,6 +55,10 @@ class Recipe(Section):
         if self.train.optimizer.encoder_lr is not None and self.model.adapter.name == "none":
             yield Problem(
                 "train.optimizer.encoder_lr", "is not used: adapter none lets nothing in the encoder learn; drop it"
+            )
+        if self.train.gradient_checkpointing and self.model.adapter.name == "none" and as_published:
+            yield Problem(
+                "train.gradient_checkpointing", "is not used: adapter none lets nothing in the encoder learn; drop it"
             )
         for number in self.train.class_weights or ():
             if number not in self.data.classes:

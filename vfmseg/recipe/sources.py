@@ -28,7 +28,9 @@ def _text_or_texts(value: Any) -> Any:
 
 def _resolve_files(value: str | list[str], info: Info) -> str | list[str]:
     base = recipe_folder(info)
-    return beside_recipe(value, base) if isinstance(value, str) else [beside_recipe(text, base) for text in value]
+    if isinstance(value, str):
+        return beside_recipe(value, base, glob=True)
+    return [beside_recipe(text, base, glob=True) for text in value]
 
 
 # A plain union would report "no text" and "no list" as two errors; one check says it in one line.
@@ -110,7 +112,10 @@ class TableSource(_AnySource):
         yield from super()._problems()
         for key, value in {"labels": self.labels, **self.images}.items():
             try:
-                columns = [column for _, column, _, _ in string.Formatter().parse(value) if column is not None]
+                columns = []
+                for _, column, form, _ in string.Formatter().parse(value):
+                    columns.append(column)
+                    format("", form or "")  # cells are text: {id:03d} would fail at the first row
             except ValueError as error:
                 yield Problem(key, f"= {show(value)} is not a template: {error}; write columns as {{name}}")
                 continue
@@ -134,6 +139,13 @@ class DatasetSource(_AnySource):
     revision: Name | None = None
     labels: Annotated[Name, Field(examples=["label"])]
     """Column of the labels."""
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        if self.revision and os.path.isabs(self.dataset):
+            yield Problem("revision", f"is not used: {self.dataset} is no hub id; drop it")
+        if self.config and os.path.isfile(self.dataset):
+            yield Problem("config", f"is not used: {self.dataset} is a single file; drop it")
 
 
 def _kind(value: Any) -> str:

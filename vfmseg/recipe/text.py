@@ -35,6 +35,10 @@ class _Loader(yaml.SafeLoader):
     # emptied, then filled below: without this, PyYAML's own 1.1 patterns would stay in force
     yaml_implicit_resolvers = dict[str, Any]()  # noqa: RUF012 (PyYAML declares it without ClassVar)
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # an anchor that holds itself is then an error, not an endless value
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping; a key that it names twice is an error at its second place."""
         seen: set[Any] = set()
@@ -72,6 +76,8 @@ def read_yaml(text: str, place: str) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
         what = error.problem or error.context or "not YAML"
         hint = "" if "second time" in what else "; check indentation, colons, brackets and quotes near it"
+        if error.context == "while scanning an alias":
+            hint = '; text that starts with * needs quotes: "*.tif"'
         raise RecipeError(f"{place}: {where}: {what}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         what = " ".join(str(error).split())

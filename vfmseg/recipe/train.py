@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from vfmseg.recipe.base import Flag, Number, Problem, Section, Whole
-from vfmseg.recipe.data import ClassId
+from vfmseg.recipe.data import ClassId, TileSide
 
 LossName = Literal["cross_entropy", "dice", "focal", "lovasz"]
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -108,7 +108,7 @@ class TrainSection(Section):
 class PredictSection(Section):
     """How a scene is labelled: overlapping tiles, blended."""
 
-    tile: Whole | None = Field(default=None, ge=1, examples=[512])
+    tile: TileSide | None = Field(default=None, examples=[512])
     """Side of a tile in pixels; left out: data.tile."""
     overlap: Annotated[Number, Field(ge=0, lt=0.9)] = 0.25
     """Share of a tile that it has in common with its neighbour."""

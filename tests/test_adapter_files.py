@@ -1,0 +1,218 @@
+"""Files of adapters: plain peft reads them, they load strictly, and merged or beside they give the same maps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encoder_models import FAMILIES, LORA, attach, build, last_map, picture, save_all, train, upstream
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vfmseg.adapters.attach import load_adapter, merge_lora, save_adapter
+from vfmseg.encoders.base import BaseRecord, sha256_of
+from vfmseg.encoders.build import build_encoder
+from vfmseg.errors import CheckpointError
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_all(tmp_path_factory.mktemp("saved-adapters"))
+
+
+@pytest.fixture(scope="session")
+def trained(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """(kind, adapter name) -> (folder of the saved adapter, map of the trained encoder); made once each."""
+    made: dict[tuple[str, str], tuple[Path, Tensor]] = {}
+
+    def make(kind: str, name: str = "lora") -> tuple[Path, Tensor]:
+        if (kind, name) not in made:
+            encoder = build(folders, kind)
+            attached = attach(encoder, name)
+            train(encoder)
+            folder = tmp_path_factory.mktemp("saved") / kind
+            save_adapter(attached, folder)
+            with torch.no_grad():
+                made[kind, name] = (folder, last_map(encoder))
+        return made[kind, name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_p6_a_saved_adapter_gives_the_same_maps(
+    folders: dict[str, Path], trained: Callable[..., Any], kind: str, name: str
+) -> None:
+    folder, expected = trained(kind, name)
+    encoder = build(folders, kind)
+    with torch.no_grad():
+        assert not torch.allclose(last_map(encoder), expected, atol=1e-2)
+        load_adapter(encoder, attach(encoder, name), folder)
+        assert torch.equal(last_map(encoder), expected)
+    tensors = load_file(next(folder.glob("*.safetensors")))
+    count = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in tensors.values()) == count  # C10: nothing that learns is left out
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+def test_p14_c14_adapter_files_load_strictly(
+    folders: dict[str, Path], trained: Callable[..., Any], name: str, tmp_path: Path
+) -> None:
+    folder, _ = trained("sam", name)
+    weights = next(folder.glob("*.safetensors")).name
+    tensors = load_file(folder / weights)
+    victim = sorted(tensors)[1]
+    cases = {
+        r"1 tensors missing": {n: t for n, t in tensors.items() if n != victim},
+        r"1 tensors not expected \(stranger": {**tensors, "stranger": torch.zeros(1)},
+        r"1 tensors of another shape": {**tensors, victim: torch.zeros(9, 9)},
+    }
+    for words, changed in cases.items():
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        save_file(changed, tmp_path / weights)
+        encoder = build(folders, "sam")
+        attached = attach(encoder, name)
+        digest = sha256_of(encoder.backbone.state_dict())
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load_adapter(encoder, attached, tmp_path)
+        assert str(tmp_path / weights) in str(caught.value)
+        assert sha256_of(encoder.backbone.state_dict()) == digest  # nothing half loaded
+        if name == "lora":
+            with pytest.raises(CheckpointError, match=words):
+                merge_lora(build(folders, "sam"), tmp_path, 2, 4.0, ("q", "v"))
+    (tmp_path / weights).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        load_adapter(encoder, attached, tmp_path)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_p6_plain_peft_reads_the_file_on_the_upstream_model(
+    folders: dict[str, Path], trained: Callable[..., Any], kind: str
+) -> None:
+    from peft import PeftModel
+
+    folder, _ = trained(kind)
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    encoder = build(folders, kind)
+    load_adapter(encoder, attach(encoder, "lora"), folder)
+    cls = encoder.anatomy.model_class("dinov2_with_registers" if kind == "registers" else kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns of tensors that it misses
+        plain = PeftModel.from_pretrained(cls.from_pretrained(folders[kind]), str(folder)).eval()
+    # upstream's own forward at its own size, against ours: the last hidden state before any further norm
+    side = {"dinov2": 56, "registers": 56, "clip": 48, "sam": 64}[kind]
+    images, valid = picture(side, side)
+    with torch.no_grad():
+        states = plain(encoder.prepare(images, valid), output_hidden_states=True).hidden_states[-1]
+        expected = encoder.anatomy.finish(encoder.backbone, states.flatten(1, -2))[:, encoder.prefix :]
+        found = encoder(images, valid).maps[-1].flatten(2).transpose(1, 2)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_p13_the_file_names_the_base_it_stands_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = build(folders, "clip")
+    encoder.base = BaseRecord("owner/name", "0123abc", encoder.base.sha256)
+    save_adapter(attach(encoder, "lora"), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "0123abc")
+    assert (config["r"], config["lora_alpha"]) == (LORA["rank"], LORA["alpha"])
+
+
+def test_p1_many_targets_stay_spelled_out(tmp_path: Path) -> None:
+    """Peft shortens 20 targets and more to suffixes; on the whole model those hit the blocks that were trimmed."""
+    from peft import PeftModel
+
+    model = upstream("dinov2", num_hidden_layers=12)
+    model.save_pretrained(tmp_path / "base")
+    encoder = build_encoder("dinov2", str(tmp_path / "base"), 3, layers=[11])
+    attached = attach(encoder, "lora")
+    save_adapter(attached, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == list(attached.sites)
+    assert len(attached.sites) == 22
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns of layers that the file says nothing about
+        PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+
+
+def test_merged_lora_equals_peft_and_needs_no_peft(folders: dict[str, Path], trained: Callable[..., Any]) -> None:
+    program = """
+import json, sys, torch
+from pathlib import Path
+from encoder_models import build, picture
+from vfmseg.adapters.attach import merge_lora
+folders, places = json.loads(sys.argv[1])
+for kind, place in places.items():
+    encoder = build(folders, kind)
+    attached = merge_lora(encoder, Path(place), 2, 4.0, ("q", "v"))
+    assert not any(p.requires_grad for p in encoder.parameters())
+    with torch.no_grad():
+        torch.save(encoder(*picture(50, 70)).maps[-1], Path(place).parent / "merged.pt")
+print(sorted(n for n in sys.modules if n.split(".")[0] == "peft"))
+"""
+    places = {kind: trained(kind) for kind in FAMILIES}
+    argument = json.dumps([{k: str(v) for k, v in folders.items()}, {k: str(p) for k, (p, _) in places.items()}])
+    done = subprocess.run(
+        [sys.executable, "-c", program, argument],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""  # whole CLIP and SAM folders, and yet no reports and progress bars
+    for folder, expected in places.values():
+        assert torch.allclose(torch.load(folder.parent / "merged.pt"), expected, atol=1e-5)
+
+
+def refused(folders: dict[str, Path], kind: str, folder: Path, words: str, **changes: Any) -> None:
+    """Loading beside and merging into the frozen weights must refuse alike, and change nothing."""
+    settings = {**LORA, **changes}
+    beside, into = build(folders, kind), build(folders, kind)
+    attached = attach(beside, "lora", **changes)
+    digests = [sha256_of(encoder.state_dict()) for encoder in (beside, into)]
+    with pytest.raises(CheckpointError, match=words):
+        load_adapter(beside, attached, folder)
+    with pytest.raises(CheckpointError, match=words):
+        merge_lora(into, folder, settings["rank"], settings["alpha"], settings["targets"])
+    assert [sha256_of(encoder.state_dict()) for encoder in (beside, into)] == digests
+
+
+def test_p13_p14_an_adapter_of_another_recipe_is_refused_by_loading_and_merging(
+    folders: dict[str, Path], trained: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, _ = trained("clip")
+    refused(folders, "clip", folder, r"rank 2 and alpha 4\.0, but recipe\.yaml says 4 and 4\.0", rank=4)
+    refused(folders, "clip", folder, r"rank 2 and alpha 4\.0, but recipe\.yaml says 2 and 8\.0", alpha=8.0)
+    refused(folders, "clip", folder, "missing", targets=("q", "v", "o"))
+    for change, words in (
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "peft_type = IA3"),
+        ({"target_modules": ["q_proj"]}, r"trained on other targets .*encoder\.layers\.0\.self_attn\.q_proj"),
+    ):
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+        refused(folders, "clip", tmp_path, words)
+
+
+def test_p1_p14_targets_of_a_fused_layer_are_told_by_its_rows(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Names and shapes are the same whichever of q, k and v was trained."""
+    encoder = build(folders, "sam")
+    attached = attach(encoder, "lora", targets=("q", "k"))
+    train(encoder)
+    save_adapter(attached, tmp_path / "qk")
+    refused(folders, "sam", tmp_path / "qk", r"other targets .*\(k of vision_encoder\.layers\.0\.attn\.qkv")
+    again = build(folders, "sam")
+    load_adapter(again, attach(again, "lora", targets=("q", "k", "v")), tmp_path / "qk")  # a third may learn nothing

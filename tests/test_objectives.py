@@ -1,0 +1,106 @@
+"""Supervised segmentation: sums and counts of what is labelled and valid, weighted and divided as the recipe says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vfmseg.data.sample import Batch
+from vfmseg.losses import IGNORE, LOSSES, counts, focal
+from vfmseg.objectives.segmentation import Segmentation, Term, class_weight_tuple, total
+
+CLASS_WEIGHTS = (0.5, 2.0, 3.0)
+
+
+class Bands(nn.Module):
+    """The bands are the logits, scaled by one weight; pixels without validity are set to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.calls = 0
+
+    def forward(self, images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        self.calls += 1
+        return self.gain * torch.where(valid["rgb"][:, None], images["rgb"], 0.0)
+
+
+def make_batch(samples: int = 4) -> Batch:
+    """Three classes; some pixels have no label, and some no validity in one of two modalities."""
+    labels = torch.randint(0, 3, (samples, 6, 7))
+    labels[:, 0] = IGNORE
+    valid = {name: torch.rand(samples, 6, 7) > 0.2 for name in ("rgb", "ir")}
+    images = {"rgb": torch.randn(samples, 3, 6, 7), "ir": torch.randn(samples, 1, 6, 7)}
+    return Batch(images, valid, labels)
+
+
+def part(batch: Batch, samples: slice) -> Batch:
+    images, valid = ({n: t[samples] for n, t in tensors.items()} for tensors in (batch.images, batch.valid))
+    return Batch(images, valid, batch.labels[samples])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_p38_every_loss_runs_alone_with_default_settings(name: str) -> None:
+    model, batch, objective = Bands(), make_batch(), Segmentation({name: 1.0})
+    value = total(objective.terms(model, batch), objective.counts(batch))
+    value.backward()
+    assert value.isfinite()
+    assert value > 0
+    assert model.gain.grad is not None
+    assert model.gain.grad != 0
+
+
+@pytest.mark.parametrize("weights", [None, CLASS_WEIGHTS])
+def test_terms_are_the_losses_of_the_targets_and_the_model_runs_once(weights: tuple[float, ...] | None) -> None:
+    model, batch = Bands(), make_batch()
+    found = Segmentation({name: i + 1.0 for i, name in enumerate(LOSSES)}, weights, 1.5).terms(model, batch)
+    assert model.calls == 1
+    logits = model(batch.images, batch.valid)
+    for i, (name, loss) in enumerate(LOSSES.items()):
+        assert torch.equal(found[name].sum, loss.sum(logits, batch.targets(), weights, 1.5))
+        assert (found[name].weight, found[name].count) == (i + 1.0, loss.count)
+    assert not torch.equal(found["focal"].sum, focal(logits, batch.targets(), weights, 2.0))
+
+
+@pytest.mark.parametrize("weights", [None, CLASS_WEIGHTS])
+def test_p26_nodata_of_any_modality_is_no_target(weights: tuple[float, ...] | None) -> None:
+    batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0), weights)
+    seen = batch.valid["rgb"] & batch.valid["ir"]
+    unlabelled = Batch(batch.images, batch.valid, torch.where(seen, batch.labels, IGNORE))
+    assert not torch.equal(unlabelled.labels, batch.labels)
+    counted = objective.counts(batch)
+    assert counted == objective.counts(unlabelled) == counts(unlabelled.labels, weights)
+    before, after = objective.terms(Bands(), batch), objective.terms(Bands(), unlabelled)
+    assert all(torch.equal(before[name].sum, after[name].sum) for name in LOSSES)
+
+
+def test_p49_parts_of_a_batch_divided_by_the_counts_of_all_add_up_to_the_whole() -> None:
+    batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 0.7), CLASS_WEIGHTS)
+    batch.labels[1, :5] = IGNORE
+    divisors = objective.counts(batch)
+    pieces = [part(batch, slice(0, 2)), part(batch, slice(2, 3)), part(batch, slice(3, 4))]
+    summed = sum(total(objective.terms(Bands(), piece), divisors) for piece in pieces)
+    torch.testing.assert_close(total(objective.terms(Bands(), batch), divisors), summed)
+
+
+def test_total_divides_each_sum_by_its_own_count_and_weighs_it() -> None:
+    terms = {"a": Term(torch.tensor(6.0), 0.5, "pixels"), "b": Term(torch.tensor(4.0), 3.0, "samples")}
+    divisors = {"pixels": torch.tensor(12.0), "samples": torch.tensor(2.0)}
+    assert float(total(terms, divisors)) == 0.5 * 6 / 12 + 3 * 4 / 2
+    assert float(total(terms, divisors, scale=4.0)) == 4 * float(total(terms, divisors))
+
+
+def test_p41_nothing_valid_gives_zero_and_a_zero_gradient() -> None:
+    model, batch, objective = Bands(), make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0))
+    batch.valid["ir"][:] = False
+    value = total(objective.terms(model, batch), objective.counts(batch))
+    value.backward()
+    assert value == 0
+    assert model.gain.grad == 0
+
+
+def test_class_weights_go_by_id_and_are_one_where_none_is_named() -> None:
+    assert class_weight_tuple(None, (0, 1)) is None
+    assert class_weight_tuple({40: 5.0, 10: 2.0}, (10, 20, 40)) == (2.0, 1.0, 5.0)
+    assert class_weight_tuple({1: 0.0}, (0, 1)) == (1.0, 0.0)

@@ -8,20 +8,24 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from rasterio.crs import CRS
-from rasterio.errors import RasterioIOError
+from rasterio.enums import ColorInterp
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
 from vfmseg.errors import DataError, MachineError, VfmsegError
 from vfmseg.geo import writer as writer_module
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
-from vfmseg.geo.writer import LabelWriter, label_type
+from vfmseg.geo.mosaic import mosaic, read_map
+from vfmseg.geo.writer import Layer, MapWriter, label_layer, label_type
 
 UTM = Grid("EPSG:32633", (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 300, 400)
 IDS = (10, 30, 100)
@@ -33,17 +37,29 @@ def labels_for(grid: Grid, classes: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(-1, classes, (grid.height, grid.width))
 
 
-def save(path: Path, labels: np.ndarray, grid: Grid = UTM, step: int = 64, **options: Any) -> Path:
-    with LabelWriter(path, grid, IDS, NAMES, COLORS, **options) as target:
+def as_ids(labels: np.ndarray, ids: Sequence[int] = IDS) -> np.ndarray:
+    """Class indexes (h, w) as stored numbers (1, h, w): IGNORE, the index -1, becomes nodata."""
+    dtype, nodata = label_type(ids)
+    return np.array([*ids, nodata], dtype=dtype)[labels][None]
+
+
+def layer_of(tags: dict[str, str] | None = None) -> Layer:
+    return label_layer(IDS, NAMES, COLORS, tags)
+
+
+def save(
+    path: Path, labels: np.ndarray, grid: Grid = UTM, step: int = 64, tags: dict[str, str] | None = None, **options: Any
+) -> Path:
+    with MapWriter(path, grid, layer_of(tags), **options) as target:
         for row in range(0, grid.height, step):
-            target.write(row, labels[row : row + step])
+            target.write(row, as_ids(labels[row : row + step]))
     return path
 
 
-def write_some(path: Path, rows: int, error: BaseException) -> None:
+def write_some(path: Path, rows: int, error: BaseException, cog: bool) -> None:
     """Begin a map, write some of its rows, and be interrupted."""
-    with LabelWriter(path, UTM, IDS, NAMES, COLORS) as target:
-        target.write(0, labels_for(UTM)[:rows])
+    with MapWriter(path, UTM, layer_of(), cog=cog) as target:
+        target.write(0, as_ids(labels_for(UTM)[:rows]))
         raise error
 
 
@@ -124,8 +140,8 @@ def test_p36_nodata_fits_the_type_and_is_no_class(tmp_path: Path, ids: tuple[int
     grid = UTM.crop(Window(0, 0, 1, len(ids) + 1))
     labels = np.array([[IGNORE, *range(len(ids))]])
     colors = [(i, 2 * i, 3 * i) for i in range(len(ids))]
-    with LabelWriter(tmp_path / "a.tif", grid, ids, [str(i) for i in ids], colors) as target:
-        target.write(0, labels)
+    with MapWriter(tmp_path / "a.tif", grid, label_layer(ids, [str(i) for i in ids], colors)) as target:
+        target.write(0, as_ids(labels, ids))
     with rasterio.open(tmp_path / "a.tif") as source:
         assert source.dtypes[0] == dtype
         assert source.nodata not in ids
@@ -138,9 +154,9 @@ def test_p36_nodata_fits_the_type_and_is_no_class(tmp_path: Path, ids: tuple[int
     assert label_type(ids) == (dtype, source.nodata)
 
 
-def test_ids_beyond_32_bits_are_refused(tmp_path: Path) -> None:
+def test_ids_beyond_32_bits_are_refused() -> None:
     with pytest.raises(DataError, match="do not fit 32 bits"):
-        LabelWriter(tmp_path / "a.tif", UTM, (0, 2**31), ("a", "b"), ((0, 0, 0), (1, 1, 1)))
+        label_layer((0, 2**31), ("a", "b"), ((0, 0, 0), (1, 1, 1)))
 
 
 def test_c22_pure_colours_belong_to_their_classes(tmp_path: Path) -> None:
@@ -148,8 +164,8 @@ def test_c22_pure_colours_belong_to_their_classes(tmp_path: Path) -> None:
     grid = UTM.crop(Window(0, 0, 4, 6))
     labels = np.repeat([[0, 1, 2]], 4, axis=0).repeat(2, axis=1)
     pure = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
-    with LabelWriter(tmp_path / "a.tif", grid, (1, 2, 7), ("red", "green", "blue"), pure) as target:
-        target.write(0, labels)
+    with MapWriter(tmp_path / "a.tif", grid, label_layer((1, 2, 7), ("red", "green", "blue"), pure)) as target:
+        target.write(0, as_ids(labels, (1, 2, 7)))
     with rasterio.open(tmp_path / "a.tif") as source:
         table = np.array([source.colormap(1)[i][:3] for i in range(256)])
         np.testing.assert_array_equal(table[source.read(1)], np.array(pure)[labels])
@@ -173,9 +189,9 @@ def test_p36_more_than_4_gb_becomes_bigtiff(tmp_path: Path) -> None:
 
 
 def _see_header(path: Path, huge: Grid) -> None:
-    with LabelWriter(path, huge, IDS, NAMES, COLORS) as target:
+    with MapWriter(path, huge, layer_of()) as target:
         for row in (0, 256):
-            target.write(row, np.zeros((256, huge.width), dtype=np.int64))
+            target.write(row, np.full((1, 256, huge.width), 10, dtype=np.uint8))
         with next(path.parent.iterdir()).open("rb") as file:
             assert file.read(4) == b"II\x2b\x00"
 
@@ -185,9 +201,10 @@ def _see_header(path: Path, huge: Grid) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
 @pytest.mark.parametrize("rows", [0, 10, 260, 300])
-def test_p37_an_interrupted_map_leaves_nothing(tmp_path: Path, error: BaseException, rows: int) -> None:
+@pytest.mark.parametrize("cog", [False, True], ids=["plain", "cog"])
+def test_p37_an_interrupted_map_leaves_nothing(tmp_path: Path, error: BaseException, rows: int, cog: bool) -> None:
     with pytest.raises(type(error)):
-        write_some(tmp_path / "a.tif", rows, error)
+        write_some(tmp_path / "a.tif", rows, error, cog)
     assert names_in(tmp_path) == []
 
 
@@ -195,7 +212,7 @@ def test_p37_an_interrupted_map_leaves_the_old_one(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", labels_for(UTM))
     before = path.read_bytes()
     with pytest.raises(RuntimeError):
-        write_some(path, 270, RuntimeError("boom"))
+        write_some(path, 270, RuntimeError("boom"), cog=False)
     assert names_in(tmp_path) == ["a.tif"]
     assert path.read_bytes() == before
     save(path, np.zeros((300, 400), dtype=np.int64))
@@ -208,15 +225,16 @@ import sys
 import numpy as np
 from vfmseg.errors import VfmsegError
 from vfmseg.geo.grid import IDENTITY, Grid
-from vfmseg.geo.writer import LabelWriter
+from vfmseg.geo.writer import MapWriter, label_layer
 
-def save(path, height):
-    rows = np.random.default_rng(0).integers(-1, 200, (height, 300))
-    ids = range(200)
-    with LabelWriter(path, Grid(None, IDENTITY, height, 300), ids, [str(i) for i in ids], [(1, 2, 3)] * 200) as target:
+def save(path, height, width=300, cog=False):
+    rows = np.random.default_rng(0).integers(0, 200, (1, height, width), dtype=np.uint8)
+    rows[rows == 0] = 255
+    layer = label_layer(range(200), [str(i) for i in range(200)], [(1, 2, 3)] * 200)
+    with MapWriter(path, Grid(None, IDENTITY, height, width), layer, cog=cog) as target:
         for row in range(0, height, 100):
             yield row
-            target.write(row, rows[row : row + 100])
+            target.write(row, rows[:, row : row + 100])
 """
 
 
@@ -234,28 +252,32 @@ def test_p37_a_killed_process_leaves_no_file_under_the_final_name(tmp_path: Path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
-def test_p37_full_disk_is_a_machine_error_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["400", "600, 700, True"], ids=["plain", "cog"])
+def test_p37_full_disk_is_a_machine_error_and_leaves_nothing(tmp_path: Path, shape: str) -> None:
     """A limit on file size stops the disk after some bytes: in a write, in the last flush, or in the header.
 
     GDAL reports only the first of these three.
     """
     whole = tmp_path / "whole.tif"
-    code = SCRIPT + "list(save(sys.argv[1], 400))\n"
+    code = SCRIPT + f"list(save(sys.argv[1], {shape}))\n"
     subprocess.run([sys.executable, "-c", code, str(whole)], check=True)
     size = whole.stat().st_size
     whole.unlink()
     limits = [0, 1, 500, size // 3, size * 2 // 3, *range(size - 2600, size, 400), size - 1]
+    enough = 2 * size if "True" in shape else size  # a COG is made of another file, which may be larger
     code = (
         SCRIPT
-        + "import resource\nfor limit in map(int, sys.argv[2:]):\n"
+        + "import os, resource\nfor limit in map(int, sys.argv[2:]):\n"
         + "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
-        + "    try:\n        list(save(sys.argv[1], 400))\n        print(limit, 'written')\n"
+        + f"    try:\n        list(save(sys.argv[1], {shape}))\n        print(limit, 'written')\n"
         + "    except VfmsegError as error:\n        print(limit, type(error).__name__, error)\n"
+        + "        assert not os.listdir(os.path.dirname(sys.argv[1])), os.listdir(os.path.dirname(sys.argv[1]))\n"
     )
-    words = [sys.executable, "-c", code, str(tmp_path / "a.tif"), *map(str, [*limits, size])]
-    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", code, str(tmp_path / "a.tif"), *map(str, [*limits, enough])]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [int(line.split()[0]) for line in lines] == [*limits, size]
+    assert [int(line.split()[0]) for line in lines] == [*limits, enough]
     for line in lines[:-1]:
         assert " MachineError " in line, line
         assert "a.tif: could not be written" in line
@@ -264,7 +286,7 @@ def test_p37_full_disk_is_a_machine_error_and_leaves_nothing(tmp_path: Path) -> 
     assert names_in(tmp_path) == ["a.tif"]
 
 
-@pytest.mark.parametrize("where", ["create", "write", "sync", "rename"])
+@pytest.mark.parametrize("where", ["create", "write", "copy", "sync", "rename"])
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), RasterioIOError("write failed")],
@@ -289,13 +311,15 @@ def _save_and_fail(path: Path, labels: np.ndarray, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(writer_module, "open_dataset", fail)
     elif where == "rename":
         monkeypatch.setattr(os, "replace", fail)
+    elif where == "copy":
+        monkeypatch.setattr(rasterio.shutil, "copy", fail)
     elif where == "sync":
         monkeypatch.setattr(os, "fsync", fail)
-    with LabelWriter(path, UTM, IDS, NAMES, COLORS) as target:
+    with MapWriter(path, UTM, layer_of(), cog=where == "copy") as target:
         if where == "write":
             real, target._dataset = target._dataset, _Failing(fail)
             real.close()
-        target.write(0, labels)
+        target.write(0, as_ids(labels))
 
 
 class _Failing:
@@ -319,6 +343,174 @@ def test_p37_what_the_disk_changed_is_noticed(tmp_path: Path, monkeypatch: pytes
     assert names_in(tmp_path) == []
 
 
+# --- cloud-optimised ----------------------------------------------------------------------------------------
+
+LARGE = Grid("EPSG:32631", (-0.0286, 2.4998, 593124.5, 2.4998, 0.0286, 5749208.25), 1100, 1300)
+
+
+def layout_of(path: Path) -> str | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path) as source:
+            layout: str | None = source.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")
+    return layout
+
+
+@pytest.mark.parametrize("grid", [UTM, LARGE, Grid(None, IDENTITY, 1100, 600)], ids=["small", "turned", "no place"])
+def test_p36_cog_holds_what_the_plain_map_holds(tmp_path: Path, grid: Grid) -> None:
+    labels = labels_for(grid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = save(tmp_path / "plain.tif", labels, grid, tags={"vfmseg_recipe": "flood"})
+        cog = save(tmp_path / "cog.tif", labels, grid, tags={"vfmseg_recipe": "flood"}, cog=True)
+    assert names_in(tmp_path) == ["cog.tif", "plain.tif"]
+    assert (layout_of(plain), layout_of(cog)) == (None, "COG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(plain) as one, rasterio.open(cog) as two:
+            assert (two.crs, two.transform, two.nodata, two.dtypes) == (one.crs, one.transform, 255, one.dtypes)
+            assert two.profile["compress"] == "deflate"
+            assert one.tags().items() <= two.tags().items()
+            assert two.colormap(1) == one.colormap(1)
+            np.testing.assert_array_equal(two.read(), one.read())
+            assert bool(two.overviews(1)) == (max(grid.height, grid.width) > 512)
+
+
+@pytest.mark.parametrize("ids", [IDS, (-5, 7, 1000)], ids=["colours", "no colours"])
+def test_p35_overviews_of_classes_hold_no_number_that_was_not_there(tmp_path: Path, ids: tuple[int, ...]) -> None:
+    labels = labels_for(LARGE)
+    with MapWriter(tmp_path / "a.tif", LARGE, label_layer(ids, NAMES, COLORS), cog=True) as target:
+        target.write(0, as_ids(labels, ids))
+    with rasterio.open(tmp_path / "a.tif") as source:
+        assert source.overviews(1) == [2, 4]
+        allowed = {*ids, int(source.nodata)}
+    for level in (0, 1):
+        with rasterio.open(tmp_path / "a.tif", overview_level=level) as source:
+            seen = source.read(1)
+        assert max(seen.shape) < 700
+        assert set(np.unique(seen).tolist()) <= allowed
+
+
+def test_overviews_of_shares_are_means_and_leave_nodata_out(tmp_path: Path) -> None:
+    rows = np.zeros((1, LARGE.height, LARGE.width), dtype=np.uint8)
+    rows[0, ::2, ::2] = 200
+    rows[0, 1::2] = 100
+    rows[0, 600:] = 255
+    with MapWriter(tmp_path / "a.tif", LARGE, Layer("uint8", 255, ("share",), 1 / 254), cog=True) as target:
+        target.write(0, rows)
+    with rasterio.open(tmp_path / "a.tif", overview_level=0) as source:
+        seen = source.read(1)
+    assert (seen[:300] == 100).all()
+    assert (seen[300:] == 255).all()
+
+
+@pytest.mark.parametrize("cog", [False, True], ids=["plain", "cog"])
+def test_bands_names_scale_and_nodata_are_read_back(tmp_path: Path, cog: bool) -> None:
+    grid = UTM.crop(Window(0, 0, 600, 520))
+    rows = np.random.default_rng(1).integers(0, 256, (3, 600, 520), dtype=np.uint8)
+    layer = Layer("uint8", 255, NAMES, 1 / 254, {"vfmseg_recipe": "flood"})
+    with MapWriter(tmp_path / "a.tif", grid, layer, cog=cog) as target:
+        for row in range(0, 600, 90):
+            target.write(row, rows[:, row : row + 90])
+    assert names_in(tmp_path) == ["a.tif"]
+    assert layout_of(tmp_path / "a.tif") == ("COG" if cog else None)
+    with rasterio.open(tmp_path / "a.tif") as source:
+        assert source.descriptions == NAMES
+        assert source.scales == (1 / 254,) * 3
+        assert source.nodatavals == (255,) * 3
+        assert source.tags()["vfmseg_recipe"] == "flood"
+        np.testing.assert_array_equal(source.read(), rows)
+        np.testing.assert_array_equal(source.read(masked=True).mask, rows == 255)
+    np.testing.assert_array_equal(read_map(tmp_path / "a.tif", Window(5, 6, 300, 9)), rows[:, 5:305, 6:15])
+
+
+@pytest.mark.parametrize("cog", [False, True], ids=["plain", "cog"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_p36_no_band_of_several_is_taken_for_a_colour_or_alpha(tmp_path: Path, count: int, cog: bool) -> None:
+    grid = UTM.crop(Window(0, 0, 20, 30))
+    with MapWriter(tmp_path / "a.tif", grid, Layer("uint8", 255, ("x",) * count, 1 / 254), cog=cog) as target:
+        target.write(0, np.zeros((count, 20, 30), dtype=np.uint8))
+    with rasterio.open(tmp_path / "a.tif") as source:
+        assert not {ColorInterp.alpha, ColorInterp.red, ColorInterp.palette} & set(source.colorinterp)
+        assert (source.read_masks() == 255).all()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=repr)
+def test_p37_an_interruption_while_the_cog_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    copy = rasterio.shutil.copy
+
+    def interrupted(*words: Any, **options: Any) -> None:
+        copy(*words, **options)
+        raise error
+
+    path = save(tmp_path / "a.tif", labels_for(UTM))
+    before = path.read_bytes()
+    monkeypatch.setattr(rasterio.shutil, "copy", interrupted)
+    with pytest.raises(type(error)):
+        save(path, labels_for(UTM), cog=True)
+    assert names_in(tmp_path) == ["a.tif"]
+    assert path.read_bytes() == before
+
+
+# --- several pieces as one ----------------------------------------------------------------------------------
+
+
+def test_p36_a_mosaic_shows_its_pieces_in_place_and_nodata_between_them(tmp_path: Path) -> None:
+    labels = labels_for(LARGE)
+    stored = as_ids(labels)
+    left, right = Window(0, 0, 1100, 500), Window(40, 700, 1000, 600)
+    layer = layer_of()
+    (tmp_path / "pieces").mkdir()
+    for name, window in {"left": left, "right & low": right}.items():
+        with MapWriter(tmp_path / "pieces" / f"{name}.tif", LARGE.crop(window), layer) as target:
+            target.write(0, stored[:, window.rows, window.cols])
+    text = mosaic(LARGE, layer, [("pieces/left.tif", left), ("pieces/right & low.tif", right)])
+    (tmp_path / "all.vrt").write_text(text, encoding="utf-8")
+    expected = np.full_like(stored, 255)
+    for window in (left, right):
+        expected[:, window.rows, window.cols] = stored[:, window.rows, window.cols]
+    with rasterio.open(tmp_path / "all.vrt") as source, rasterio.open(tmp_path / "pieces" / "left.tif") as piece:
+        np.testing.assert_array_equal(source.read(), expected)
+        assert (source.nodata, source.dtypes, source.crs) == (255, ("uint8",), CRS.from_string("EPSG:32631"))
+        assert tuple(source.transform)[:6] == LARGE.transform
+        assert [source.colormap(1)[i] for i in IDS] == [piece.colormap(1)[i] for i in IDS]
+        assert layer.tags.items() <= source.tags().items()
+
+
+def test_a_mosaic_of_several_bands_keeps_names_scale_and_a_crs_without_a_code(tmp_path: Path) -> None:
+    odd = CRS.from_string("+proj=laea +lat_0=47.3 +lon_0=8.5 +x_0=100 +y_0=200 +ellps=bessel +units=m")
+    grid = Grid(odd.to_wkt(version="WKT2_2019"), UTM.transform, 20, 30)
+    rows = np.random.default_rng(1).integers(0, 250, (3, 20, 12), dtype=np.uint8)
+    layer, window = Layer("uint8", 255, NAMES, 1 / 254), Window(0, 18, 20, 12)
+    with MapWriter(tmp_path / "p.tif", grid.crop(window), layer) as target:
+        target.write(0, rows)
+    (tmp_path / "all.vrt").write_text(mosaic(grid, layer, [("p.tif", window)]), encoding="utf-8")
+    with rasterio.open(tmp_path / "all.vrt") as source:
+        np.testing.assert_array_equal(source.read()[:, :, 18:], rows)
+        assert (source.read()[:, :, :18] == 255).all()
+        assert (source.descriptions, source.scales, source.crs) == (NAMES, (1 / 254,) * 3, odd)
+
+
+@pytest.mark.parametrize("ids", [(0, 300), (-1, 5), (-40000, 5)], ids=["uint16", "int16", "int32"])
+def test_a_mosaic_of_any_type_of_ids_opens(tmp_path: Path, ids: tuple[int, int]) -> None:
+    layer = label_layer(ids, ("a", "b"), ((1, 2, 3), (4, 5, 6)))
+    with MapWriter(tmp_path / "p.tif", UTM, layer) as target:
+        target.write(0, as_ids(labels_for(UTM, 2), ids))
+    (tmp_path / "all.vrt").write_text(mosaic(UTM, layer, [("p.tif", Window(0, 0, 300, 400))]), encoding="utf-8")
+    with rasterio.open(tmp_path / "all.vrt") as one, rasterio.open(tmp_path / "p.tif") as two:
+        assert (one.nodata, one.dtypes) == (two.nodata, two.dtypes)
+        np.testing.assert_array_equal(one.read(), two.read())
+
+
+def test_p62_a_damaged_piece_is_named_with_its_window(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tif", labels_for(UTM))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"a\.tif: rows 200 to 299, columns 0 to 399 cannot be read .*--resume"):
+        read_map(path, Window(200, 0, 100, 400))
+
+
 # --- wrong use ----------------------------------------------------------------------------------------------
 
 
@@ -330,29 +522,36 @@ def test_p62_rows_left_out_are_an_error_never_a_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "shape"), [(0, (5, 400)), (6, (5, 400)), (5, (5, 399)), (5, (296, 400)), (5, (5,))], ids=str
+    ("row", "shape"),
+    [(0, (1, 5, 400)), (6, (1, 5, 400)), (5, (1, 5, 399)), (5, (1, 296, 400)), (5, (2, 5, 400)), (5, (5, 400))],
+    ids=str,
 )
 def test_p62_rows_out_of_place_are_refused(tmp_path: Path, row: int, shape: tuple[int, ...]) -> None:
-    target = LabelWriter(tmp_path / "a.tif", UTM, IDS, NAMES, COLORS)
+    target = MapWriter(tmp_path / "a.tif", UTM, layer_of())
     with pytest.raises(ValueError, match="not open"):
-        target.write(0, np.zeros((5, 400), dtype=np.int64))
+        target.write(0, np.zeros((1, 5, 400), dtype=np.uint8))
     with target:
-        target.write(0, np.zeros((5, 400), dtype=np.int64))
+        target.write(0, np.zeros((1, 5, 400), dtype=np.uint8))
         with pytest.raises(ValueError, match="from 5 on"):
-            target.write(row, np.zeros(shape, dtype=np.int64))
-        target.write(5, np.zeros((295, 400), dtype=np.int64))  # a refused portion changes nothing
+            target.write(row, np.zeros(shape, dtype=np.uint8))
+        target.write(5, np.zeros((1, 295, 400), dtype=np.uint8))  # a refused portion changes nothing
     assert names_in(tmp_path) == ["a.tif"]
 
 
-@pytest.mark.parametrize("wrong", [3, -2, 255])
-def test_p30_indexes_beyond_the_classes_are_refused(tmp_path: Path, wrong: int) -> None:
-    labels = labels_for(UTM)
-    labels[70, 7] = wrong
-    with pytest.raises(ValueError, match="expected -1 to 2"):
-        save(tmp_path / "a.tif", labels)
+@pytest.mark.parametrize("dtype", ["int64", "uint16", "int8", "float32"])
+def test_p30_numbers_of_another_type_are_refused_never_wrapped(tmp_path: Path, dtype: str) -> None:
+    rows = np.full((1, 300, 400), 100, dtype=dtype)
+    with MapWriter(tmp_path / "a.tif", UTM, layer_of()) as target:
+        with pytest.raises(ValueError, match=rf"of {dtype}; expected .* of uint8"):
+            target.write(0, rows)
+        target.write(0, rows.astype(np.uint8))
+
+
+def test_p30_every_class_needs_a_name_and_a_colour() -> None:
     with pytest.raises(ValueError, match="as many of each"):
-        LabelWriter(tmp_path / "a.tif", UTM, IDS, NAMES[:2], COLORS)
-    assert names_in(tmp_path) == []
+        label_layer(IDS, NAMES[:2], COLORS)
+    with pytest.raises(ValueError, match="as many of each"):
+        label_layer(IDS, NAMES, COLORS[:2])
 
 
 def test_p63_existing_file_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> None:
@@ -371,7 +570,7 @@ def test_p63_paths_that_are_no_place_on_disk_make_no_folders_of_their_names(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=rf"{path}: maps are written to this machine's disks only"):
-        LabelWriter(path, UTM, IDS, NAMES, COLORS)
+        MapWriter(path, UTM, label_layer(IDS, NAMES, COLORS))
     assert names_in(tmp_path) == []
 
 

@@ -13,6 +13,7 @@ Everything is written beside its target, flushed and renamed: a folder or file u
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,15 @@ def segmenter_folder(folder: Path) -> Iterator[Path]:
 def adapter_folder(facts: InputFacts) -> str:
     """Name of the adapter's folder: the modality it serves; stacked modalities share one."""
     return "+".join(facts.bands)
+
+
+def fingerprint_of(folder: Path) -> str:
+    """SHA-256 of everything in a segmenter folder that decides its labels; the base encoder by its recorded hash."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.rglob("*.safetensors"), folder / "recipe.yaml", folder / "segmenter.json"]):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,60 +66,97 @@ def finetune(
     _end(verb, again)
 
 
-@app.command(epilog="Example: vfmseg predict runs/oam_buildings/best scene.tif -o labels.tif --overlap 0.5")
+@app.command(epilog="Example: vfmseg predict runs/oam_buildings/best scene.tif -o labels.tif --confidence --cog")
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="Segmenter: a folder such as runs/NAME/best, or a hub id.")],
-    scene: Annotated[str, typer.Argument(help="Scene of the first modality: any path that GDAL can read.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="GeoTIFF to write.")],
-    modality: Annotated[list[str] | None, typer.Option(help="A further modality, as name=path.")] = None,
+    checkpoint: Annotated[str, typer.Argument(help="Segmenter: a folder or a hub id.")],
+    scene: Annotated[
+        str, typer.Argument(help="Any path that GDAL reads; or a folder, pattern, list (.txt) or STAC file (.json).")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GeoTIFF to write; for several scenes a folder.")],
+    modality: Annotated[
+        list[str] | None, typer.Option("--modality", help="Further modality as name=path; on any grid. Repeat it.")
+    ] = None,
     encoder: Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")] = None,
     tile: Annotated[int | None, typer.Option(help="Tile in pixels.")] = None,
     overlap: Annotated[float | None, typer.Option(help="Overlap as a share of the tile, 0 to below 1.")] = None,
     blend: Annotated[str | None, typer.Option(help="hann, gaussian, average or none.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tiles run at a time.")] = None,
+    average: Annotated[str | None, typer.Option(help="What is averaged: probabilities or logits.")] = None,
+    tta: Annotated[str | None, typer.Option(help="Test-time augmentation: none, flips or d4.")] = None,
+    scales: Annotated[str | None, typer.Option(help="Sizes at which the model looks, such as 0.75,1,1.5.")] = None,
+    confidence: Annotated[bool, typer.Option("--confidence", help="Also write the label's probability.")] = False,
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write the entropy.")] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write all probabilities.")] = False,
+    cog: Annotated[bool, typer.Option("--cog", help="Write cloud-optimised GeoTIFFs with overviews.")] = False,
+    polygons: Annotated[
+        str | None, typer.Option(help="Also write polygons: .gpkg, .geojson or .fgb (needs vfmseg[vector]).")
+    ] = None,
+    min_area: Annotated[float, typer.Option(help="Smallest polygon, in square units of the CRS.")] = 0.0,
+    simplify: Annotated[float, typer.Option(help="Tolerance of the outlines, in units of the CRS.")] = 0.0,
+    area: Annotated[str | None, typer.Option(help="Polygons of the area to label (GeoJSON, GeoPackage).")] = None,
+    bounds: Annotated[
+        str | None, typer.Option(help="Bounds of the area to label: west,south,east,north in the scene's CRS.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted labelling.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Damaged blocks become nodata instead of an error.")
+    ] = False,
+    readers: Annotated[int | None, typer.Option(help="Threads that read files.")] = None,
+    memory_limit: Annotated[int | None, typer.Option(help="MiB for the buffers of a strip.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile; for long runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Label a scene of any size and write a GeoTIFF."""
+    """Label scenes of any size. On several devices: accelerate launch -m vfmseg.cli predict ..."""
 
     def verb() -> None:
         import gc
-        import time
 
-        started = time.perf_counter()
         quiet_libraries()
-        inputs = _inputs(scene, modality or [])
+        others = _inputs(modality or [])
         # importing makes millions of objects that live to the end; looking for garbage among them costs half a second
         gc.disable()
-        from vfmseg.progress import TileProgress
+        from vfmseg.how import How
+        from vfmseg.predict import Wanted, summary
+        from vfmseg.predict import predict as label
         from vfmseg.segmenter import Segmenter
 
-        segmenter = Segmenter.from_pretrained(checkpoint, device=device, dtype=dtype, encoder=encoder)
+        segmenter = Segmenter.from_pretrained(checkpoint, device=device, dtype=dtype, encoder=encoder, compile=compile)
         gc.freeze()
         gc.enable()
-        first = next(iter(segmenter.facts.bands))
-        if first in inputs:
-            raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
-        with TileProgress(Path(scene).name) as progress:
-            segmenter.predict(
-                {first: scene, **inputs},
-                output=output,
-                tile=tile,
-                overlap=overlap,
-                blend=blend,
-                batch_size=batch_size,
-                progress=progress,
-            )
-        if as_json:
-            print(json.dumps({"output": str(output), "seconds": round(time.perf_counter() - started, 2)}))
-        else:
-            say(f"labels written to {output}")
+        chosen = {"confidence": confidence, "uncertainty": uncertainty, "probabilities": probabilities}
+        how = How(tile, overlap, blend, batch_size, average, tta, _numbers("--scales", scales), readers, memory_limit)
+        wanted = Wanted(
+            extras=tuple(name for name, on in chosen.items() if on),
+            area=area or _numbers("--bounds", bounds, 4),
+            cog=cog, polygons=polygons, min_area=min_area, simplify=simplify,
+            resume=resume, overwrite=overwrite, skip_unreadable=skip_unreadable,
+        )  # fmt: skip
+        records = label(segmenter, scene, others, output, how, wanted)
+        if as_json and records:
+            print(json.dumps(records[0] if len(records) == 1 else {"scenes": records}))
+        elif records:
+            say(summary(records))
 
-    _end(verb)
+    _end(verb, f"{shlex.join(sys.argv)} --resume")
 
 
-def _inputs(scene: str, modality: list[str]) -> dict[str, str]:
+def _numbers(name: str, text: str | None, count: int | None = None) -> tuple[float, ...] | None:
+    """Numbers of a comma-separated option; None if it was not given."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or (count is not None and len(numbers) != count):
+        raise RecipeError(f"{name} {text}: expected {count or 'some'} numbers with commas between them")
+    return numbers
+
+
+def _inputs(modality: list[str]) -> dict[str, str]:
     pairs = [item.partition("=") for item in modality]
     for item, (name, sign, path) in zip(modality, pairs, strict=True):
         if not (name and sign and path):
@@ -145,11 +183,11 @@ def evaluate(
         from vfmseg.recipe import load_recipe
 
         chosen = load_recipe(recipe, overrides or [])
-        from vfmseg.progress import TileProgress
+        from vfmseg.progress import SceneProgress
         from vfmseg.segmenter import Segmenter
 
         segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=encoder)
-        with TileProgress(f"{split} scenes") as progress:
+        with SceneProgress(f"{split} scenes") as progress:
             result = segmenter.evaluate(chosen, split, progress)
         _show(result, as_json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from vfmseg.terminal import is_main_process, say
@@ -59,8 +60,8 @@ class TrainingProgress:
         )
 
 
-class TileProgress:
-    """Shows tiles done of a prediction; silent where stderr is not a terminal.
+class SceneProgress:
+    """Shows how many scenes of a split are done; silent where stderr is not a terminal.
 
     Used in a `with` statement, so that an error gives the terminal its cursor back.
     """
@@ -71,7 +72,7 @@ class TileProgress:
         self.wanted = is_main_process() and sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` tiles have been labelled."""
+        """`done` of `total` scenes are done."""
         if not self.wanted:
             return
         if self.bar is None:
@@ -83,12 +84,53 @@ class TileProgress:
             self.bar.start()
         self.bar.update(self.task, completed=done)
 
-    def __enter__(self) -> TileProgress:
+    def __enter__(self) -> SceneProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+class LabelProgress:
+    """Shows Mpx/s, the share of time of each stage and the time left of a labelling; silent without a terminal."""
+
+    def __init__(self, name: str, pixels: int) -> None:
+        self.name = name
+        self.pixels = pixels
+        self.done = 0
+        self.started = time.perf_counter()
+        self.bar: Any = None
+        if is_main_process() and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True))
+            self.task = self.bar.add_task(name, total=pixels)
+            self.bar.start()
+
+    def add(self, pixels: int, busy: Mapping[str, float], queued: int) -> None:
+        """More pixels are done; `busy`: seconds by stage, `queued`: batches that wait for the model."""
+        self.done += pixels
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=self._line(busy, queued))
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _line(self, busy: Mapping[str, float], queued: int) -> str:
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        left = seconds / max(1, self.done) * (self.pixels - self.done)
+        shares = " ".join(f"{name} {share:.0%}" for name, share in stage_shares(busy).items())
+        return f"{self.name}: {self.done / seconds / 1e6:.2f} Mpx/s, {shares}, queue {queued}/2, {clock(left)} left"
+
+
+def stage_shares(busy: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by stage -> shares of all; stages run side by side."""
+    total = sum(busy.values())
+    return {name: busy[name] / total for name in ("read", "cut", "wait", "model", "blend", "write") if busy.get(name)}
 
 
 def clock(seconds: float) -> str:

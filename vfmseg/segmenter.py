@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vfmseg.checkpoint import Loaded, load_segmenter, segmenter_folder
-from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError, nearest
+from vfmseg.checkpoint import Loaded, fingerprint_of, load_segmenter, segmenter_folder, versions
+from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.files import check_label_file
+from vfmseg.geo.area import read_area
+from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import IGNORE
-from vfmseg.geo.reader import Chip
-from vfmseg.geo.writer import LabelWriter, label_type
-from vfmseg.inference.sources import OpenScene, Source
-from vfmseg.inference.stream import Predictor, Rows, SceneSource, stream_rows
+from vfmseg.geo.writer import label_type
+from vfmseg.how import How, Settled, settle
+from vfmseg.inference.engine import Area, Finished, Model, Predictor, Product, Report, Tick
+from vfmseg.inference.job import Arrays, Job, into, into_files, prepare
+from vfmseg.inference.products import EXTRAS, Products
+from vfmseg.inference.ranks import own_device
+from vfmseg.inference.reading import SceneSource, Stored
+from vfmseg.inference.sources import Input, OpenScene, open_scenes
+from vfmseg.inference.tolerant import Tolerant, Unreadable
+from vfmseg.inference.views import averaged
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import Recipe, load_recipe
-from vfmseg.recipe.train import PredictSection
-from vfmseg.terminal import say_once
 
-# one array (C, H, W) or one file; with several modalities a dictionary of them
-Input = Source | Mapping[str, Source]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A scene that was labelled: its files by product, what this process did, and what could not be read."""
+
+    files: dict[str, Path]
+    report: Report
+    unreadable: Unreadable
 
 
 class Segmenter:
@@ -36,7 +51,9 @@ class Segmenter:
     segmenter.predict("scene.tif", output="labels.tif")
     """
 
-    def __init__(self, loaded: Loaded, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, loaded: Loaded, folder: Path, device: torch.device, dtype: torch.dtype, compile: bool = False
+    ) -> None:
         self.folder = folder
         self.recipe = loaded.recipe
         self.record = loaded.record
@@ -45,6 +62,7 @@ class Segmenter:
         self.dtype = dtype
         self.model = loaded.model.to(device).eval()
         self.ids = tuple(sorted(loaded.recipe.data.classes))
+        self._run: Callable[..., Tensor] = torch.compile(self.model) if compile else self.model
 
     @classmethod
     def from_pretrained(
@@ -53,20 +71,22 @@ class Segmenter:
         device: str | None = None,
         dtype: str = "fp32",
         encoder: str | None = None,
+        compile: bool = False,
     ) -> Segmenter:
         """Load a segmenter folder or hub id.
 
-        `device`: a torch device, by default the first accelerator, else the CPU. `dtype`: fp32, fp16 (needs an
-        accelerator) or bf16. `encoder`: where the base encoder lies now, if it has moved. Raises CheckpointError
-        if anything is missing, damaged, or belongs to another encoder.
+        `device`: a torch device, by default this process's accelerator, else the CPU. `dtype`: fp32, fp16 (needs an
+        accelerator) or bf16. `encoder`: where the base encoder lies now, if it has moved. `compile`: with
+        torch.compile, which takes a minute first. Raises CheckpointError if anything is missing, damaged, or belongs
+        to another encoder.
         """
         if dtype not in DTYPES:
             raise RecipeError(f"dtype = {dtype!r} is not known; expected one of {', '.join(DTYPES)}")
-        chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = _device(device or own_device())
         if dtype == "fp16" and chosen.type == "cpu":
             raise RecipeError("dtype = fp16 needs an accelerator; use fp32 or bf16 on the CPU")
         folder = _local_folder(checkpoint)
-        return cls(load_segmenter(folder, encoder=encoder), folder, chosen, DTYPES[dtype])
+        return cls(load_segmenter(folder, encoder=encoder), folder, chosen, DTYPES[dtype], compile)
 
     @property
     def classes(self) -> dict[int, str]:
@@ -87,47 +107,83 @@ class Segmenter:
         overlap: float | None = None,
         blend: str | None = None,
         batch_size: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        tta: str | None = None,
+        overwrite: bool = True,
+        progress: Callable[[Tick], None] | None = None,
     ) -> np.ndarray | Path:
         """Label a scene.
 
         `scene`: an array (C, H, W) in the units of the training files (NaN = invalid), a path that GDAL can read, or
         {modality: array or path}. With `output` the labels are streamed into a GeoTIFF and its path is returned;
-        without, class ids (H, W) are returned, `self.nodata` where the scene is invalid. `tile` in pixels,
-        `overlap` as a share of the tile (0 <= overlap < 1), `blend` hann, gaussian, average or none; what is left
-        out is as in the recipe.
+        without, class ids (H, W) are returned, `self.nodata` where the scene is invalid. `tile` in pixels, `overlap` as
+        a share of the tile, and so on as in `How`; what is left out is as in the recipe. For other products, a part of
+        a scene, or resuming, see `label`.
         """
-        source = self._source(scene)
+        how = How(tile, overlap, blend, batch_size, tta=tta)
         if output is not None:
-            check_label_file(Path(output), [path for raster in source.rasters.values() for path in raster.paths])
-        rows = self._rows(source, tile, overlap, blend, batch_size, progress)
-        if output is None:
-            labels = np.empty((source.grid.height, source.grid.width), dtype=np.int64)
-            for band in rows:
-                labels[band.row : band.row + len(band.labels)] = band.labels
-            return self._to_ids(labels)
-        classes = [self.recipe.data.classes[i] for i in self.ids]
-        tags = {"vfmseg_recipe": self.recipe.name, "vfmseg_encoder": str(self.record["encoder"]["id"])}
-        with LabelWriter(
-            str(output), source.grid, self.ids, [c.name for c in classes], [c.color for c in classes], tags
-        ) as writer:
-            for band in rows:
-                writer.write(band.row, band.labels)
-        return Path(output)
+            return self.label(scene, output, how, overwrite=overwrite, progress=progress).files["labels"]
+        return self._arrays(scene, how, Products(self.ids), progress)["labels"][0]
 
-    def probabilities(
+    def probabilities(self, scene: Input, how: How | None = None) -> np.ndarray:
+        """Class probabilities float32 (K, H, W) of a scene that fits in memory, classes in the order of their ids."""
+        how = how or How()
+        products = Products(self.ids, logits=settle(how, self.recipe).logits)
+
+        def shares(finished: Finished) -> dict[str, np.ndarray]:
+            return {"probabilities": products.shares(finished).cpu().numpy().copy()}
+
+        return self._arrays(scene, how, shares)["probabilities"]
+
+    def label(
         self,
         scene: Input,
+        output: str | Path,
+        how: How | None = None,
         *,
-        tile: int | None = None,
-        overlap: float | None = None,
-        blend: str | None = None,
-        batch_size: int | None = None,
-    ) -> np.ndarray:
-        """Class probabilities float32 (K, H, W) of a scene that fits in memory, classes in the order of their ids."""
-        source = self._source(scene)
-        bands = [b.probabilities for b in self._rows(source, tile, overlap, blend, batch_size, None)]
-        return np.concatenate(bands, axis=1)
+        extras: Sequence[str] = (),
+        area: str | Path | Sequence[float] | None = None,
+        cog: bool = False,
+        resume: bool = False,
+        overwrite: bool = False,
+        skip_unreadable: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        planned: Callable[[Job], None] | None = None,
+        progress: Callable[[Tick], None] | None = None,
+    ) -> Labelled:
+        """Label a scene of any size into files, piece by piece, so that an interrupted run can be resumed.
+
+        `output`: a GeoTIFF of class ids; `extras` (confidence, uncertainty, probabilities) are written beside it.
+        `area`: polygons (a vector file) or bounds in the CRS of the scene; only that is labelled. `cog`: write
+        cloud-optimised files with overviews. `skip_unreadable`: damaged blocks become nodata instead of an error.
+        `rank`, `ranks`: this process and the number of processes that label this scene together. `planned` is told the
+        job before it starts.
+        """
+        target = Path(output)
+        unknown = [name for name in extras if name not in EXTRAS]
+        if unknown:
+            raise RecipeError(f"extras = {', '.join(unknown)}: not known; expected some of {', '.join(EXTRAS)}")
+        settled = settle(how or How(), self.recipe)
+        scenes = self._open(scene, settled.readers)
+        try:
+            check_label_file(target, [path for raster in scenes[0].rasters.values() for path in raster.paths])
+            if target.exists() and not overwrite:
+                raise DataError(f"{target}: exists already; choose another name, or allow overwriting (--overwrite)")
+            unreadable = Unreadable()
+            products = Products(self.ids, tuple(extras), settled.logits)
+            job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)
+            if planned is not None:
+                planned(job)
+            classes = [self.recipe.data.classes[i] for i in self.ids]
+            layers = products.layers([c.name for c in classes], [c.color for c in classes], self._tags())
+            files, report = into_files(
+                job, target, layers, self._work(scenes[0], job, settled, products, area), rank=rank, ranks=ranks,
+                resume=resume, overwrite=overwrite, cog=cog, progress=progress,
+            )  # fmt: skip
+        finally:
+            for one in scenes:
+                one.close()
+        return Labelled(files, report, unreadable)
 
     def evaluate(
         self, recipe: str | Path | Recipe, split: str = "test", progress: Callable[[int, int], None] | None = None
@@ -146,15 +202,14 @@ class Segmenter:
         self._check_same_task(recipe)
         confusion = Confusion(len(self.ids))
         scenes = open_split(recipe, split)
+        settled = settle(How(), self.recipe)
         for number, scene in enumerate(scenes, start=1):
             if scene.bands() != self.facts.bands:
                 raise DataError(
                     f"{scene.name}: has bands {scene.bands()}, but the segmenter was trained on {self.facts.bands}; "
                     "choose the same with data.modalities.NAME.bands"
                 )
-            for rows in self._rows(scene, None, None, None, None, None):
-                truth = _read_label_rows(scene, rows)
-                confusion.update(torch.from_numpy(np.maximum(rows.labels, 0)), torch.from_numpy(truth))
+            into(self._job([scene], Stored(), settled, _index, 8), _Scores(scene, confusion))
             if progress is not None:
                 progress(number, len(scenes))
         return confusion.scores([self.classes[i] for i in self.ids]) | {"split": split, "scenes": len(scenes)}
@@ -175,82 +230,95 @@ class Segmenter:
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _source(self, scene: Input) -> OpenScene:
+    def _open(self, scene: Input, readers: int) -> list[OpenScene]:
         from vfmseg.scenes import bands_of
 
-        bands = bands_of(self.recipe)
-        given = scene if isinstance(scene, Mapping) else {next(iter(bands)): scene}
-        if set(given) != set(bands):
-            raise DataError(
-                f"the segmenter needs the modalities {', '.join(bands)}, but got {', '.join(map(str, given))}; pass "
-                "one path or array for each"
-            )
-        for name, one in given.items():
-            if isinstance(one, np.ma.MaskedArray):
-                raise DataError(f"'{name}' is a masked array; pass array.astype('float32').filled(numpy.nan) instead")
-            if not isinstance(one, str | Path | np.ndarray | list | tuple):
-                raise DataError(f"'{name}' is a {type(one).__name__}; expected a path or a numpy array (bands, H, W)")
-        source = OpenScene({name: given[name] for name in bands}, bands)
-        self._tell(source, files=not isinstance(given[next(iter(bands))], np.ndarray))
-        for name, expected in self.facts.bands.items():
-            if source.bands()[name] != expected:
-                place = f"the array for '{name}'" if isinstance(given[name], np.ndarray) else source.rasters[name].path
-                raise DataError(
-                    f"{place}: {source.bands()[name]} bands are read, but the model was trained "
-                    f"on {expected} bands for '{name}'; choose them with data.modalities.{name}.bands when training"
-                )
-        return source
+        return open_scenes(scene, bands_of(self.recipe), self.facts.bands, self.facts.dtypes, readers)
 
-    def _tell(self, source: OpenScene, files: bool) -> None:
-        """What is allowed but seldom meant, said once: another stored type than in training, a file without a CRS."""
-        for name, trained in self.facts.dtypes.items():
-            given = source.rasters[name].dtype
-            if given != trained:
-                say_once(
-                    f"{name}: this scene holds {given}, the training scenes {trained}; its values are taken as they "
-                    "are, so they must be in the same units"
-                )
-        if files and not source.grid.georeferenced:
-            say_once("the scene carries no CRS: its labels will have none either")
+    def _arrays(
+        self, scene: Input, how: How, product: Product, progress: Callable[[Tick], None] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Label a scene into memory: {product: (bands, H, W)}."""
+        settled = settle(how, self.recipe)
+        scenes = self._open(scene, settled.readers)
+        try:
+            kept = Arrays(scenes[0].grid.height, scenes[0].grid.width)
+            into(self._job(list(scenes), scenes[0].stored(), settled, product, 4), kept, progress)
+        finally:
+            for one in scenes:
+                one.close()
+        return kept.kept
 
-    def _rows(
+    def _file_job(
         self,
-        source: SceneSource,
-        tile: int | None,
-        overlap: float | None,
-        blend: str | None,
-        batch_size: int | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> Iterator[Rows]:
-        section = self.recipe.predict
-        return stream_rows(
-            source,
-            self._predictor(),
-            len(self.ids),
-            tile=_positive("tile", (section.tile or self.recipe.data.tile) if tile is None else tile),
-            overlap=_share(section.overlap if overlap is None else overlap),
-            blend=section.blend if blend is None else _known("blend", blend, section),
-            batch_size=_positive("batch_size", section.batch_size if batch_size is None else batch_size),
-            progress=progress,
-        )
+        scenes: Sequence[OpenScene],
+        settled: Settled,
+        products: Products,
+        unreadable: Unreadable | None,
+        area: str | Path | Sequence[float] | None,
+    ) -> Job:
+        stored = scenes[0].stored()
+        sources: list[SceneSource] = list(scenes)
+        if unreadable is not None:
+            sources = [Tolerant(scene, self.facts.bands, stored.block, unreadable) for scene in scenes]
+        polygons = None if area is None else read_area(area, scenes[0].grid)
+        wanted = None if polygons is None else Area(polygons.touches, polygons.mask)
+        return self._job(sources, stored, settled, products, products.bytes_a_pixel, wanted)
 
-    def _predictor(self) -> Predictor:
-        def predict(chips: list[dict[str, Chip]]) -> np.ndarray:
-            images, valid = {}, {}
-            for name in self.facts.bands:
-                images[name] = torch.from_numpy(np.stack([c[name].pixels for c in chips])).to(self.device)
-                valid[name] = torch.from_numpy(np.stack([c[name].valid for c in chips])).to(self.device)
+    def _job(
+        self,
+        scenes: Sequence[SceneSource],
+        stored: Stored,
+        settled: Settled,
+        product: Product,
+        product_bytes: int,
+        area: Area | None = None,
+    ) -> Job:
+        model = Model(self._predictor(settled), len(self.ids), str(self.device))
+        return prepare(scenes, stored, self.facts.bands, model, product, product_bytes, settled.settings, area)
+
+    def _predictor(self, settled: Settled) -> Predictor:
+        def vote(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+            images = {name: images[name].to(self.device, non_blocking=True) for name in self.facts.bands}
+            valid = {name: valid[name].to(self.device, non_blocking=True) for name in self.facts.bands}
             enabled = self.dtype is not torch.float32
             with torch.inference_mode(), torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
-                logits = self.model(images, valid)  # (N, K, tile, tile)
-            return logits.float().softmax(dim=1).cpu().numpy()
+                answer = self._run(images, valid).float()  # (N, K, tile, tile)
+                return answer if settled.logits else answer.softmax(dim=1)
 
-        return predict
+        return averaged(vote, settled.tta, settled.scales)
 
-    def _to_ids(self, labels: np.ndarray) -> np.ndarray:
-        """Indexes and IGNORE -> class ids and nodata, in the smallest type that the label file would have too."""
-        table = np.array([*self.ids, self.nodata])
-        return table[np.where(labels == IGNORE, len(self.ids), labels)].astype(label_type(self.ids)[0])
+    def _tags(self) -> dict[str, str]:
+        return {
+            "vfmseg_recipe": self.recipe.name,
+            "vfmseg_encoder": str(self.record["encoder"]["id"]),
+            "vfmseg_checkpoint": fingerprint_of(self.folder),
+            "vfmseg_version": versions()["vfmseg"],
+        }
+
+    def _work(
+        self,
+        scene: OpenScene,
+        job: Job,
+        settled: Settled,
+        products: Products,
+        area: str | Path | Sequence[float] | None,
+    ) -> dict[str, Any]:
+        """What must be the same when an interrupted labelling is resumed."""
+        return self._tags() | {
+            "scene": {name: [_stamp(path) for path in raster.paths] for name, raster in scene.rasters.items()},
+            "tile": job.settings.tile,
+            "overlap": job.settings.overlap,
+            "blend": job.settings.blend,
+            "batch_size": job.settings.batch_size,
+            "average": "logits" if settled.logits else "probabilities",
+            "tta": settled.tta,
+            "scales": list(settled.scales),
+            "dtype": str(self.dtype),
+            "products": ["labels", *products.extras],
+            "area": _stamp(str(area)) if isinstance(area, str | Path) else (list(area) if area else None),
+            "strips": len(job.plan.strips),
+        }
 
     def _check_same_task(self, recipe: Recipe) -> None:
         theirs = {i: recipe.data.classes[i].name for i in sorted(recipe.data.classes)}
@@ -266,12 +334,45 @@ class Segmenter:
             )
 
 
-def _read_label_rows(scene: Any, rows: Rows) -> np.ndarray:
-    """The true labels of finished rows, ignored where the image is invalid: nodata never reaches a metric."""
-    from vfmseg.geo.grid import Window
+def _index(finished: Finished) -> dict[str, np.ndarray]:
+    """Class indexes int64 (1, h, w), IGNORE where the scene is invalid: what is scored."""
+    index = finished.sums.max(dim=0).indices.cpu().numpy()
+    return {"index": np.where(finished.valid, index, IGNORE)[None]}
 
-    truth = scene.read_labels(Window(rows.row, 0, rows.labels.shape[0], rows.labels.shape[1]))
-    return np.where(rows.labels == IGNORE, IGNORE, truth)
+
+@dataclass(frozen=True)
+class _Scores:
+    """A sink that counts finished rows against the scene's labels; nodata never reaches a metric."""
+
+    scene: Any
+    confusion: Confusion
+
+    def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
+        """Count rows."""
+        index = arrays["index"][0]
+        truth = np.where(index == IGNORE, IGNORE, self.scene.read_labels(window))
+        self.confusion.update(torch.from_numpy(np.maximum(index, 0)), torch.from_numpy(truth))
+
+
+def _stamp(path: str) -> str:
+    """A path with size and time, by which another file under the same name is told."""
+    try:
+        facts = os.stat(path)
+    except OSError:  # a GDAL path or URL
+        return path
+    return f"{os.path.realpath(path)} ({facts.st_size} bytes, {facts.st_mtime_ns})"
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device = {name!r} is not known; expected cpu, cuda, cuda:1, mps, ...") from None
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch built without it, no driver, no such number
+        raise MachineError(f"device = {name}: {str(error).splitlines()[0]}; use another one, such as cpu") from None
+    return device
 
 
 def _local_folder(checkpoint: str | Path) -> Path:
@@ -292,34 +393,3 @@ def _local_folder(checkpoint: str | Path) -> Path:
             f"{checkpoint}: no such folder here, and not to be had from the hub{offline}: {type(error).__name__}; "
             "check the name, or download it first"
         ) from None
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"device = {name!r} is not known; expected cpu, cuda, cuda:1, mps, ...") from None
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # torch built without it, no driver, no such number
-        raise MachineError(f"device = {name}: {str(error).splitlines()[0]}; use another one, such as cpu") from None
-    return device
-
-
-def _known(name: str, value: str, section: PredictSection) -> str:
-    known = get_args(type(section).model_fields[name].annotation)
-    if value not in known:
-        raise RecipeError(f"{name} = {value!r}; {nearest(value, known)}")
-    return value
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise RecipeError(f"{name} = {value}; expected a whole number of at least 1")
-    return value
-
-
-def _share(overlap: float) -> float:
-    if not 0 <= overlap < 1:
-        raise RecipeError(f"overlap = {overlap}; expected a share of the tile, at least 0 and below 1, such as 0.25")
-    return overlap

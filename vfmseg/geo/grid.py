@@ -85,6 +85,12 @@ class Grid:
         a, b, c, d, e, f = self.transform
         return (a * col + b * row + c, d * col + e * row + f)
 
+    def pixel(self, x: float, y: float) -> tuple[float, float]:
+        """(row, col) in pixels of a place in units of the crs: the inverse of `point`."""
+        a, b, c, d, e, f = self.transform
+        determinant = a * e - b * d
+        return ((a * (y - f) - d * (x - c)) / determinant, (e * (x - c) - b * (y - f)) / determinant)
+
     def crop(self, window: Window) -> Grid:
         """The grid of a window, which may reach beyond the scene."""
         a, b, _, d, e, _ = self.transform
@@ -151,8 +157,8 @@ def cut(height: int, width: int, tile: int, overlap_px: int = 0) -> list[Tile]:
     tile. The cores partition the scene: neighbours meet in the middle of their overlap, so each pixel belongs
     to a tile that sees it far from an edge.
     """
-    rows = _spans(height, tile, overlap_px)
-    cols = _spans(width, tile, overlap_px)
+    rows = spans(height, tile, overlap_px)
+    cols = spans(width, tile, overlap_px)
     return [
         Tile(Window(row, col, tile, tile), Window(top, left, bottom - top, right - left))
         for row, top, bottom in rows
@@ -160,7 +166,7 @@ def cut(height: int, width: int, tile: int, overlap_px: int = 0) -> list[Tile]:
     ]
 
 
-def _spans(size: int, tile: int, overlap_px: int) -> list[tuple[int, int, int]]:
+def spans(size: int, tile: int, overlap_px: int) -> list[tuple[int, int, int]]:
     """(start, first core pixel, end of the core) of each tile along one axis."""
     firsts = starts(size, tile, overlap_px)
     seams = [(one + tile + two) // 2 for one, two in pairwise(firsts)]

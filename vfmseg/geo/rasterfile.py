@@ -25,6 +25,9 @@ from rasterio.windows import Window as RasterioWindow
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
 
+GDAL_ERRORS = (RasterioError, CPLE_BaseError)
+"""What rasterio raises when GDAL fails: in some functions GDAL's own error, which is none of rasterio's."""
+
 _OPTIONS: dict[str, Any] = {
     "GDAL_CACHEMAX": 256,  # MB; GDAL's default is 5 % of the machine's memory
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
@@ -57,6 +60,7 @@ class FileInfo:
     alpha: tuple[int, ...]  # bands marked as alpha
     shared_mask: bool  # one mask band for all bands, inside the file or beside it (.msk)
     own_masks: tuple[int, ...]  # bands that have a mask of their own
+    block: tuple[int, int]  # rows and columns of the blocks of the first band
 
     @property
     def count(self) -> int:
@@ -203,6 +207,7 @@ def _describe(dataset: Any, path: str) -> FileInfo:
         alpha=tuple(i for i, meaning in enumerate(dataset.colorinterp, 1) if meaning == ColorInterp.alpha),
         shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
         own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
+        block=dataset.block_shapes[0],
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import RasterFile, as_stored
+from vfmseg.geo.warp import Warp
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class Raster:
     """The bands of one modality of one scene: one file, or several files on one grid, stacked in order.
 
     With several files the band numbers count through them: files of 3 and 1 bands have bands 1 to 4. Files are
-    opened at the first need and told by content, not by suffix. A palette image gives its palette indexes.
+    opened at the first need and told by content, not by suffix. A palette image gives its palette indexes. `onto`:
+    the grid on which the raster is wanted; files on another one are resampled as they are read, see `warp`.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], bands: Bands | None = None
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        bands: Bands | None = None,
+        onto: Grid | None = None,
     ) -> None:
         several = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         if not several:
@@ -67,6 +72,8 @@ class Raster:
         self.bands = bands if bands is not None else Bands()
         self._files = [RasterFile(one) for one in self.paths]
         self._layers: tuple[_Layer, ...] = ()
+        self._onto = onto
+        self._warp: Warp | None = None  # only where the files lie on another grid
 
     @property
     def path(self) -> str | tuple[str, ...]:
@@ -79,9 +86,9 @@ class Raster:
 
     @property
     def grid(self) -> Grid:
-        """The grid that all files share. DataError if a file is missing, unreadable or on another grid."""
+        """The grid that windows count in. DataError if a file is missing, unreadable or on another grid than others."""
         self._plan()
-        return self._files[0].info.grid
+        return self._files[0].info.grid if self._onto is None else self._onto
 
     @property
     def count(self) -> int:
@@ -92,6 +99,19 @@ class Raster:
     def dtype(self) -> str:
         """The stored type of the bands read, such as "uint16"; for mixed types the one that holds them all."""
         return str(np.result_type(*(layer.dtype for layer in self._plan())))
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of the blocks that the first file is stored in."""
+        self._plan()
+        return self._files[0].info.block
+
+    @property
+    def compact(self) -> np.dtype:
+        """A type that holds every value that `read` returns without loss: that of the file where it is a small one."""
+        stored = self.dtype
+        plain = self.bands.scale == 1.0 and self.bands.offset == 0.0 and self._warp is None
+        return np.dtype(stored if plain and stored in ("uint8", "uint16", "int16") else "float32")
 
     def read(self, window: Window) -> Chip:
         """Values and validity of a window of any position; what lies beyond the scene is invalid.
@@ -104,7 +124,10 @@ class Raster:
         inside = window.clip(self.grid.height, self.grid.width)
         if inside.height and inside.width:
             within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
-            values, good = self._read_inside(layers, inside)
+            if self._warp is None:
+                values, good = self._read_inside(inside)
+            else:
+                values, good = self._warp.read(inside, len(layers), self._read_inside)
             pixels[:, within.rows, within.cols] = values
             valid[within.rows, within.cols] = good
         return Chip(pixels, valid)
@@ -126,6 +149,9 @@ class Raster:
         """The bands to read; made once, when the files are first opened."""
         if not self._layers:
             self._check_grids()
+            own = self._files[0].info.grid
+            if self._onto is not None and not self._onto.same_place(own):
+                self._warp = Warp(self._name, own, self._onto)
             self._layers = tuple(self._choose())
         return self._layers
 
@@ -170,7 +196,9 @@ class Raster:
         marks = [as_stored(value, stored) for value in named if value is not None]
         return _Layer(number, band, stored, tuple(mark for mark in marks if mark is not None))
 
-    def _read_inside(self, layers: tuple[_Layer, ...], window: Window) -> tuple[np.ndarray, np.ndarray]:
+    def _read_inside(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Values and validity of a window inside the files, on their own grid."""
+        layers = self._layers
         values = np.empty((len(layers), *window.shape), dtype=np.float32)
         bad = np.zeros(window.shape, dtype=bool)
         empty: np.ndarray | None = None  # where every band whose nodata is 0 holds 0

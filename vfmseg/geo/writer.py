@@ -1,4 +1,4 @@
-"""Label maps written row by row: a file under its final name is complete, whatever happened on the way.
+"""Maps written row by row: a file under its final name is complete, whatever happened on the way.
 
 Rows go to a temporary file beside the target. Only after the last row was written, flushed, read back and found
 equal does it take the target's name; any error or interruption removes it.
@@ -11,18 +11,19 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from rasterio.errors import RasterioError
+import rasterio.shutil
 from rasterio.transform import Affine
 from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.grid import IDENTITY, Grid
-from vfmseg.geo.rasterfile import gdal, open_dataset
+from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset
 
 _BLOCK = 256
 """Height and width of the GeoTIFF's tiles in pixels; rows are collected until a row of tiles is full."""
@@ -39,27 +40,60 @@ _SIDECARS = (".aux.xml", ".ovr", ".msk")
 """What GIS programs keep beside a raster; of an overwritten map they would show the old pixels."""
 
 
-class LabelWriter:
-    """A GeoTIFF of class ids with the scene's CRS and transform, class names (tags CLASS_<id>) and colours.
+@dataclass(frozen=True)
+class Layer:
+    """What the bands of a map file hold.
 
-    ids, names, colors (red, green, blue, 0..255) belong together: index i of the labels is written as ids[i].
-    IGNORE is written as the file's nodata, which is no class id. Ids below 0 get a signed type, which has no
-    colour table. Missing folders are made. DataError: target exists and `overwrite` is off, or cannot be
-    created. MachineError: the disk is full or broken.
+    A stored number times `scale` is the value; `nodata` is a stored number. names: what each band is called.
+    colors {stored number: (red, green, blue)}: a colour table, only for one unsigned band.
+    """
+
+    dtype: str
+    nodata: int
+    names: tuple[str, ...] = ("",)
+    scale: float = 1.0
+    tags: Mapping[str, str] = field(default_factory=dict)
+    colors: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+
+
+def label_layer(
+    ids: Sequence[int],
+    names: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+    tags: Mapping[str, str] | None = None,
+) -> Layer:
+    """A map of class ids with class names (tags CLASS_<id>) and colours; nodata is no class id.
+
+    ids, names and colors (0..255) belong together. Ids below 0 get a signed type, which has no colour table.
+    """
+    if not len(ids) == len(names) == len(colors):
+        raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(colors)} colors: expected as many of each")
+    dtype, nodata = label_type(ids)
+    return Layer(
+        dtype,
+        nodata,
+        tags={**(tags or {}), **{f"CLASS_{i}": name for i, name in zip(ids, names, strict=True)}},
+        colors=dict(zip(ids, colors, strict=True)) if dtype.startswith("uint") else {},
+    )
+
+
+class MapWriter:
+    """A GeoTIFF with a scene's CRS and transform, tiled and compressed.
+
+    Missing folders are made. DataError: target exists and `overwrite` is off, or cannot be created. MachineError:
+    the disk is full or broken. `level`: of the compression, 1 (fast) to 9 (small). `cog`: a cloud-optimised GeoTIFF
+    with overviews, made of the finished rows.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         grid: Grid,
-        ids: Sequence[int],
-        names: Sequence[str],
-        colors: Sequence[tuple[int, int, int]],
-        tags: Mapping[str, str] | None = None,
+        layer: Layer,
         overwrite: bool = True,
+        level: int = 6,
+        cog: bool = False,
     ) -> None:
-        if not len(ids) == len(names) == len(colors):
-            raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(colors)} colors: expected as many of each")
         if os.fspath(path).startswith("/vsi") or "://" in os.fspath(path):  # Path would make folders of these names
             raise DataError(f"{os.fspath(path)}: maps are written to this machine's disks only; choose a path there")
         self.path = Path(path)
@@ -68,17 +102,16 @@ class LabelWriter:
         if not overwrite and self.path.exists():
             raise DataError(f"{self.path}: exists already; choose another name or allow overwriting")
         self.grid = grid
-        self.dtype, self.nodata = label_type(ids)
-        self._numbers = np.array([*ids, self.nodata], dtype=self.dtype)  # [-1], IGNORE, is the last: nodata
-        self._colors = {i: (*color, 255) for i, color in zip(ids, colors, strict=True)}
-        self._tags = {**(tags or {}), **{f"CLASS_{i}": name for i, name in zip(ids, names, strict=True)}}
+        self.layer = layer
+        self._level = level
+        self._cog = cog
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self._rows = np.empty((_BLOCK, grid.width), dtype=self.dtype)
+        self._rows = np.empty((len(layer.names), _BLOCK, grid.width), dtype=layer.dtype)
         self._next = 0  # first row that is still to come
         self._sums: list[int] = []  # checksum of each row of tiles, to compare with what the disk holds
         self._dataset: Any = None
 
-    def __enter__(self) -> LabelWriter:
+    def __enter__(self) -> MapWriter:
         try:
             with self._machine():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,26 +123,25 @@ class LabelWriter:
             raise
         return self
 
-    def write(self, row: int, labels: np.ndarray) -> None:
-        """Write whole rows: labels int (h, width) of indexes or IGNORE, from `row` on, each row once, in order."""
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Write whole rows: stored numbers (bands, h, width), from `row` on, each row once, in order."""
         if self._dataset is None:
             raise ValueError(f"{self.path}: not open; use the writer in a `with` statement")
-        if row != self._next or labels.shape[1:] != (self.grid.width,) or row + len(labels) > self.grid.height:
+        bands, _, width = self._rows.shape
+        height = values.shape[1] if values.ndim == 3 else 0
+        fits = values.shape == (bands, height, width) and values.dtype == self._rows.dtype
+        if row != self._next or not fits or row + height > self.grid.height:
             raise ValueError(
-                f"{self.path}: rows {row} to {row + len(labels) - 1}, shape {labels.shape}; expected rows from "
-                f"{self._next} on, of {self.grid.width} pixels, {self.grid.height} rows in all"
+                f"{self.path}: rows {row} to {row + height - 1}, shape {values.shape} of {values.dtype}; expected rows "
+                f"from {self._next} on, {bands} x rows x {width} of {self._rows.dtype}, {self.grid.height} rows in all"
             )
-        if labels.size and not -1 <= labels.min() <= labels.max() < len(self._numbers) - 1:
-            raise ValueError(
-                f"{self.path}: labels {labels.min()} to {labels.max()}; expected -1 to {len(self._numbers) - 2}"
-            )
-        while len(labels):
+        while values.shape[1]:
             filled = self._next % _BLOCK
-            part, labels = labels[: _BLOCK - filled], labels[_BLOCK - filled :]
-            self._rows[filled : filled + len(part)] = self._numbers[part]
-            self._next += len(part)
+            part, values = values[:, : _BLOCK - filled], values[:, _BLOCK - filled :]
+            self._rows[:, filled : filled + part.shape[1]] = part
+            self._next += part.shape[1]
             if self._next % _BLOCK == 0 or self._next == self.grid.height:
-                self._flush(filled + len(part))
+                self._flush(filled + part.shape[1])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -121,38 +153,47 @@ class LabelWriter:
             self._discard()  # after a clean end the temporary name is gone already
 
     def _create(self) -> Any:
-        georeference: dict[str, Any] = {}
+        options: dict[str, Any] = {}
+        if not self.layer.colors:
+            options["photometric"] = "MINISBLACK"  # GDAL takes 3 and 4 bands for red, green, blue and alpha
         if self.grid.crs is not None:
-            georeference["crs"] = self.grid.crs
+            options["crs"] = self.grid.crs
         if self.grid.transform != IDENTITY:
-            georeference["transform"] = Affine(*self.grid.transform)
+            options["transform"] = Affine(*self.grid.transform)
         dataset = open_dataset(
             str(self._partial),
             "w",
             driver="GTiff",
             width=self.grid.width,
             height=self.grid.height,
-            count=1,
-            dtype=self.dtype,
-            nodata=self.nodata,
+            count=len(self.layer.names),
+            dtype=self.layer.dtype,
+            nodata=self.layer.nodata,
             tiled=True,
             blockxsize=_BLOCK,
             blockysize=_BLOCK,
             compress="deflate",
+            zlevel=self._level,
+            interleave="band",
+            num_threads="all_cpus",
             BIGTIFF="IF_SAFER",
-            **georeference,
+            **options,
         )
         # before the first pixel: later GDAL would put them into a second file beside this one
-        if self.dtype.startswith("uint"):
-            dataset.write_colormap(1, self._colors)
-        dataset.update_tags(**self._tags)
+        if self.layer.colors:
+            dataset.write_colormap(1, {number: (*color, 255) for number, color in self.layer.colors.items()})
+        if any(self.layer.names):
+            dataset.descriptions = self.layer.names
+        if self.layer.scale != 1:
+            dataset.scales = (self.layer.scale,) * len(self.layer.names)
+        dataset.update_tags(**self.layer.tags)
         return dataset
 
     def _flush(self, count: int) -> None:
-        rows = self._rows[:count]
+        rows = self._rows[:, :count]
         self._sums.append(zlib.crc32(rows.tobytes()))
         with self._machine(), gdal():
-            self._dataset.write(rows, 1, window=RasterioWindow(0, self._next - count, self.grid.width, count))
+            self._dataset.write(rows, window=RasterioWindow(0, self._next - count, self.grid.width, count))
 
     def _finish(self) -> None:
         if self._next != self.grid.height:
@@ -160,6 +201,8 @@ class LabelWriter:
         with self._machine():
             with gdal():
                 self._dataset.close()
+                if self._cog:
+                    self._optimise()
             _sync(self._partial)
             self._check()
             for suffix in _SIDECARS:
@@ -168,14 +211,27 @@ class LabelWriter:
             if os.name == "posix":
                 _sync(self.path.parent)
 
+    def _optimise(self) -> None:
+        """Put a cloud-optimised copy in the place of the temporary file."""
+        copy = self._partial.with_name(self._partial.name + ".cog")
+        try:
+            rasterio.shutil.copy(
+                str(self._partial), str(copy), driver="COG", compress="DEFLATE", level=self._level, bigtiff="IF_SAFER",
+                overview_resampling="NEAREST" if self.layer.colors or self.layer.scale == 1 else "AVERAGE",
+                num_threads="ALL_CPUS",
+            )  # fmt: skip
+            os.replace(copy, self._partial)
+        finally:
+            copy.unlink(missing_ok=True)
+
     def _check(self) -> None:
         """Read the file back: closing a GDAL file on a full disk reports no error."""
         with gdal(), contextlib.closing(open_dataset(str(self._partial))) as stored:
-            complete = stored.nodata == self.nodata and self._tags.items() <= stored.tags().items()
+            complete = stored.nodata == self.layer.nodata and self.layer.tags.items() <= stored.tags().items()
             for number, expected in enumerate(self._sums):
                 first = number * _BLOCK
                 height = min(_BLOCK, self.grid.height - first)
-                rows = stored.read(1, window=RasterioWindow(0, first, self.grid.width, height))
+                rows = stored.read(window=RasterioWindow(0, first, self.grid.width, height))
                 complete = complete and zlib.crc32(rows.tobytes()) == expected
         if not complete:
             raise MachineError(self._lost("what the disk holds differs from what was written"))
@@ -183,7 +239,7 @@ class LabelWriter:
     def _discard(self) -> None:
         dataset, self._dataset = self._dataset, None
         if dataset is not None:
-            with contextlib.suppress(RasterioError, OSError), gdal():
+            with contextlib.suppress(*GDAL_ERRORS, OSError), gdal():
                 dataset.close()
         for path in (self._partial, self._partial.with_name(self._partial.name + ".aux.xml")):
             with contextlib.suppress(OSError):
@@ -199,7 +255,7 @@ class LabelWriter:
                 f"{self.path}: cannot be created ({error.strerror}: {error.filename}); choose a folder where "
                 "you may write"
             ) from error
-        except (RasterioError, OSError) as error:
+        except (*GDAL_ERRORS, OSError) as error:
             raise MachineError(self._lost(str(error.__cause__ or error))) from error
 
     def _lost(self, reason: str) -> str:

@@ -8,6 +8,8 @@ at pixel centres (never at the zero of the curve) and each pixel is divided by t
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vfmseg.geo.grid import Tile
 
@@ -31,12 +33,53 @@ def profile(blend: str, tile: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def tile_weights(blend: str, tile: Tile) -> np.ndarray:
-    """Weights of one tile, float32 (tile, tile). With `none` only the tile's own core counts."""
-    window = tile.window
-    if blend == "none":
-        weights = np.zeros(window.shape, dtype=np.float32)
-        top, left = tile.core.row - window.row, tile.core.col - window.col
-        weights[top : top + tile.core.height, left : left + tile.core.width] = 1.0
-        return weights
-    return np.outer(profile(blend, window.height), profile(blend, window.width))
+class Band:
+    """The rows in flight of one strip: weighted sums float32 (K, tile, W) and weights (tile, W), on one device.
+
+    Tiles are added in the order of the grid, row by row, so every pixel sums its votes in the same order whatever the
+    strip is. `left`, `width`: the strip in pixels; what a tile holds beyond it belongs to another strip.
+    """
+
+    def __init__(self, classes: int, tile: int, left: int, width: int, top: int, blend: str, device: str) -> None:
+        self.sums = torch.zeros((classes, tile, width), dtype=torch.float32, device=device)
+        self.weights = torch.zeros((tile, width), dtype=torch.float32, device=device)
+        self.top = top  # row of the scene that the first row of the band holds
+        self.left = left
+        self.width = width
+        self.blended = blend != "none"
+        line = torch.from_numpy(profile(blend, tile)).to(device)
+        self.tile_weights = torch.outer(line, line)  # (tile, tile)
+
+    def add(self, tile: Tile, votes: Tensor) -> None:
+        """Add the votes (K, tile, tile) of one tile; unblended tiles count in their core alone."""
+        counted = tile.window if self.blended else tile.core
+        top, bottom = max(counted.row, self.top), counted.row + counted.height
+        left = max(counted.col, self.left)
+        right = min(counted.col + counted.width, self.left + self.width)
+        bottom = min(bottom, self.top + self.sums.shape[1])
+        if bottom <= top or right <= left:
+            return
+        here = (slice(top - self.top, bottom - self.top), slice(left - self.left, right - self.left))
+        of_tile = (
+            slice(top - tile.window.row, bottom - tile.window.row),
+            slice(left - tile.window.col, right - tile.window.col),
+        )
+        weights = self.tile_weights[of_tile]
+        self.sums[(slice(None), *here)].addcmul_(votes[(slice(None), *of_tile)], weights)
+        self.weights[here] += weights
+
+    def finished(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Views of the first `rows` rows: sums (K, rows, W) and weights (rows, W); weight 0 where no tile was run."""
+        return self.sums[:, :rows], self.weights[:rows]
+
+    def drop(self, rows: int) -> None:
+        """Move the band down by `rows` rows."""
+        if rows == 0:
+            return
+        keep = self.sums.shape[1] - rows
+        if keep > 0:
+            self.sums[:, :keep] = self.sums[:, rows:].clone()
+            self.weights[:keep] = self.weights[rows:].clone()
+        self.sums[:, max(keep, 0) :] = 0
+        self.weights[max(keep, 0) :] = 0
+        self.top += rows

@@ -1,4 +1,4 @@
-"""What prediction reads from: files or arrays, one or several modalities on one grid."""
+"""What prediction reads from: files or arrays, one or several modalities, on the grid of the first one."""
 
 from __future__ import annotations
 
@@ -8,32 +8,55 @@ from pathlib import Path
 import numpy as np
 
 from vfmseg.errors import DataError
-from vfmseg.geo.grid import Window
+from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.reader import Bands, Chip, Raster
+from vfmseg.inference.reading import Stored
+from vfmseg.terminal import say_once
 
 # a path that GDAL can read, the files of one modality, or an array (C, H, W)
 Source = str | Path | Sequence[str] | np.ndarray
+# one of them, or with several modalities a dictionary
+Input = Source | Mapping[str, Source]
 
 
 class OpenScene:
-    """The modalities of one scene, opened; the first one's grid is that of the labels."""
+    """The modalities of one scene, opened; the first one's grid is that of the labels.
+
+    Files of the others may lie on another grid, with another pixel size, CRS or extent: they are resampled to the first
+    one's as they are read, and where they do not cover it they are invalid. Arrays must have its size.
+    """
 
     def __init__(self, inputs: Mapping[str, Source], bands: Mapping[str, Bands]) -> None:
-        self.rasters = {name: _open(name, given, bands[name]) for name, given in inputs.items()}
-        first_name, first = next(iter(self.rasters.items()))
+        names = list(inputs)
+        first = _open(names[0], inputs[names[0]], bands[names[0]])
         self.grid = first.grid
-        for name, raster in self.rasters.items():
-            if not self.grid.same_place(raster.grid):
-                raise DataError(
-                    f"{raster.path}: '{name}' has {raster.grid.height} x {raster.grid.width} px on another grid than "
-                    f"'{first_name}' ({self.grid.height} x {self.grid.width} px, {first.path}); warp it to that grid "
-                    "first, for instance with gdalwarp"
-                )
+        self.rasters = {names[0]: first}
+        for name in names[1:]:
+            self.rasters[name] = self._beside(name, inputs[name], bands[name], names[0])
+
+    def _beside(self, name: str, given: Source, bands: Bands, first_name: str) -> Raster:
+        raster = _open(name, given, bands)
+        if self.grid.same_place(raster.grid):
+            return raster
+        if isinstance(given, np.ndarray):
+            raise DataError(
+                f"the array for '{name}' has {raster.grid.height} x {raster.grid.width} px, that for '{first_name}' "
+                f"{self.grid.height} x {self.grid.width}; expected one size, or files that say where they lie"
+            )
+        raster.close()
+        moved = _open(name, given, bands, self.grid)
+        _ = moved.grid  # whether it can be moved is known now, not at the first window
+        return moved
 
     def bands(self) -> dict[str, int]:
         """Number of bands that are read of each modality."""
         return {name: raster.count for name, raster in self.rasters.items()}
+
+    def stored(self) -> Stored:
+        """Blocks of the first modality, and the type that holds each without loss."""
+        first = next(iter(self.rasters.values()))
+        return Stored(first.block, {name: raster.compact for name, raster in self.rasters.items()})
 
     def read(self, window: Window) -> dict[str, Chip]:
         """Pixels and validity of one window of every modality."""
@@ -45,7 +68,53 @@ class OpenScene:
             raster.close()
 
 
-def _open(name: str, given: Source, bands: Bands) -> Raster:
+def _open(name: str, given: Source, bands: Bands, onto: Grid | None = None) -> Raster:
     if isinstance(given, np.ndarray):
         return ArrayRaster(given, bands, name)
-    return Raster(str(given) if isinstance(given, str | Path) else [str(path) for path in given], bands)
+    return Raster(str(given) if isinstance(given, str | Path) else [str(path) for path in given], bands, onto)
+
+
+def open_scenes(
+    scene: Input, bands: Mapping[str, Bands], counts: Mapping[str, int], types: Mapping[str, str], threads: int
+) -> list[OpenScene]:
+    """A scene for each reader thread (an array once, as it is shared), after looking whether it fits the model.
+
+    bands: how each modality is read; counts: the number of its bands in training; types: its stored type in training.
+    DataError for a missing modality, another number of bands, or something that is no scene.
+    """
+    given = scene if isinstance(scene, Mapping) else {next(iter(bands)): scene}
+    if set(given) != set(bands):
+        raise DataError(
+            f"the segmenter needs the modalities {', '.join(bands)}, but got {', '.join(map(str, given))}; pass one "
+            "path or array for each"
+        )
+    for name, one in given.items():
+        if isinstance(one, np.ma.MaskedArray):
+            raise DataError(f"'{name}' is a masked array; pass array.astype('float32').filled(numpy.nan) instead")
+        if not isinstance(one, str | Path | np.ndarray | list | tuple):
+            raise DataError(f"'{name}' is a {type(one).__name__}; expected a path or a numpy array (bands, H, W)")
+    arrays = [name for name, one in given.items() if isinstance(one, np.ndarray)]
+    inputs = {name: given[name] for name in bands}
+    opened = [OpenScene(inputs, bands) for _ in range(1 if arrays else threads)]
+    _tell(opened[0], types, files=next(iter(bands)) not in arrays)
+    for name, expected in counts.items():
+        if opened[0].bands()[name] != expected:
+            place = f"the array for '{name}'" if name in arrays else opened[0].rasters[name].path
+            raise DataError(
+                f"{place}: {opened[0].bands()[name]} bands are read, but the model was trained on {expected} bands for "
+                f"'{name}'; choose them with data.modalities.{name}.bands when training"
+            )
+    return opened
+
+
+def _tell(scene: OpenScene, types: Mapping[str, str], files: bool) -> None:
+    """What is allowed but seldom meant, said once: another stored type than in training, a file without a CRS."""
+    for name, trained in types.items():
+        given = scene.rasters[name].dtype
+        if given != trained:
+            say_once(
+                f"{name}: this scene holds {given}, the training scenes {trained}; its values are taken as they are, "
+                "so they must be in the same units"
+            )
+    if files and not scene.grid.georeferenced:
+        say_once("the scene carries no CRS: its labels will have none either")

@@ -113,5 +113,16 @@ class PredictSection(Section):
     overlap: Annotated[Number, Field(ge=0, lt=0.9)] = 0.25
     """Share of a tile that it has in common with its neighbour."""
     blend: Literal["hann", "gaussian", "average", "none"] = "hann"
-    """Weight of a tile's pixels where tiles overlap."""
+    """Weight of a tile's pixels where tiles overlap; none: each tile answers for its core alone."""
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged where tiles overlap."""
     batch_size: Annotated[Whole, Field(ge=1)] = 4
+    """Tiles in one call of the model."""
+    tta: Literal["none", "flips", "d4"] = "none"
+    """Test-time augmentation: the mean over 1, 4 or all 8 symmetries of the square."""
+    scales: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+    """Sizes of the tile, relative to itself, at which the model looks; the mean over all."""
+    readers: Annotated[Whole, Field(ge=1)] = 2
+    """Threads that read files."""
+    memory_limit: Annotated[Whole, Field(ge=16)] = 1024
+    """MiB for the buffers of a strip; a wider scene is labelled strip by strip."""

@@ -1,0 +1,36 @@
+"""A process that labels a scene with a model of one pixel: label_worker.py SCENE TARGET [--resume] [--slow]."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vfmseg.geo.reader import Bands
+from vfmseg.inference.engine import Model
+from vfmseg.inference.job import Settings, into_files, prepare
+from vfmseg.inference.products import Products
+from vfmseg.inference.ranks import join
+from vfmseg.inference.sources import OpenScene
+
+torch.set_num_threads(1)
+
+
+def vote(images: Any, valid: Any) -> torch.Tensor:
+    if "--slow" in sys.argv:
+        time.sleep(0.01)
+    values = images["x"][:, 0]
+    return torch.stack([-((values - k) ** 2) for k in range(3)], dim=1).softmax(dim=1)
+
+
+if __name__ == "__main__":
+    rank, ranks = join()
+    opened = OpenScene({"x": sys.argv[1]}, {"x": Bands()})
+    products = Products((0, 1, 2), ("confidence",))
+    layers = products.layers(("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), {"vfmseg_recipe": "toy"})
+    job = prepare([opened], opened.stored(), {"x": 1}, Model(vote, 3), products, 2, Settings(32, 0.25, "hann", 4))
+    _, report = into_files(job, Path(sys.argv[2]), layers, {}, rank=rank, ranks=ranks, resume="--resume" in sys.argv)
+    print(f"rank{rank} {report.tiles}", flush=True)

@@ -1,0 +1,256 @@
+"""Map files of a scene of any size: resumed after any interruption, shared by processes, always the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from makers import write_raster
+
+from vfmseg.errors import DataError, MachineError
+from vfmseg.geo import writer as writer_module
+from vfmseg.geo.reader import Bands
+from vfmseg.inference.engine import Model
+from vfmseg.inference.job import Job, Settings, into_files, prepare
+from vfmseg.inference.products import Products
+from vfmseg.inference.shards import Parts
+from vfmseg.inference.sources import OpenScene
+from vfmseg.inference.views import averaged
+
+WORKER = Path(__file__).with_name("label_worker.py")
+PRODUCTS = Products((0, 1, 2), ("confidence",))
+LAYERS = PRODUCTS.layers(("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), {"vfmseg_recipe": "toy"})
+
+
+def pointwise(images: Any, valid: Any) -> Any:
+    import torch
+
+    values = images["x"][:, 0]
+    return torch.stack([-((values - k) ** 2) for k in range(3)], dim=1).softmax(dim=1)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    array = rng.integers(1, 4, (1, 700, 300)).astype(np.uint8) - 1
+    array[0, 100:160, 50:120] = 9
+    return write_raster(tmp_path_factory.mktemp("scene") / "scene.tif", array, nodata=9)
+
+
+def job_of(scene: Path, **changes: Any) -> Job:
+    opened = OpenScene({"x": str(scene)}, {"x": Bands()})
+    settings = Settings(32, 0.25, changes.get("blend", "hann"), 4)
+    vote = averaged(changes.get("vote", pointwise), "none", (1.0,))
+    return prepare([opened], opened.stored(), {"x": 1}, Model(vote, 3), PRODUCTS, 2, settings)
+
+
+def label(scene: Path, target: Path, fingerprint: dict[str, Any] | None = None, **how: Any) -> dict[str, Path]:
+    changes = {name: how.pop(name) for name in ("vote", "blend") if name in how}
+    return into_files(job_of(scene, **changes), target, LAYERS, fingerprint or {}, **how)[0]
+
+
+def worker(scene: Path, target: Path, *options: str, processes: int = 1) -> list[str]:
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*start, str(WORKER), str(scene), str(target), *options]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of the files of a run that nothing disturbed."""
+    files = label(scene, tmp_path_factory.mktemp("whole") / "labels.tif")
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+def test_p36_files_hold_place_classes_and_values(scene: Path, tmp_path: Path) -> None:
+    files = label(scene, tmp_path / "labels.tif")
+    assert names_in(tmp_path) == ["labels.tif", "labels_confidence.tif"]
+    with rasterio.open(scene) as source, rasterio.open(files["labels"]) as labels:
+        assert (labels.crs, labels.transform, labels.shape) == (source.crs, source.transform, source.shape)
+        values, written = source.read(1), labels.read(1)
+        assert labels.nodata == 255
+        assert labels.tags()["CLASS_2"] == "c"
+    np.testing.assert_array_equal(written, np.where(values == 9, 255, values))
+    with rasterio.open(files["confidence"]) as confidence:
+        stored = confidence.read(1)
+        assert confidence.scales == (pytest.approx(1 / 254),)
+    best = 1 / (1 + np.exp(-1) + np.exp(-4))
+    middle = 1 / (1 + 2 * np.exp(-1))
+    expected = np.where(values == 1, middle, best) * 254
+    np.testing.assert_allclose(stored[values != 9], expected[values != 9], atol=0.51)
+    assert (stored[values == 9] == 255).all()
+
+
+def test_p37_an_error_midway_keeps_finished_pieces_and_resume_runs_the_rest_alone(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    calls = 0
+
+    def breaks(images: Any, valid: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            raise ArithmeticError("broke")
+        return pointwise(images, valid)
+
+    target = tmp_path / "labels.tif"
+    with pytest.raises(ArithmeticError, match="broke"):
+        label(scene, target, vote=breaks)
+    assert names_in(tmp_path) == [".labels.tif.parts"]
+    kept = [name for name in names_in(tmp_path / ".labels.tif.parts") if name.startswith("labels_")]
+    assert kept
+    assert not any("partial" in name for name in names_in(tmp_path / ".labels.tif.parts"))
+    with rasterio.open(tmp_path / ".labels.tif.parts" / "labels.vrt") as view:
+        assert view.shape == (700, 300)
+        assert (view.read(1)[-10:] == 255).all()  # still to come
+    with pytest.raises(DataError, match=r"pieces are done; go on with --resume"):
+        label(scene, target)
+    calls = -(10**6)
+    files = label(scene, target, vote=breaks, resume=True)
+    assert calls + 10**6 < 90  # of 104 batches about 35 were done
+    assert {name: path.read_bytes() for name, path in files.items()} == undisturbed
+    assert names_in(tmp_path) == ["labels.tif", "labels_confidence.tif"]
+
+
+def test_p63_resume_of_other_work_is_refused_and_overwrite_starts_anew(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    calls = 0
+
+    def breaks(images: Any, valid: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            raise KeyboardInterrupt
+        return pointwise(images, valid)
+
+    target = tmp_path / "labels.tif"
+    with pytest.raises(KeyboardInterrupt):
+        label(scene, target, {"tile": 16}, vote=breaks)
+    with pytest.raises(DataError, match=r"other work \(tile was 16, is 32\)"):
+        label(scene, target, {"tile": 32}, resume=True)
+    files = label(scene, target, {"tile": 32}, overwrite=True)
+    assert files["labels"].read_bytes() == undisturbed["labels"]
+
+
+def test_p37_full_disk_in_a_piece_or_at_the_end_leaves_no_target(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
+) -> None:
+    honest = writer_module.MapWriter._flush
+    target = tmp_path / "labels.tif"
+
+    def full(self: Any, count: int) -> None:
+        if self.path == target:
+            raise MachineError(self._lost("No space left on device"))
+        honest(self, count)
+
+    monkeypatch.setattr(writer_module.MapWriter, "_flush", full)
+    with pytest.raises(MachineError, match="No space left"):
+        label(scene, target)
+    assert not target.exists()
+    monkeypatch.setattr(writer_module.MapWriter, "_flush", honest)
+
+    def fails(images: Any, valid: Any) -> Any:
+        raise AssertionError("everything was labelled already")
+
+    files = label(scene, target, vote=fails, resume=True)
+    assert files["labels"].read_bytes() == undisturbed["labels"]
+
+
+def test_an_error_before_the_first_piece_leaves_nothing(scene: Path, tmp_path: Path) -> None:
+    def breaks(images: Any, valid: Any) -> Any:
+        raise ArithmeticError("broke")
+
+    with pytest.raises(ArithmeticError):
+        label(scene, tmp_path / "labels.tif", vote=breaks)
+    assert names_in(tmp_path) == []
+
+
+def _killed_and_resumed(scene: Path, folder: Path, seed: int, processes: int) -> dict[str, bytes]:
+    """Kill the workers at random moments until one run ends; the bytes of its files."""
+    chance = random.Random(seed)
+    target = folder / "labels.tif"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for attempt in range(30):
+        command = worker(scene, target, *(["--resume"] if attempt else []), "--slow", processes=processes)
+        running = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+        parts = folder / ".labels.tif.parts"
+        before = len(list(parts.glob("labels_*.tif"))) if parts.is_dir() else 0
+        # wait until it has done something, then a random moment more
+        while running.poll() is None and len(list(parts.glob("labels_*.tif")) if parts.is_dir() else []) <= before:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.4))
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+        if running.wait() == 0:
+            return {name: (folder / f"labels{end}.tif").read_bytes() for name, end in
+                    (("labels", ""), ("confidence", "_confidence"))}  # fmt: skip
+        assert not target.exists()
+    raise AssertionError("never finished")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_p37_killed_and_resumed_gives_the_same_bytes(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    assert _killed_and_resumed(scene, tmp_path, 0, 1) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_p37_killed_at_twenty_random_moments_gives_the_same_bytes(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes], seed: int
+) -> None:
+    assert _killed_and_resumed(scene, tmp_path, seed, 1 + seed % 2) == undisturbed
+
+
+def test_two_processes_share_a_scene_and_give_the_same_bytes(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    done = subprocess.run(
+        worker(scene, tmp_path / "labels.tif", processes=2), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["rank0", "rank1"]
+    tiles = {int(line.split()[1]) for line in done.stdout.splitlines()}
+    assert min(tiles) > 100  # each has done about half
+    assert (tmp_path / "labels.tif").read_bytes() == undisturbed["labels"]
+    assert (tmp_path / "labels_confidence.tif").read_bytes() == undisturbed["confidence"]
+    assert names_in(tmp_path) == ["labels.tif", "labels_confidence.tif"]
+
+
+def test_a_piece_that_was_damaged_on_the_disk_is_named(scene: Path, tmp_path: Path) -> None:
+    target = tmp_path / "labels.tif"
+    job = job_of(scene)
+    parts = Parts(target, job.plan, job.grid, LAYERS)
+
+    def fails(images: Any, valid: Any) -> Any:
+        if len(parts.finished()) >= 3:
+            raise ArithmeticError
+        return pointwise(images, valid)
+
+    with pytest.raises(ArithmeticError):
+        label(scene, target, vote=fails)
+    piece = parts.path("labels", job.plan.shards[0])
+    piece.write_bytes(piece.read_bytes()[:400])
+    with pytest.raises(DataError, match=r"labels_000_00000\.tif.*delete this file and go on with --resume"):
+        label(scene, target, resume=True)
+    assert not target.exists()
+    piece.unlink()
+    label(scene, target, resume=True)
+    assert target.exists()

@@ -1,0 +1,66 @@
+"""Pieces of a map: read one, and show many as one (a VRT, GDAL's virtual raster)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from xml.etree import ElementTree as xml
+
+import numpy as np
+from rasterio.errors import RasterioError
+from rasterio.windows import Window as RasterioWindow
+
+from vfmseg.errors import DataError
+from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.rasterfile import gdal, open_dataset
+from vfmseg.geo.writer import Layer
+
+_TYPES = {"uint8": "Byte", "uint16": "UInt16", "int16": "Int16", "int32": "Int32"}
+
+
+def read_map(path: str | os.PathLike[str], window: Window) -> np.ndarray:
+    """Stored numbers (bands, h, w) of a window inside a map file; DataError if the file is damaged."""
+    try:
+        with gdal(), contextlib.closing(open_dataset(os.fspath(path))) as dataset:
+            place = RasterioWindow(window.col, window.row, window.width, window.height)
+            stored: np.ndarray = dataset.read(window=place)
+            return stored
+    except RasterioError as error:
+        raise DataError(
+            f"{path}: {window} cannot be read ({error.__cause__ or error}); delete this file and go on with --resume"
+        ) from error
+
+
+def mosaic(grid: Grid, layer: Layer, pieces: Sequence[tuple[str, Window]]) -> str:
+    """A VRT of `grid` that shows the pieces (file name beside the VRT, window); nodata where there is none."""
+    root = xml.Element("VRTDataset", rasterXSize=str(grid.width), rasterYSize=str(grid.height))
+    if grid.crs is not None:
+        xml.SubElement(root, "SRS").text = grid.crs
+    if grid.transform != IDENTITY:
+        a, b, c, d, e, f = grid.transform
+        xml.SubElement(root, "GeoTransform").text = ", ".join(repr(v) for v in (c, a, b, f, d, e))
+    metadata = xml.SubElement(root, "Metadata")
+    for key, value in layer.tags.items():
+        xml.SubElement(metadata, "MDI", key=key).text = value
+    for number, title in enumerate(layer.names, 1):
+        band = xml.SubElement(root, "VRTRasterBand", dataType=_TYPES[layer.dtype], band=str(number))
+        if title:
+            xml.SubElement(band, "Description").text = title
+        if layer.scale != 1:
+            xml.SubElement(band, "Scale").text = repr(layer.scale)
+        xml.SubElement(band, "NoDataValue").text = str(layer.nodata)
+        if layer.colors:
+            xml.SubElement(band, "ColorInterp").text = "Palette"
+            table = xml.SubElement(band, "ColorTable")
+            for stored in range(max(layer.colors) + 1):
+                red, green, blue = layer.colors.get(stored, (0, 0, 0))
+                xml.SubElement(table, "Entry", c1=str(red), c2=str(green), c3=str(blue), c4="255")
+        for name, window in pieces:
+            source = xml.SubElement(band, "SimpleSource")
+            xml.SubElement(source, "SourceFilename", relativeToVRT="1").text = name
+            xml.SubElement(source, "SourceBand").text = str(number)
+            size = {"xSize": str(window.width), "ySize": str(window.height)}
+            xml.SubElement(source, "SrcRect", {"xOff": "0", "yOff": "0", **size})
+            xml.SubElement(source, "DstRect", {"xOff": str(window.col), "yOff": str(window.row), **size})
+    return xml.tostring(root, encoding="unicode")

@@ -1,0 +1,83 @@
+"""How a scene is labelled: what the caller says, and where the caller is silent, what the recipe says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from vfmseg.errors import RecipeError, nearest
+from vfmseg.inference.job import MEBI, Settings
+from vfmseg.recipe import Recipe
+from vfmseg.recipe.train import PredictSection
+
+
+@dataclass(frozen=True)
+class How:
+    """How a scene is labelled; None = as in the recipe.
+
+    tile: pixels. overlap: share of a tile, 0 <= overlap < 1. blend: hann, gaussian, average or none. average: whether
+    probabilities or logits are averaged where tiles overlap. tta: none, flips or d4; scales: sizes of the tile at which
+    the model looks. readers: threads that read files. memory_limit: MiB for the engine's buffers.
+    """
+
+    tile: int | None = None
+    overlap: float | None = None
+    blend: str | None = None
+    batch_size: int | None = None
+    average: str | None = None
+    tta: str | None = None
+    scales: tuple[float, ...] | None = None
+    readers: int | None = None
+    memory_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Every question answered."""
+
+    settings: Settings
+    logits: bool  # logits are averaged, not probabilities
+    tta: str
+    scales: tuple[float, ...]
+    readers: int
+
+
+def settle(how: How, recipe: Recipe) -> Settled:
+    """Fill what `how` leaves open; RecipeError for a value that is out of range."""
+    section = recipe.predict
+    overlap = section.overlap if how.overlap is None else how.overlap
+    if not 0 <= overlap < 1:
+        raise RecipeError(f"overlap = {overlap}; expected a share of the tile, at least 0 and below 1, such as 0.25")
+    scales = section.scales if how.scales is None else how.scales
+    if not scales or min(scales) <= 0:
+        raise RecipeError(f"scales = {list(scales)}; expected numbers above 0, such as 0.75, 1, 1.5")
+    settings = Settings(
+        tile=_positive("tile", how.tile, section.tile or recipe.data.tile),
+        overlap=overlap,
+        blend=_known("blend", how.blend, section),
+        batch_size=_positive("batch_size", how.batch_size, section.batch_size),
+        memory_limit=_positive("memory_limit", how.memory_limit, section.memory_limit) * MEBI,
+    )
+    return Settled(
+        settings,
+        _known("average", how.average, section) == "logits",
+        _known("tta", how.tta, section),
+        tuple(scales),
+        _positive("readers", how.readers, section.readers),
+    )
+
+
+def _known(name: str, value: str | None, section: PredictSection) -> str:
+    if value is None:
+        return str(getattr(section, name))
+    known = get_args(type(section).model_fields[name].annotation)
+    if value not in known:
+        raise RecipeError(f"{name} = {value!r}; {nearest(value, known)}")
+    return value
+
+
+def _positive(name: str, value: Any, otherwise: int) -> int:
+    chosen = otherwise if value is None else value
+    if not isinstance(chosen, int) or chosen < 1:
+        raise RecipeError(f"{name} = {chosen}; expected a whole number of at least 1")
+    return chosen

@@ -1,0 +1,369 @@
+"""The streaming engine: readers -> batcher -> model -> blend -> sink, side by side, with a bounded queue between.
+
+    readers   threads that read chunks of rows ahead (reading.py)
+    batcher   a thread that cuts tiles, leaves out those without a valid pixel, and fills batches of one constant shape
+    model     the calling thread: runs batches, adds the votes to the band of rows in flight, finishes rows
+    sink      a thread that writes finished rows
+
+Memory beyond the model's own, in bytes, for a strip of W pixels, tiles of t, K classes, C bands of s bytes, chunks of c
+rows, batches of B (`estimate`):
+
+    band      4 (K + 1) t W          weighted sums and weights, on the model's device
+    chunks    (t + 3 c) W (C s + 1)  read and not yet used
+    rows      3 t W (p + 1)          finished and not yet written, p bytes of products a pixel
+    batches   4 B t^2 (5 C + 3 K)    filled, waiting and in the model
+
+Nothing depends on the height of the scene.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfmseg.geo.grid import Tile, Window
+from vfmseg.inference.blend import Band
+from vfmseg.inference.plan import Plan, Run
+from vfmseg.inference.reading import Chunk, Readers, Rows, SceneSource, Stored, chunk_rows
+from vfmseg.inference.stages import Pipe, Stages
+
+OPEN_BATCHES = 3
+"""Batches that wait for tiles at the same time, where left-out tiles leave places free."""
+
+# images {modality: (B, C, t, t)} in image units and valid {modality: (B, t, t)}, on the CPU -> votes float32
+# (B, K, t, t) on the model's device: probabilities or logits
+Predictor = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Finished rows of a strip, `window` in the scene: sums (K, h, w), weights (h, w) on the device; valid (h, w)."""
+
+    window: Window
+    sums: Tensor
+    weights: Tensor
+    valid: np.ndarray
+
+
+# finished rows -> arrays (bands, h, w) by product, on the CPU
+Product = Callable[[Finished], dict[str, np.ndarray]]
+
+
+class Sink(Protocol):
+    """Takes finished rows of a run, top to bottom; called from one thread."""
+
+    def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep these rows."""
+        ...
+
+
+@dataclass
+class Report:
+    """What a run did: tiles run and left out, pixels finished, seconds in all and by stage."""
+
+    tiles: int = 0
+    skipped: int = 0
+    pixels: int = 0
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: Report) -> None:
+        """Add what another run did."""
+        self.tiles += other.tiles
+        self.skipped += other.skipped
+        self.pixels += other.pixels
+        self.seconds += other.seconds
+        for name, seconds in other.stages.items():
+            self.stages[name] = self.stages.get(name, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Tiles and pixels done since the last tick. busy: seconds by stage in this run; queued: whole batches."""
+
+    tiles: int
+    pixels: int
+    busy: Mapping[str, float]
+    queued: int
+
+
+@dataclass
+class _Batch:
+    """Tiles for one call of the model. `places`: slot -> number of the tile in the order of the run."""
+
+    pixels: dict[str, np.ndarray]  # float32 (B, C, t, t)
+    valid: dict[str, np.ndarray]  # bool (B, t, t)
+    places: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One thing that happens in its turn: a tile's votes are added, a tile was left out, or a row of tiles ends."""
+
+    tile: Tile | None = None
+    number: int | None = None  # of the tile in the run; None: left out
+    finished: Window | None = None  # rows of the strip that end here
+    valid: np.ndarray | None = None  # of the finished rows
+    top: int = 0  # first row that is still open
+
+
+@dataclass(frozen=True)
+class Area:
+    """What of a scene is asked for. `touches(window)`: any of it in there; `mask(window)`: bool (h, w)."""
+
+    touches: Callable[[Window], bool]
+    mask: Callable[[Window], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the engine asks of a model: `vote` on batches, with `classes` votes a pixel, which lie on `device`."""
+
+    vote: Predictor
+    classes: int
+    device: str = "cpu"
+
+
+def label_run(
+    scenes: Sequence[SceneSource],
+    stored: Stored,
+    plan: Plan,
+    run: Run,
+    model: Model,
+    blend: str,
+    product: Product,
+    sink: Sink,
+    *,
+    area: Area | None = None,
+    progress: Callable[[Tick], None] | None = None,
+) -> Report:
+    """Label the shards of a run. The first error of any stage ends all of them and is raised as it was.
+
+    `scenes`: the same scene once for each reader thread. `area`: tiles that hold none of it are not run, and pixels
+    outside of it are not labelled. `progress` is called after every batch.
+    """
+    started = time.perf_counter()
+    report = Report()
+    with Stages() as stages:
+        work = _Work(scenes, stored, plan, run, stages, area)
+        stages.start("reader", work.read)
+        stages.start("batcher", work.cut)
+        stages.start("sink", lambda: work.write(sink))
+        band = Band(model.classes, plan.tile, work.left, work.width, work.tile_top, blend, model.device)
+        _consume(work, model.vote, product, band, report, progress)
+        work.finish()
+    report.seconds = time.perf_counter() - started
+    report.stages = dict(stages.busy)
+    return report
+
+
+class _Work:
+    """What the stages of one run share: where it lies, and the queues between them."""
+
+    def __init__(
+        self,
+        scenes: Sequence[SceneSource],
+        stored: Stored,
+        plan: Plan,
+        run: Run,
+        stages: Stages,
+        area: Area | None,
+    ) -> None:
+        self.plan, self.stages, self.area = plan, stages, area
+        self.cells = range(run.shards[0].rows[0], run.shards[-1].rows[1])
+        self.tile_rows = plan.rows.tiles_of(self.cells.start, self.cells.stop)
+        self.tile_cols = plan.tile_columns(run.strip)
+        self.left, right = plan.strip_columns(run.strip)
+        self.width = right - self.left
+        self.tile_top = plan.rows.starts[self.tile_rows[0]]
+        read_left = plan.cols.starts[self.tile_cols[0]]
+        read_right = min(plan.cols.size, plan.cols.starts[self.tile_cols[-1]] + plan.tile)
+        bottom = min(plan.rows.size, plan.rows.starts[self.tile_rows[-1]] + plan.tile)
+        self.place = Window(self.tile_top, read_left, bottom - self.tile_top, read_right - read_left)
+        self.readers = Readers(scenes, stored, stages, None if area is None else self.needs)
+        self.chunk_height = chunk_rows(stored.block[0], plan.tile)
+        self.chunks: Pipe[Chunk] = Pipe(stages, 1)
+        self.queue: Pipe[_Batch | _Step | None] = Pipe(stages, 4 * len(self.tile_cols) + 4)
+        self.waiting: Pipe[None] = Pipe(stages, 2)  # a token for each whole batch in the queue
+        self.rows: Pipe[tuple[Window, dict[str, np.ndarray]] | None] = Pipe(stages, 2)
+        self.written: Pipe[None] = Pipe(stages, 1)
+
+    def read(self) -> None:
+        """Thread: read the place of the run chunk by chunk."""
+        self.readers.read(self.place, self.chunk_height, self.chunks)
+
+    def cut(self) -> None:
+        """Thread: cut tiles into batches, in the order of the grid; after each row of tiles say what is finished."""
+        rows = Rows(self.chunks, self.place.row + self.place.height)
+        batcher = _Batcher(self.plan.batch_size, self.plan.tile, self.hand_on)
+        number = 0
+        for row in self.tile_rows:
+            rows.until(self.plan.rows.starts[row] + self.plan.tile)
+            started = time.perf_counter()
+            for col in self.tile_cols:
+                tile = self.plan.tile_at(row, col)
+                if self.runs(rows, tile.window):
+                    self.queue.put(_Step(tile, number))
+                    batcher.add(rows, tile.window, self.plan.slot(row, col), number)
+                else:
+                    self.queue.put(_Step(tile))
+                number += 1
+            self.queue.put(self.row_end(rows, row))
+            self.stages.worked("cut", time.perf_counter() - started)
+            if row + 1 < len(self.plan.rows):
+                rows.forget(self.plan.rows.starts[row + 1])
+        batcher.finish()
+        self.queue.put(None)
+
+    def runs(self, rows: Rows, window: Window) -> bool:
+        """Whether the model has to see a tile: it is asked for and holds a valid pixel."""
+        return (self.area is None or self.area.touches(window)) and bool(rows.valid(window).any())
+
+    def needs(self, window: Window) -> bool:
+        """Whether a tile that the area asks for may see any of a window."""
+        assert self.area is not None
+        reach = self.plan.tile - 1
+        top, left = max(0, window.row - reach), max(0, window.col - reach)
+        bottom, right = window.row + window.height + reach, window.col + window.width + reach
+        return self.area.touches(Window(top, left, bottom - top, right - left))
+
+    def row_end(self, rows: Rows, row: int) -> _Step:
+        """What is finished after a row of tiles; nothing where the row only lends votes to the run."""
+        edges, starts = self.plan.rows.edges, self.plan.rows.starts
+        if row not in self.cells:
+            return _Step(top=starts[row + 1])
+        window = Window(edges[row], self.left, edges[row + 1] - edges[row], self.width)
+        valid = rows.valid(window)
+        if self.area is not None:
+            valid &= self.area.mask(window)
+        return _Step(finished=window, valid=valid, top=edges[row + 1])
+
+    def hand_on(self, batch: _Batch) -> None:
+        """Queue a batch for the model; waits while two are queued."""
+        self.waiting.put(None)
+        self.queue.put(batch)
+
+    def write(self, sink: Sink) -> None:
+        """Thread: hand finished rows to the sink until there are no more."""
+        while (item := self.rows.get()) is not None:
+            started = time.perf_counter()
+            sink.write(*item)
+            self.stages.worked("write", time.perf_counter() - started)
+        self.written.put(None)
+
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        self.rows.put(None)
+        self.written.get()
+
+
+class _Batcher:
+    """Fills batches; each tile has its place in a batch, whatever the other places hold."""
+
+    def __init__(self, size: int, tile: int, hand_on: Callable[[_Batch], None]) -> None:
+        self.size = size
+        self.tile = tile
+        self.hand_on = hand_on
+        self.open: deque[_Batch] = deque()
+
+    def add(self, rows: Rows, window: Window, slot: int, number: int) -> None:
+        """Copy a tile into its place in the first open batch that has it free."""
+        batch = next((b for b in self.open if slot not in b.places), None)
+        if batch is None:
+            if len(self.open) == OPEN_BATCHES:
+                self.hand_on(self.open.popleft())
+            batch = self._empty(rows)
+            self.open.append(batch)
+        rows.copy(
+            window,
+            {name: array[slot] for name, array in batch.pixels.items()},
+            {name: array[slot] for name, array in batch.valid.items()},
+        )
+        batch.places[slot] = number
+        while self.open and len(self.open[0].places) == self.size:
+            self.hand_on(self.open.popleft())
+
+    def finish(self) -> None:
+        """Hand on what is left; places without a tile hold nothing valid."""
+        while self.open:
+            self.hand_on(self.open.popleft())
+
+    def _empty(self, rows: Rows) -> _Batch:
+        side = (self.tile, self.tile)
+        bands = rows.bands()
+        return _Batch(
+            {name: np.zeros((self.size, count, *side), dtype=np.float32) for name, count in bands.items()},
+            {name: np.zeros((self.size, *side), dtype=bool) for name in bands},
+        )
+
+
+def _consume(
+    work: _Work,
+    vote: Predictor,
+    product: Product,
+    band: Band,
+    report: Report,
+    progress: Callable[[Tick], None] | None,
+) -> None:
+    """Run batches and take the steps in their order, each as soon as its votes are there."""
+    stages = work.stages
+    steps: deque[_Step] = deque()
+    votes: dict[int, Tensor] = {}
+    while True:
+        started = time.perf_counter()
+        item = work.queue.get()
+        stages.worked("wait", time.perf_counter() - started)
+        started = time.perf_counter()
+        if isinstance(item, _Step):
+            steps.append(item)
+        elif item is not None:
+            work.waiting.get()
+            votes |= _votes(vote, item)
+            stages.worked("model", time.perf_counter() - started)
+            started = time.perf_counter()
+        tiles, pixels = report.tiles + report.skipped, report.pixels
+        while steps and (steps[0].number is None or steps[0].number in votes):
+            step = steps.popleft()
+            if step.tile is None:
+                _end_row(work, band, step, product, report)
+            elif step.number is None:
+                report.skipped += 1
+            else:
+                band.add(step.tile, votes.pop(step.number))
+                report.tiles += 1
+        stages.worked("blend", time.perf_counter() - started)
+        tiles, pixels = report.tiles + report.skipped - tiles, report.pixels - pixels
+        if progress is not None and (tiles or pixels):
+            progress(Tick(tiles, pixels, stages.busy, len(work.waiting)))
+        if item is None:
+            if steps:
+                raise RuntimeError(f"{len(steps)} steps of a run were lost; please report this")
+            return
+
+
+def _votes(vote: Predictor, batch: _Batch) -> dict[int, Tensor]:
+    images = {name: torch.from_numpy(array) for name, array in batch.pixels.items()}
+    valid = {name: torch.from_numpy(array) for name, array in batch.valid.items()}
+    answer = vote(images, valid)
+    return {number: answer[slot] for slot, number in batch.places.items()}
+
+
+def _end_row(work: _Work, band: Band, step: _Step, product: Product, report: Report) -> None:
+    """Turn finished rows into products, queue them for the sink, and move the band down."""
+    window = step.finished
+    if window is not None:
+        assert step.valid is not None
+        band.drop(window.row - band.top)  # votes on rows above the run: they belong to the shard before
+        sums, weights = band.finished(window.height)
+        if ((weights <= 0).cpu().numpy() & step.valid).any():
+            raise RuntimeError(f"{window}: a tile was lost; please report this")
+        work.rows.put((window, product(Finished(window, sums, weights, step.valid))))
+        report.pixels += window.height * window.width
+    band.drop(step.top - band.top)

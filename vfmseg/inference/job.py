@@ -1,0 +1,181 @@
+"""One scene labelled from end to end: into arrays, or into map files that can be resumed and shared by processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vfmseg.errors import MachineError
+from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.writer import Layer
+from vfmseg.inference.engine import Area, Model, Product, Report, Sink, Tick, label_run
+from vfmseg.inference.plan import WIDEST_STRIP, Plan, Run, share_of
+from vfmseg.inference.ranks import meet
+from vfmseg.inference.reading import SceneSource, Stored, chunk_rows
+from vfmseg.inference.shards import Parts, RunSink
+
+MEBI = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a scene is labelled. `overlap`: share of a tile. `memory_limit`: bytes for the buffers of a strip."""
+
+    tile: int
+    overlap: float = 0.25
+    blend: str = "hann"
+    batch_size: int = 4
+    memory_limit: int = 1024 * MEBI
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scene, its plan and the model that labels it. `scenes`: the same scene once for each reader thread."""
+
+    scenes: Sequence[SceneSource]
+    stored: Stored
+    model: Model
+    product: Product
+    settings: Settings
+    plan: Plan
+    memory: int  # bytes of the buffers, as estimated
+    area: Area | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the labels."""
+        return self.scenes[0].grid
+
+
+def prepare(
+    scenes: Sequence[SceneSource],
+    stored: Stored,
+    bands: Mapping[str, int],
+    model: Model,
+    product: Product,
+    product_bytes: int,
+    settings: Settings,
+    area: Area | None = None,
+) -> Job:
+    """Plan a job. Strips are as wide as `settings.memory_limit` allows; MachineError if one tile is too much.
+
+    `bands` {modality: number}; `product_bytes`: of all products at one pixel.
+    """
+    grid = scenes[0].grid
+    settings = replace(settings, tile=min(settings.tile, max(grid.height, grid.width)))
+    tile = settings.tile
+    fixed, column = _memory(stored, bands, model.classes, product_bytes, settings)
+    widest = min(WIDEST_STRIP, (settings.memory_limit - fixed) // column)
+    if widest < tile:
+        least = (fixed + column * tile) // MEBI + 1
+        raise MachineError(
+            f"predict.memory_limit = {settings.memory_limit // MEBI} MiB is too little for tiles of {tile} px in "
+            f"batches of {settings.batch_size} with {model.classes} classes; it takes at least {least} MiB: raise it, "
+            "or choose a smaller tile or batch"
+        )
+    blended = settings.blend != "none"  # unblended tiles answer for their cores alone
+    plan = Plan(grid.height, grid.width, tile, settings.overlap, blended, settings.batch_size, widest)
+    used = max(right - left for left, right in map(plan.strip_columns, range(len(plan.strips))))
+    return Job(scenes, stored, model, product, settings, plan, fixed + column * used, area)
+
+
+def _memory(
+    stored: Stored, bands: Mapping[str, int], classes: int, product_bytes: int, settings: Settings
+) -> tuple[int, int]:
+    """Bytes of the buffers: what does not depend on the width of a strip, and what each pixel column adds.
+
+    The terms are those of engine.py.
+    """
+    tile, batch = settings.tile, settings.batch_size
+    channels = sum(bands.values())
+    size = max((np.dtype(stored.types.get(name, np.float32)).itemsize for name in bands), default=4)
+    chunk = chunk_rows(stored.block[0], tile)
+    fixed = 4 * batch * tile**2 * (5 * channels + 3 * classes)
+    column = (
+        4 * (classes + 1) * tile + (tile + 3 * chunk) * (channels * size + len(bands)) + 3 * tile * (product_bytes + 1)
+    )
+    return fixed, column
+
+
+@dataclass
+class Arrays:
+    """A sink that keeps everything: {product: (bands, H, W)}."""
+
+    height: int
+    width: int
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep rows."""
+        for name, rows in arrays.items():
+            if name not in self.kept:
+                self.kept[name] = np.empty((len(rows), self.height, self.width), dtype=rows.dtype)
+            self.kept[name][:, window.rows, window.cols] = rows
+
+
+def into(job: Job, sink: Sink, progress: Callable[[Tick], None] | None = None) -> Report:
+    """Label the whole scene in this process."""
+    report = Report()
+    for run in job.plan.runs(job.plan.shards):
+        report.add(_label(job, run, sink, progress))
+    return report
+
+
+def into_files(
+    job: Job,
+    target: Path,
+    layers: Mapping[str, Layer],
+    fingerprint: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    cog: bool = False,
+    progress: Callable[[Tick], None] | None = None,
+) -> tuple[dict[str, Path], Report]:
+    """Label the scene into `target` and, for other products, files named after it; each process does its share.
+
+    Finished pieces are kept beside the target until all are there. Returns {product: file} and what this process did.
+    """
+    parts = Parts(target, job.plan, job.grid, layers)
+    if rank == 0:
+        parts.prepare(fingerprint, resume, overwrite)
+    meet()
+    report = Report()
+    mine = share_of(tuple(parts.missing(job.plan.shards)), rank, ranks)
+    meet()  # nobody may finish a shard before everybody has looked
+    try:
+        for run in job.plan.runs(mine):
+            with RunSink(parts, run, parts.show if rank == 0 else _nothing) as sink:
+                report.add(_label(job, run, sink, progress))
+    except BaseException:
+        if ranks == 1:
+            parts.forget_if_empty()
+        raise
+    meet()
+    targets = {name: target if name == "labels" else product_path(target, name) for name in layers}
+    if rank == 0:
+        parts.assemble(targets, cog)
+    meet()
+    return targets, report
+
+
+def product_path(target: Path, product: str) -> Path:
+    """labels.tif -> labels_confidence.tif."""
+    return target.with_name(f"{target.stem}_{product}{target.suffix}")
+
+
+def _nothing() -> None:
+    """What ranks other than the first do after a shard."""
+
+
+def _label(job: Job, run: Run, sink: Sink, progress: Callable[[Tick], None] | None) -> Report:
+    return label_run(
+        job.scenes, job.stored, job.plan, run, job.model, job.settings.blend, job.product, sink,
+        area=job.area, progress=progress,
+    )  # fmt: skip

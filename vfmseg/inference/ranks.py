@@ -1,0 +1,35 @@
+"""Several processes label one scene: who am I, and wait for the others. One process needs nothing of this."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+
+# a process that waits may wait for hours for one with more work; a launcher ends all of them if one fails
+PATIENCE = timedelta(days=30)
+
+
+def join() -> tuple[int, int]:
+    """(rank, ranks) of this process, after meeting the others that `accelerate launch` or `torchrun` has started."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        # only short messages are exchanged, so gloo does on every machine
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def meet() -> None:
+    """Wait until every process has come here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def own_device() -> str:
+    """The accelerator of this process on its machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

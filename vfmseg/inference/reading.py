@@ -1,0 +1,213 @@
+"""Reading ahead: a scene's rows in chunks along its own blocks, each pixel of a run decoded once.
+
+A chunk is as high as the file's blocks (or a multiple), and its pieces are as wide as whole blocks, so no two reads
+touch the same block. Tiles are cut from the chunks in memory. Values stay in the type that the file stores where that
+loses nothing: a quarter or half of the memory of float32.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.reader import Chip
+from vfmseg.inference.stages import Pipe, Stages
+
+LEAST_ROWS = 64
+"""Chunks of files with lower blocks: fewer calls, still little memory."""
+
+PIECE = 1024
+"""Least width of a piece in pixels."""
+
+
+class SceneSource(Protocol):
+    """Anything with a grid from which windows of all modalities can be read."""
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that labels are made on: that of the first modality."""
+        ...
+
+    def read(self, window: Window) -> dict[str, Chip]:
+        """Pixels and validity of each modality; beyond the edge everything is invalid."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a scene lies on the disk. block: rows and columns of the blocks of the first modality, in pixels.
+
+    types: for each modality the type that holds its values without loss; float32 where it is left out.
+    """
+
+    block: tuple[int, int] = (256, 256)
+    types: Mapping[str, np.dtype] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows row to row + height - 1 of the columns left to left + width - 1: pixels (C, h, w) and valid (h, w)."""
+
+    row: int
+    height: int
+    left: int
+    pixels: dict[str, np.ndarray]
+    valid: dict[str, np.ndarray]
+
+    @property
+    def end(self) -> int:
+        """The row after the last."""
+        return self.row + self.height
+
+
+def chunk_rows(block_height: int, tile: int) -> int:
+    """Height of the chunks: whole blocks, not much higher than needed; one block where blocks are high."""
+    least = min(LEAST_ROWS, tile)
+    if block_height >= least:
+        return block_height
+    return block_height * -(-least // block_height)
+
+
+def chunks_of(top: int, bottom: int, height: int) -> list[tuple[int, int]]:
+    """(row, rows) of the chunks that cover rows top to bottom - 1, cut at multiples of `height`."""
+    cuts = [top, *range((top // height + 1) * height, bottom, height), bottom]
+    return [(a, b - a) for a, b in pairwise(cuts)]
+
+
+def pieces_of(left: int, right: int, block_width: int, threads: int) -> list[tuple[int, int]]:
+    """(column, columns) of at most `threads` pieces of about equal width, cut at multiples of the block's width."""
+    count = max(1, min(threads, (right - left) // PIECE))
+    cuts = [left]
+    for i in range(1, count):
+        cut = round((left + i * (right - left) / count) / block_width) * block_width
+        if cuts[-1] < cut < right:
+            cuts.append(cut)
+    cuts.append(right)
+    return [(a, b - a) for a, b in pairwise(cuts)]
+
+
+class Readers:
+    """Threads that read a scene's chunks ahead of who needs them. `scenes`: the same scene once for each thread.
+
+    `wanted(window)`: whether any of it is needed; what is not is never read, and invalid.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[SceneSource],
+        stored: Stored,
+        stages: Stages,
+        wanted: Callable[[Window], bool] | None = None,
+    ) -> None:
+        self._stages = stages
+        self._wanted = wanted
+        self._stored = stored
+        self._threads = len(scenes)
+        self._free: queue.SimpleQueue[SceneSource] = queue.SimpleQueue()
+        for scene in scenes:
+            self._free.put(scene)
+
+    def read(self, window: Window, height: int, pipe: Pipe[Chunk]) -> None:
+        """Put the chunks of a window inside the scene into the pipe, top to bottom."""
+        # where not all is wanted, small pieces leave more out
+        most = self._threads if self._wanted is None else window.width
+        pieces = pieces_of(window.col, window.col + window.width, self._stored.block[1], most)
+        with ThreadPoolExecutor(min(len(pieces), self._threads), thread_name_prefix="vfmseg-read") as pool:
+            for row, rows in chunks_of(window.row, window.row + window.height, height):
+                places = [Window(row, col, rows, cols) for col, cols in pieces]
+                chips = list(pool.map(self._piece, places)) if len(places) > 1 else [self._piece(places[0])]
+                pipe.put(self._joined(row, rows, window.col, chips))
+
+    def _piece(self, window: Window) -> dict[str, Chip]:
+        scene = self._free.get()
+        try:
+            if self._wanted is None or self._wanted(window):
+                chips = self._stages.timed("read", lambda: scene.read(window))
+            else:
+                chips = _nothing(scene, window)
+        finally:
+            self._free.put(scene)
+        kept: dict[str, Chip] = {}
+        for name, chip in chips.items():
+            kind = self._stored.types.get(name, np.dtype(np.float32))
+            kept[name] = Chip(chip.pixels.astype(kind, copy=False), chip.valid)
+        return kept
+
+    def _joined(self, row: int, rows: int, left: int, chips: Sequence[dict[str, Chip]]) -> Chunk:
+        if len(chips) == 1:
+            (only,) = chips
+            return Chunk(row, rows, left, {n: c.pixels for n, c in only.items()}, {n: c.valid for n, c in only.items()})
+        return Chunk(
+            row,
+            rows,
+            left,
+            {name: np.concatenate([c[name].pixels for c in chips], axis=2) for name in chips[0]},
+            {name: np.concatenate([c[name].valid for c in chips], axis=1) for name in chips[0]},
+        )
+
+
+def _nothing(scene: SceneSource, window: Window) -> dict[str, Chip]:
+    """What is not read: invalid pixels of as many bands as the scene has."""
+    bands = {name: len(chip.pixels) for name, chip in scene.read(Window(window.row, window.col, 0, 0)).items()}
+    return {
+        name: Chip(np.zeros((count, *window.shape), dtype=np.float32), np.zeros(window.shape, dtype=bool))
+        for name, count in bands.items()
+    }
+
+
+class Rows:
+    """The chunks that tiles still need. Feeds itself from a pipe."""
+
+    def __init__(self, pipe: Pipe[Chunk], bottom: int) -> None:
+        self._pipe = pipe
+        self._bottom = bottom  # row after the last that the pipe will bring
+        self._chunks: deque[Chunk] = deque()
+
+    def until(self, row: int) -> None:
+        """Wait until all rows before `row` (or all there are) have come."""
+        while (self._chunks[-1].end if self._chunks else -1) < min(row, self._bottom):
+            self._chunks.append(self._pipe.get())
+
+    def forget(self, row: int) -> None:
+        """Drop the chunks that end at or before `row`."""
+        while self._chunks and self._chunks[0].end <= row:
+            self._chunks.popleft()
+
+    def bands(self) -> dict[str, int]:
+        """{modality: number of bands} of the chunks that have come."""
+        return {name: len(pixels) for name, pixels in self._chunks[0].pixels.items()}
+
+    def valid(self, window: Window) -> np.ndarray:
+        """Bool (h, w): valid in every modality; False beyond the scene."""
+        valid = np.zeros(window.shape, dtype=bool)
+        for chunk, here, there in self._overlaps(window):
+            valid[here] = np.logical_and.reduce([mask[there] for mask in chunk.valid.values()])
+        return valid
+
+    def copy(self, window: Window, pixels: dict[str, np.ndarray], valid: dict[str, np.ndarray]) -> None:
+        """Copy a window into arrays of its size, pixels (C, h, w) and valid (h, w); beyond the scene they keep 0."""
+        for chunk, here, there in self._overlaps(window):
+            for name in pixels:
+                pixels[name][(slice(None), *here)] = chunk.pixels[name][(slice(None), *there)]
+                valid[name][here] = chunk.valid[name][there]
+
+    def _overlaps(self, window: Window) -> list[tuple[Chunk, tuple[slice, slice], tuple[slice, slice]]]:
+        """Chunks that share pixels with a window; where these lie in the window, and in the chunk."""
+        found = []
+        for chunk in self._chunks:
+            width = next(iter(chunk.valid.values())).shape[1]
+            top, bottom = max(window.row, chunk.row), min(window.row + window.height, chunk.end)
+            left, right = max(window.col, chunk.left), min(window.col + window.width, chunk.left + width)
+            if top < bottom and left < right:
+                here = (slice(top - window.row, bottom - window.row), slice(left - window.col, right - window.col))
+                there = (slice(top - chunk.row, bottom - chunk.row), slice(left - chunk.left, right - chunk.left))
+                found.append((chunk, here, there))
+        return found

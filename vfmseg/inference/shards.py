@@ -1,0 +1,153 @@
+"""Finished pieces of a scene on the disk, so that nothing is lost: kept beside the target until all are there.
+
+    .labels.tif.parts/       plan.json, labels_000_00000.tif ..., labels.vrt (a view of what is there already)
+
+A piece under its name is complete. `assemble` joins them into the target, which takes its name last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from vfmseg.errors import DataError
+from vfmseg.files import whole_file, write_json
+from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.mosaic import mosaic, read_map
+from vfmseg.geo.writer import Layer, MapWriter
+from vfmseg.inference.plan import Plan, Run, Shard
+
+ROWS = 256
+"""Rows that are joined at a time."""
+
+
+class Parts:
+    """The folder of a target's pieces."""
+
+    def __init__(self, target: Path, plan: Plan, grid: Grid, layers: Mapping[str, Layer]) -> None:
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.parts")
+        self.plan = plan
+        self.grid = grid
+        self.layers = dict(layers)
+
+    def prepare(self, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+        """Make the folder, or with `resume` go on with one of the same work (`fingerprint`)."""
+        known = self.folder / "plan.json"
+        if self.folder.exists() and not resume:
+            if not overwrite and known.is_file():
+                raise DataError(
+                    f"{self.folder}: an interrupted labelling of {self.target.name} is here, "
+                    f"{len(self.finished())} of {len(self.plan.shards)} pieces are done; go on with --resume, or start "
+                    "anew with --overwrite"
+                )
+            shutil.rmtree(self.folder)
+        if known.is_file():
+            self._same_work(json.loads(known.read_text(encoding="utf-8")), fingerprint)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(known, dict(fingerprint))
+
+    def _same_work(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if changed:
+            was = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:3])
+            raise DataError(
+                f"{self.folder}: the pieces here are of other work ({was}); resume with the same scene, checkpoint and "
+                "settings, or start anew with --overwrite"
+            )
+
+    def path(self, product: str, shard: Shard) -> Path:
+        """The file of a piece."""
+        return self.folder / f"{product}_{shard.name}.tif"
+
+    def finished(self) -> set[Shard]:
+        """Shards of which every product is there."""
+        return {s for s in self.plan.shards if all(self.path(name, s).is_file() for name in self.layers)}
+
+    def missing(self, shards: Iterable[Shard]) -> list[Shard]:
+        """The shards that are still to be labelled."""
+        done = self.finished()
+        return [shard for shard in shards if shard not in done]
+
+    def forget_if_empty(self) -> None:
+        """Remove the folder if no piece is done: there is nothing to go on from."""
+        if not self.finished():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def show(self) -> None:
+        """Renew the view (VRT) of what is there already, for a look at a map in the making."""
+        for name, layer in self.layers.items():
+            pieces = [(self.path(name, s).name, s.window) for s in self.plan.shards if self.path(name, s).is_file()]
+            with whole_file(self.folder / f"{name}.vrt") as aside:
+                aside.write_text(mosaic(self.grid, layer, pieces), encoding="utf-8")
+
+    def assemble(self, targets: Mapping[str, Path], cog: bool) -> None:
+        """Join the pieces into the targets and remove the folder. Other products first, the labels last."""
+        for name in sorted(self.layers, key=lambda n: n == "labels"):
+            with MapWriter(targets[name], self.grid, self.layers[name], cog=cog) as writer:
+                for row in self._rows():
+                    for first in range(0, row[0].window.height, ROWS):
+                        part = Window(first, 0, min(ROWS, row[0].window.height - first), 0)
+                        writer.write(row[0].window.row + first, self._joined(name, row, part))
+        shutil.rmtree(self.folder)
+
+    def _rows(self) -> list[list[Shard]]:
+        """Shards side by side, from the top down; every strip is cut at the same rows."""
+        by_number: dict[int, list[Shard]] = {}
+        for shard in self.plan.shards:
+            by_number.setdefault(shard.number, []).append(shard)
+        return [sorted(row, key=lambda s: s.strip) for _, row in sorted(by_number.items())]
+
+    def _joined(self, name: str, row: list[Shard], part: Window) -> np.ndarray:
+        """Some rows of shards side by side; `part` counts from the top of the shards."""
+        pieces = [read_map(self.path(name, s), replace(part, width=s.window.width)) for s in row]
+        return np.concatenate(pieces, axis=2)
+
+
+class RunSink:
+    """Writes the rows of a run into its shards, one after the other. Use in a `with` statement."""
+
+    def __init__(self, parts: Parts, run: Run, done: Callable[[], None]) -> None:
+        """`done` is called after each shard."""
+        self._parts = parts
+        self._shards = list(run.shards)
+        self._done = done
+        self._stack = ExitStack()
+        self._writers: dict[str, MapWriter] = {}
+
+    def __enter__(self) -> RunSink:
+        return self
+
+    def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
+        """Rows of the strip, top to bottom."""
+        shard = self._shards[0]
+        if not self._writers:
+            grid = self._parts.grid.crop(shard.window)
+            for name, layer in self._parts.layers.items():
+                writer = MapWriter(self._parts.path(name, shard), grid, layer, level=1)
+                self._writers[name] = self._stack.enter_context(writer)
+        for name, writer in self._writers.items():
+            writer.write(window.row - shard.window.row, arrays[name])
+        if window.row + window.height == shard.window.row + shard.window.height:
+            self._writers = {}
+            self._stack.close()
+            self._stack = ExitStack()
+            self._shards.pop(0)
+            self._done()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and not self._writers:
+            return
+        problem = error or RuntimeError("a run ended inside a shard; please report this")
+        self._stack.__exit__(type(problem), problem, problem.__traceback__)

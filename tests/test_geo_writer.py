@@ -140,7 +140,9 @@ def test_p36_nodata_fits_the_type_and_is_no_class(tmp_path: Path, ids: tuple[int
     grid = UTM.crop(Window(0, 0, 1, len(ids) + 1))
     labels = np.array([[IGNORE, *range(len(ids))]])
     colors = [(i, 2 * i, 3 * i) for i in range(len(ids))]
-    with MapWriter(tmp_path / "a.tif", grid, label_layer(ids, [str(i) for i in ids], colors)) as target:
+    layer = label_layer(ids, [str(i) for i in ids], colors)
+    assert bool(layer.colors) == dtype.startswith("u")  # colour tables exist for unsigned types only
+    with MapWriter(tmp_path / "a.tif", grid, layer) as target:
         target.write(0, as_ids(labels, ids))
     with rasterio.open(tmp_path / "a.tif") as source:
         assert source.dtypes[0] == dtype

@@ -33,6 +33,7 @@ from vfmseg.inference.engine import Area, Model, label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
+from vfmseg.inference.reading import Stored
 from vfmseg.inference.sources import OpenScene
 
 OPTICAL = Grid("EPSG:32633", (0.1, 0.0, 500010.0, 0.0, -0.1, 4999990.0), 150, 210)
@@ -484,6 +485,29 @@ def test_p33_of_a_file_behind_a_server_only_the_area_is_fetched(server: str, pla
     with urlopen(f"{server}/served") as answer:
         served = int(answer.read())
     assert 0 < served < size / 4
+
+
+def test_p33_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_far_outside_of_it() -> None:
+    """The area is one pixel wide and lies beside the edges of what is read at a time."""
+
+    def above_the_mean(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        higher = (images["x"] - images["x"].mean(dim=(2, 3), keepdim=True)).sigmoid()
+        return torch.cat([higher, 1 - higher], dim=1)
+
+    rows, cols = np.mgrid[:200, :2200]
+    scene = OpenScene({"x": ((rows * 7 + cols) % 91 + 1.0)[None]}, {"x": Bands()})
+    mask = np.zeros((200, 2200), bool)
+    mask[64:128:63, 1000:1100] = mask[100, 1024] = True
+    plan, answers = Plan(200, 2200, 64, 0.5, True, 4), []
+    for area in (None, Area(lambda w: bool(mask[w.rows, w.cols].any()), lambda w: mask[w.rows, w.cols])):
+        sink = Arrays(200, 2200)
+        for run in plan.runs(plan.shards):
+            label_run(
+                [scene], Stored((64, 64)), plan, run, Model(above_the_mean, 2), "hann",
+                Products((1, 2), ("confidence",)), sink, area=area,
+            )  # fmt: skip
+        answers.append(sink.kept["confidence"][0])
+    np.testing.assert_array_equal(answers[1], np.where(mask, answers[0], 255))
 
 
 def test_p62_a_file_that_a_server_does_not_have_is_named(server: str) -> None:

@@ -200,3 +200,10 @@ def test_p63_labels_never_replace_their_scene(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(DataError, match=r"a\.tif: its labels would replace it; choose another output folder"):
             targets_for([scene], Path(folder))
     assert targets_for(["q/a.png"], Path("q")) == [Path("q/a.tif")]
+
+
+def test_p63_labels_and_products_of_two_scenes_never_share_a_file(tmp_path: Path) -> None:
+    scenes = ["in/a.tif", "in/a_confidence.tif"]
+    assert len(targets_for(scenes, tmp_path)) == 2
+    with pytest.raises(DataError, match=r"both be written to .*a_confidence\.tif"):
+        targets_for(scenes, tmp_path, ["confidence"])

@@ -14,6 +14,7 @@ from vfmseg.how import How
 from vfmseg.inference.engine import Tick
 from vfmseg.inference.job import Job
 from vfmseg.inference.ranks import join, meet
+from vfmseg.inference.shards import forget_pieces
 from vfmseg.inference.worklist import scenes_of, targets_for
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.segmenter import Labelled, Segmenter
@@ -54,14 +55,16 @@ def predict(
     else:
         if others:
             raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
-        jobs = list(zip(scenes, targets_for(scenes, output), strict=True))
+        jobs = list(zip(scenes, targets_for(scenes, output, wanted.extras), strict=True))
     alone = len(jobs) >= ranks > 1
     records = []
     for number, (path, target) in enumerate(jobs):
         if alone and number % ranks != rank:
             continue
-        if wanted.resume and target.is_file():
+        if wanted.resume and target.is_file() and not wanted.overwrite:
             say(f"{target} is there already")
+            if alone or rank == 0:
+                forget_pieces(target)  # of a run that was killed after its very last step but one
             continue
         share = (0, 1) if alone else (rank, ranks)
         record = _one(segmenter, {first: path, **others}, path, target, how, wanted, *share)

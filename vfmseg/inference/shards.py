@@ -29,12 +29,22 @@ ROWS = 256
 """Rows that are joined at a time."""
 
 
+def pieces_folder(target: Path) -> Path:
+    """Where the pieces of a target are kept."""
+    return target.with_name(f".{target.name}.parts")
+
+
+def forget_pieces(target: Path) -> None:
+    """Remove the pieces of a target, if there are any."""
+    shutil.rmtree(pieces_folder(target), ignore_errors=True)
+
+
 class Parts:
     """The folder of a target's pieces."""
 
     def __init__(self, target: Path, plan: Plan, grid: Grid, layers: Mapping[str, Layer]) -> None:
         self.target = target
-        self.folder = target.with_name(f".{target.name}.parts")
+        self.folder = pieces_folder(target)
         self.plan = plan
         self.grid = grid
         self.layers = dict(layers)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vfmseg.errors import DataError
+from vfmseg.inference.job import product_path
 
 IMAGES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 """Suffixes that count as scenes in a folder."""
@@ -33,19 +34,22 @@ def scenes_of(given: str) -> list[str] | None:
     return None
 
 
-def targets_for(scenes: Sequence[str], folder: Path) -> list[Path]:
-    """A label file in `folder` for each scene, named after it; DataError if two scenes have one name."""
+def targets_for(scenes: Sequence[str], folder: Path, products: Sequence[str] = ()) -> list[Path]:
+    """A label file in `folder` for each scene, named after it; DataError if two scenes would write one file.
+
+    `products`: what else is written beside the labels, under their name and its own.
+    """
     # an address may end with a question (a signature)
     targets = [folder / f"{Path(scene.split('?')[0] if '://' in scene else scene).stem}.tif" for scene in scenes]
     seen: dict[Path, str] = {}
     for scene, target in zip(scenes, targets, strict=True):
-        if target in seen:
-            raise DataError(
-                f"{seen[target]} and {scene} would both be written to {target}; label them into two folders"
-            )
-        if target.resolve() == Path(scene).resolve():
-            raise DataError(f"{scene}: its labels would replace it; choose another output folder")
-        seen[target] = scene
+        for file in (target, *(product_path(target, product) for product in products)):
+            if file in seen:
+                both = f"{seen[file]} and {scene}"
+                raise DataError(f"{both} would both be written to {file}; label them into two folders")
+            if file.resolve() == Path(scene).resolve():
+                raise DataError(f"{scene}: its labels would replace it; choose another output folder")
+            seen[file] = scene
     return targets
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import rasterio
 import torch
 import yaml
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -20,11 +22,13 @@ def write_raster(
     bands = array[None] if array.ndim == 2 else array
     path.parent.mkdir(parents=True, exist_ok=True)
     place = {"crs": crs, "transform": from_origin(500000, 5000000, 10, 10)} if crs else {}
-    with rasterio.open(
-        path, "w", driver="GTiff", count=len(bands), height=bands.shape[1], width=bands.shape[2],
-        dtype=bands.dtype, nodata=nodata, **place,
-    ) as target:  # fmt: skip
-        target.write(bands)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # some scenes shall have no place
+        with rasterio.open(
+            path, "w", driver="GTiff", count=len(bands), height=bands.shape[1], width=bands.shape[2],
+            dtype=bands.dtype, nodata=nodata, **place,
+        ) as target:  # fmt: skip
+            target.write(bands)
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 
 from vfmseg.checkpoint import Loaded, fingerprint_of, load_segmenter, segmenter_folder, versions
-from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
+from vfmseg.errors import CheckpointError, DataError, RecipeError
 from vfmseg.files import check_label_file
 from vfmseg.geo.area import read_area
-from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import IGNORE
 from vfmseg.geo.writer import label_type
 from vfmseg.how import How, Settled, settle
 from vfmseg.inference.engine import Area, Finished, Model, Predictor, Product, Report, Tick
 from vfmseg.inference.job import Arrays, Job, into, into_files, prepare
 from vfmseg.inference.products import EXTRAS, Products
-from vfmseg.inference.ranks import own_device
+from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
+from vfmseg.inference.scoring import Scores, class_indexes
 from vfmseg.inference.sources import Input, OpenScene, open_scenes
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
@@ -82,7 +81,7 @@ class Segmenter:
         """
         if dtype not in DTYPES:
             raise RecipeError(f"dtype = {dtype!r} is not known; expected one of {', '.join(DTYPES)}")
-        chosen = _device(device or own_device())
+        chosen = usable_device(device or own_device())
         if dtype == "fp16" and chosen.type == "cpu":
             raise RecipeError("dtype = fp16 needs an accelerator; use fp32 or bf16 on the CPU")
         folder = _local_folder(checkpoint)
@@ -209,7 +208,7 @@ class Segmenter:
                     f"{scene.name}: has bands {scene.bands()}, but the segmenter was trained on {self.facts.bands}; "
                     "choose the same with data.modalities.NAME.bands"
                 )
-            into(self._job([scene], Stored(), settled, _index, 8), _Scores(scene, confusion))
+            into(self._job([scene], Stored(), settled, class_indexes, 8), Scores(scene, confusion))
             if progress is not None:
                 progress(number, len(scenes))
         return confusion.scores([self.classes[i] for i in self.ids]) | {"split": split, "scenes": len(scenes)}
@@ -334,26 +333,6 @@ class Segmenter:
             )
 
 
-def _index(finished: Finished) -> dict[str, np.ndarray]:
-    """Class indexes int64 (1, h, w), IGNORE where the scene is invalid: what is scored."""
-    index = finished.sums.max(dim=0).indices.cpu().numpy()
-    return {"index": np.where(finished.valid, index, IGNORE)[None]}
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """A sink that counts finished rows against the scene's labels; nodata never reaches a metric."""
-
-    scene: Any
-    confusion: Confusion
-
-    def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
-        """Count rows."""
-        index = arrays["index"][0]
-        truth = np.where(index == IGNORE, IGNORE, self.scene.read_labels(window))
-        self.confusion.update(torch.from_numpy(np.maximum(index, 0)), torch.from_numpy(truth))
-
-
 def _stamp(path: str) -> str:
     """A path with size and time, by which another file under the same name is told."""
     try:
@@ -361,18 +340,6 @@ def _stamp(path: str) -> str:
     except OSError:  # a GDAL path or URL
         return path
     return f"{os.path.realpath(path)} ({facts.st_size} bytes, {facts.st_mtime_ns})"
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"device = {name!r} is not known; expected cpu, cuda, cuda:1, mps, ...") from None
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # torch built without it, no driver, no such number
-        raise MachineError(f"device = {name}: {str(error).splitlines()[0]}; use another one, such as cpu") from None
-    return device
 
 
 def _local_folder(checkpoint: str | Path) -> Path:

@@ -29,13 +29,11 @@ import torch
 from torch import Tensor
 
 from vfmseg.geo.grid import Tile, Window
+from vfmseg.inference.batches import Batch, Batcher
 from vfmseg.inference.blend import Band
 from vfmseg.inference.plan import Plan, Run
 from vfmseg.inference.reading import Chunk, Readers, Rows, SceneSource, Stored, chunk_rows
 from vfmseg.inference.stages import Pipe, Stages
-
-OPEN_BATCHES = 3
-"""Batches that wait for tiles at the same time, where left-out tiles leave places free."""
 
 # images {modality: (B, C, t, t)} in image units and valid {modality: (B, t, t)}, on the CPU -> votes float32
 # (B, K, t, t) on the model's device: probabilities or logits
@@ -92,15 +90,6 @@ class Tick:
     pixels: int
     busy: Mapping[str, float]
     queued: int
-
-
-@dataclass
-class _Batch:
-    """Tiles for one call of the model. `places`: slot -> number of the tile in the order of the run."""
-
-    pixels: dict[str, np.ndarray]  # float32 (B, C, t, t)
-    valid: dict[str, np.ndarray]  # bool (B, t, t)
-    places: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,7 +179,7 @@ class _Work:
         self.readers = Readers(scenes, stored, stages, None if area is None else self.needs)
         self.chunk_height = chunk_rows(stored.block[0], plan.tile)
         self.chunks: Pipe[Chunk] = Pipe(stages, 1)
-        self.queue: Pipe[_Batch | _Step | None] = Pipe(stages, 4 * len(self.tile_cols) + 4)
+        self.queue: Pipe[Batch | _Step | None] = Pipe(stages, 4 * len(self.tile_cols) + 4)
         self.waiting: Pipe[None] = Pipe(stages, 2)  # a token for each whole batch in the queue
         self.rows: Pipe[tuple[Window, dict[str, np.ndarray]] | None] = Pipe(stages, 2)
         self.written: Pipe[None] = Pipe(stages, 1)
@@ -202,7 +191,7 @@ class _Work:
     def cut(self) -> None:
         """Thread: cut tiles into batches, in the order of the grid; after each row of tiles say what is finished."""
         rows = Rows(self.chunks, self.place.row + self.place.height)
-        batcher = _Batcher(self.plan.batch_size, self.plan.tile, self.hand_on)
+        batcher = Batcher(self.plan.batch_size, self.plan.tile, self.hand_on)
         number = 0
         for row in self.tile_rows:
             rows.until(self.plan.rows.starts[row] + self.plan.tile)
@@ -245,7 +234,7 @@ class _Work:
             valid &= self.area.mask(window)
         return _Step(finished=window, valid=valid, top=edges[row + 1])
 
-    def hand_on(self, batch: _Batch) -> None:
+    def hand_on(self, batch: Batch) -> None:
         """Queue a batch for the model; waits while two are queued."""
         self.waiting.put(None)
         self.queue.put(batch)
@@ -262,46 +251,6 @@ class _Work:
         """Wait until everything is written."""
         self.rows.put(None)
         self.written.get()
-
-
-class _Batcher:
-    """Fills batches; each tile has its place in a batch, whatever the other places hold."""
-
-    def __init__(self, size: int, tile: int, hand_on: Callable[[_Batch], None]) -> None:
-        self.size = size
-        self.tile = tile
-        self.hand_on = hand_on
-        self.open: deque[_Batch] = deque()
-
-    def add(self, rows: Rows, window: Window, slot: int, number: int) -> None:
-        """Copy a tile into its place in the first open batch that has it free."""
-        batch = next((b for b in self.open if slot not in b.places), None)
-        if batch is None:
-            if len(self.open) == OPEN_BATCHES:
-                self.hand_on(self.open.popleft())
-            batch = self._empty(rows)
-            self.open.append(batch)
-        rows.copy(
-            window,
-            {name: array[slot] for name, array in batch.pixels.items()},
-            {name: array[slot] for name, array in batch.valid.items()},
-        )
-        batch.places[slot] = number
-        while self.open and len(self.open[0].places) == self.size:
-            self.hand_on(self.open.popleft())
-
-    def finish(self) -> None:
-        """Hand on what is left; places without a tile hold nothing valid."""
-        while self.open:
-            self.hand_on(self.open.popleft())
-
-    def _empty(self, rows: Rows) -> _Batch:
-        side = (self.tile, self.tile)
-        bands = rows.bands()
-        return _Batch(
-            {name: np.zeros((self.size, count, *side), dtype=np.float32) for name, count in bands.items()},
-            {name: np.zeros((self.size, *side), dtype=bool) for name in bands},
-        )
 
 
 def _consume(
@@ -348,7 +297,7 @@ def _consume(
             return
 
 
-def _votes(vote: Predictor, batch: _Batch) -> dict[int, Tensor]:
+def _votes(vote: Predictor, batch: Batch) -> dict[int, Tensor]:
     images = {name: torch.from_numpy(array) for name, array in batch.pixels.items()}
     valid = {name: torch.from_numpy(array) for name, array in batch.valid.items()}
     answer = vote(images, valid)

@@ -1,4 +1,4 @@
-"""Several processes label one scene: who am I, and wait for the others. One process needs nothing of this."""
+"""Where a process works: its device, and, where several label one scene, its number and the meeting points."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from datetime import timedelta
 
 import torch
+
+from vfmseg.errors import MachineError, RecipeError
 
 # a process that waits may wait for hours for one with more work; a launcher ends all of them if one fails
 PATIENCE = timedelta(days=30)
@@ -33,3 +35,16 @@ def own_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def usable_device(name: str) -> torch.device:
+    """A torch device by name; RecipeError if there is no such kind, MachineError if this machine has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device = {name!r} is not known; expected cpu, cuda, cuda:1, mps, ...") from None
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch built without it, no driver, no such number
+        raise MachineError(f"device = {name}: {str(error).splitlines()[0]}; use another one, such as cpu") from None
+    return device

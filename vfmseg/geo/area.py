@@ -15,6 +15,7 @@ from rasterio.warp import transform, transform_bounds
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.rasterfile import in_pixels
 
 Rings = list[np.ndarray]
 """A polygon: its outline, then its holes, each float64 (points, 2) of x and y; the last point may repeat the first."""
@@ -81,7 +82,8 @@ class Polygons:
                 near = np.flatnonzero(level & (left < col + _BLOCK) & (right > col))
                 if near.size:
                     shapes = [self._shapes[i] for i in near]
-                    block = geometry_mask(shapes, (_BLOCK, _BLOCK), Affine(1, 0, col, 0, 1, row), invert=True)
+                    with in_pixels():
+                        block = geometry_mask(shapes, (_BLOCK, _BLOCK), Affine(1, 0, col, 0, 1, row), invert=True)
                     yield row, col, block[: self._grid.height - row, : self._grid.width - col]
 
 

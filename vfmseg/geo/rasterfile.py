@@ -29,7 +29,7 @@ GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 """What rasterio raises when GDAL fails: in some functions GDAL's own error, which is none of rasterio's."""
 
 _OPTIONS: dict[str, Any] = {
-    "GDAL_CACHEMAX": 256,  # MB; GDAL's default is 5 % of the machine's memory
+    "GDAL_CACHEMAX": 64,  # MB; GDAL's default is 5 % of the machine's memory, and windows are read once
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
 }
 
@@ -45,9 +45,16 @@ def gdal() -> Iterator[None]:
 
 def open_dataset(path: str, mode: str = "r", **profile: Any) -> Any:
     """`rasterio.open` inside `gdal()`, silent about a missing georeference: a verb says that once."""
+    with in_pixels():
+        return rasterio.open(path, mode, **profile)
+
+
+@contextmanager
+def in_pixels() -> Iterator[None]:
+    """rasterio does not warn that pixel numbers are no coordinates."""
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return rasterio.open(path, mode, **profile)
+        yield
 
 
 @dataclass(frozen=True)

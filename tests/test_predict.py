@@ -1,0 +1,184 @@
+"""`vfmseg predict` as a user meets it: one scene or many, one process or two, whole or in parts, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+
+from vfmseg.errors import DataError, RecipeError
+from vfmseg.finetune import finetune
+from vfmseg.how import How
+from vfmseg.predict import Wanted, predict
+from vfmseg.recipe import load_recipe
+from vfmseg.segmenter import Segmenter
+
+ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in run/ and a scene of 300 x 260 px with a hole."""
+    folder = tmp_path_factory.mktemp("place")
+    toy_folder(folder / "data")
+    save_encoder(folder / "encoder", "dinov2")
+    finetune(
+        load_recipe(write_recipe(folder / "r.yaml", recipe_dict(folder / "data", folder / "encoder", folder / "run")))
+    )
+    image, _ = toy_scene(7, 300, 260)
+    image[:, 100:180, 60:150] = 0
+    write_raster(folder / "scene.tif", image, nodata=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(place: Path) -> Segmenter:
+    return Segmenter.from_pretrained(place / "run" / "best")
+
+
+def command(place: Path, *arguments: object, processes: int = 1) -> list[str]:
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*start, "-m", "vfmseg.cli", "predict", str(place / "run" / "best"), *map(str, arguments)]
+
+
+def label(
+    segmenter: Segmenter, scene: Path, output: Path, how: How | None = None, **wanted: Any
+) -> list[dict[str, Any]]:
+    return predict(segmenter, str(scene), {}, output, how or How(), Wanted(**wanted))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_processes_write_the_bytes_of_one(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    label(segmenter, place / "scene.tif", tmp_path / "one.tif", extras=("confidence",))
+    arguments = (place / "scene.tif", "-o", tmp_path / "two.tif", "--confidence", "--json")
+    done = subprocess.run(
+        command(place, *arguments, processes=2),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)  # from the first process alone
+    assert record["pixels"] == 300 * 260
+    for end in ("", "_confidence"):
+        assert (tmp_path / f"one{end}.tif").read_bytes() == (tmp_path / f"two{end}.tif").read_bytes()
+
+
+def test_the_map_is_what_predict_returns(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    (record,) = label(segmenter, place / "scene.tif", tmp_path / "labels.tif", cog=True)
+    with rasterio.open(tmp_path / "labels.tif") as labels:
+        written = labels.read(1)
+        tags = labels.tags()
+        assert labels.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+    np.testing.assert_array_equal(written, segmenter.predict(place / "scene.tif"))
+    assert (written[100:180, 60:150] == 255).all()
+    assert len(tags["vfmseg_checkpoint"]) == 64
+    assert record["tiles_left_out"] > 0
+    assert sum(record["stage_shares"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_an_area_and_polygons(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    pytest.importorskip("pyogrio")
+    bounds = (500000.0, 4999000.0, 501000.0, 5000000.0)  # the first 100 x 100 pixels
+    (record,) = label(segmenter, place / "scene.tif", tmp_path / "a.tif", area=bounds, polygons=".gpkg", min_area=1e4)
+    with rasterio.open(tmp_path / "a.tif") as labels:
+        written = labels.read(1)
+    whole = segmenter.predict(place / "scene.tif")
+    inside = np.zeros_like(whole, dtype=bool)
+    inside[:100, :100] = True
+    np.testing.assert_array_equal(written, np.where(inside, whole, 255))
+    assert record["tiles_run"] < record["tiles_left_out"]
+    import pyogrio
+
+    meta = pyogrio.read_info(record["files"]["polygons"])
+    assert meta["features"] >= 1
+    assert "32633" in meta["crs"]
+
+
+def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])
+    records = label(segmenter, tmp_path / "in", tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["s1.tif", "s2.tif"]
+    assert [r["pixels"] for r in records] == [3500, 3500]
+    with pytest.raises(DataError, match=r"s1\.tif: exists already"):
+        label(segmenter, tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out" / "s2.tif").unlink()
+    assert len(label(segmenter, tmp_path / "in", tmp_path / "out", resume=True)) == 1
+    with pytest.raises(RecipeError, match="goes with one scene"):
+        predict(segmenter, str(tmp_path / "in"), {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
+
+
+def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    label(segmenter, place / "scene.tif", tmp_path / "labels.tif")
+    (tmp_path / ".labels.tif.parts").mkdir()
+    assert label(segmenter, place / "scene.tif", tmp_path / "labels.tif", resume=True) == []
+    assert names_in(tmp_path) == ["labels.tif"]
+
+
+def test_p62_a_damaged_block_is_an_error_or_nodata(
+    place: Path, segmenter: Segmenter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, _ = toy_scene(7, 256, 256)
+    with rasterio.open(
+        tmp_path / "scene.tif", "w", driver="GTiff", width=256, height=256, count=3, dtype="uint8", tiled=True,
+        blockxsize=64, blockysize=64, compress="deflate", interleave="pixel", crs="EPSG:32633",
+        transform=rasterio.transform.from_origin(5e5, 5e6, 10, 10),
+    ) as target:  # fmt: skip
+        target.write(image)
+    whole = segmenter.predict(tmp_path / "scene.tif")
+    content = bytearray((tmp_path / "scene.tif").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 300] = b"\xff" * 300
+    (tmp_path / "scene.tif").write_bytes(content)
+    with pytest.raises(DataError, match=r"scene\.tif: rows .* cannot be read"):
+        label(segmenter, tmp_path / "scene.tif", tmp_path / "a.tif")
+    (record,) = label(segmenter, tmp_path / "scene.tif", tmp_path / "b.tif", skip_unreadable=True)
+    assert "left out as nodata" in capsys.readouterr().err
+    with rasterio.open(tmp_path / "b.tif") as labels:
+        written = labels.read(1)
+    lost = written == 255
+    assert 0 < record["unreadable_pixels"] == lost.sum() <= 3 * 64 * 64
+    far = np.ones_like(lost)
+    rows, cols = np.nonzero(lost)
+    far[max(0, rows.min() - 40) : rows.max() + 40, max(0, cols.min() - 40) : cols.max() + 40] = False
+    np.testing.assert_array_equal(written[far], whole[far])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_p37_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path) -> None:
+    image, _ = toy_scene(3, 1500, 600)
+    write_raster(tmp_path / "scene.tif", image)
+    arguments = (tmp_path / "scene.tif", "-o", tmp_path / "labels.tif", "--overlap", "0.6", "--batch-size", "2")
+    running = subprocess.Popen(command(place, *arguments), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    parts = tmp_path / ".labels.tif.parts"
+    while running.poll() is None and not (parts.is_dir() and list(parts.glob("labels_*.tif"))):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert running.stderr is not None
+    message = running.stderr.read()
+    assert running.wait() == 130, message
+    assert "Traceback" not in message
+    assert "--overlap 0.6" in message
+    assert message.rstrip().endswith("--resume")
+    assert names_in(tmp_path) == [".labels.tif.parts", "scene.tif"]
+    done = subprocess.run(command(place, *arguments, "--resume"), capture_output=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert names_in(tmp_path) == ["labels.tif", "scene.tif"]

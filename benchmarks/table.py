@@ -1,12 +1,13 @@
 """The table of scores in docs/benchmarks.md: every row trained, chosen on validation, measured once on test.
 
     python benchmarks/table.py run DATA_FOLDER --encoder VIT_FOLDER [--sets oam_buildings] [--rows lora-fpn]
-    python benchmarks/table.py print > docs/benchmarks.md
+    python benchmarks/table.py write
 
 `run` goes through data sets, rows and seeds, and keeps each result as a JSON file in `benchmarks/results/`; what is
 there already is not run again, so an interrupted table goes on. Each training is one `vfmseg finetune` and one
 `vfmseg evaluate`, the commands a user has. A row whose first run takes over ten minutes keeps to one seed. Minutes are
-CPU time of the training: beside other work the clock would measure that work too.
+CPU time of the training: beside other work the clock would measure that work too. `write` puts the tables into
+docs/benchmarks.md, below the line that says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+BELOW = "<!-- tables: python benchmarks/table.py write -->"
 SEEDS = (0, 1, 2)
 LONG_RUN = 10.0  # minutes
 
@@ -183,6 +186,12 @@ def show() -> str:
     return "\n".join(lines)
 
 
+def page() -> str:
+    """The page of the documentation with the tables as they are now."""
+    written = PAGE.read_text(encoding="utf-8")
+    return f"{written[: written.index(BELOW)]}{BELOW}\n{show()}\n"
+
+
 def _row(name: str, row: str) -> str:
     found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}.{row}.*.json"))]
     scores = [r["test"]["miou"] for r in found]
@@ -211,12 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runner.add_argument("--encoder", required=True, help="folder of the ViT-S/14")
     runner.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     runner.add_argument("--rows", nargs="+", default=list(TITLES), choices=list(TITLES))
-    verbs.add_parser("print")
+    verbs.add_parser("write")
     options = parser.parse_args(arguments)
     if options.verb == "run":
         run(options)
     else:
-        print(show())
+        PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

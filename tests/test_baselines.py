@@ -192,3 +192,9 @@ def test_large_scenes_are_cut_into_tiles_that_cover_each_pixel_once(tmp_path: Pa
     assert sum(t.labels.size for t in tiles) == labels.size
     assert max(max(t.labels.shape) for t in tiles) <= 64
     assert sum(int((t.targets == 1).sum()) for t in tiles) == labels.sum()
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    from benchmarks import table
+
+    assert table.PAGE.read_text(encoding="utf-8") == table.page()

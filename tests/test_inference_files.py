@@ -197,8 +197,8 @@ def _killed_and_resumed(scene: Path, folder: Path, seed: int, processes: int, wh
         time.sleep(chance.uniform(0, 0.4))
         if running.poll() is None:
             _kill(running)
-        if running.wait() == 0:
-            break
+        if running.wait() == 0 or (target.exists() and not parts.exists()):
+            break  # also where it was killed with everything done, on its way out
         # killed between the last rename and the removal of the pieces, the map is there, and complete
         assert not target.exists() or target.read_bytes() == whole
     else:

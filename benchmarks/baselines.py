@@ -275,6 +275,8 @@ def unet(
     best, best_state, validation, step = -math.inf, copy.deepcopy(model.state_dict()), [], 0
     for image, valid, targets in batches(train, size, rng):
         done = step / steps if steps is not None else (time.process_time() - started) / seconds
+        if step == 0:
+            done = 0.0  # the first step is made whatever the start has cost
         if done < 1:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))

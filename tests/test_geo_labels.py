@@ -66,7 +66,7 @@ def read(path: Path, label_map: LabelMap = BINARY) -> np.ndarray:
     st.sampled_from(["int16", "int32", "int64", "float32", "float64"]),
     st.randoms(use_true_random=False),
 )
-def test_p30_ids_and_indexes_are_inverse(
+def test_p30_ids_become_their_indexes(
     ids: set[int], ignore: int, shape: tuple[int, ...], dtype: str, random: Any
 ) -> None:
     label_map = LabelMap(tuple(sorted(ids - {ignore} or {7})), ignore)
@@ -76,7 +76,6 @@ def test_p30_ids_and_indexes_are_inverse(
     assert index.dtype == np.int64
     brute = [IGNORE if i == ignore else label_map.ids.index(int(i)) for i in stored.ravel()]
     assert index.ravel().tolist() == brute
-    np.testing.assert_array_equal(label_map.to_id(index), stored)
 
 
 def test_p30_unknown_ids_are_named_with_their_counts_and_never_clamped() -> None:
@@ -106,7 +105,7 @@ def test_p30_the_upper_half_of_uint64_does_not_wrap_into_ids_below_0() -> None:
         with pytest.raises(DataError, match=r"2 labels are not whole numbers, such as 1\.8"):
             label_map.to_index(stored, "x")
         index = label_map.to_index(stored[:2], "x")
-        np.testing.assert_array_equal(label_map.to_id(index), [0, 1])
+        assert [label_map.ids[i] for i in index] == [0, 1]
 
 
 def test_p30_minus_one_is_the_ignore_index_only_if_declared() -> None:
@@ -146,10 +145,6 @@ def test_label_map_refuses_what_it_cannot_invert() -> None:
             LabelMap(ids, 255)
     with pytest.raises(DataError, match="ignore_index 1 is also a class id"):
         LabelMap((0, 1), 1)
-    with pytest.raises(ValueError, match="expected -1 to 1"):
-        BINARY.to_id(np.array([2]))
-    with pytest.raises(ValueError, match="expected -1 to 1"):
-        BINARY.to_id(np.array([-2]))
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -556,16 +556,6 @@ def test_p30_every_class_needs_a_name_and_a_colour() -> None:
         label_layer(IDS, NAMES, COLORS[:2])
 
 
-def test_p63_existing_file_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> None:
-    path = tmp_path / "a.tif"
-    path.write_text("precious")
-    with pytest.raises(DataError, match=r"a\.tif: exists already"):
-        save(path, labels_for(UTM), overwrite=False)
-    assert path.read_text() == "precious"
-    save(path, labels_for(UTM))
-    assert names_in(tmp_path) == ["a.tif"]
-
-
 @pytest.mark.parametrize("path", ["s3://bucket/labels.tif", "/vsis3/bucket/labels.tif", "/vsimem/labels.tif"])
 def test_p63_paths_that_are_no_place_on_disk_make_no_folders_of_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str

@@ -357,19 +357,21 @@ class Forgets:
         pass
 
 
-def test_p34_memory_does_not_grow_with_height() -> None:
+def test_p34_memory_stays_below_the_estimate_whatever_the_height() -> None:
+    """The queues fill differently each time, so it is the bound that is tested; the whole scene's votes are 25 MB."""
     import tracemalloc
 
-    peaks = []
+    estimates = set()
     for height in (512, 8192):
-        scene = Endless(height)
-        plan = Plan(height, 256, 64, 0.25, True, 4)
+        settings = Settings(64, 0.25, "hann", 4)
+        job = prepare([Endless(height)], Stored((64, 256)), {"x": 1}, Model(pointwise, 3), everything, 20, settings)
+        estimates.add(job.memory)
         tracemalloc.start()
-        for run in plan.runs(plan.shards):
-            label_run([scene], Stored((64, 256)), plan, run, Model(pointwise, CLASSES), "hann", everything, Forgets())
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        into(job, Forgets())
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[1] < 1.3 * peaks[0]
+        assert peak < job.memory < 3e6
+    assert len(estimates) == 1
 
 
 def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:

@@ -9,7 +9,7 @@ import pytest
 import rasterio
 import torch
 
-from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.grid import Grid
 from vfmseg.geo.writer import MapWriter
 from vfmseg.inference.engine import Finished
 from vfmseg.inference.products import EXTRAS, NODATA, STEPS, Products
@@ -29,7 +29,7 @@ def finished(logits: bool = False, classes: int = 4) -> tuple[Finished, np.ndarr
     sums = np.where(skipped, 0, means * weights)
     weights = np.where(skipped, 0, weights)
     tensors = [torch.from_numpy(a.astype(np.float32)) for a in (sums, weights)]
-    return Finished(Window(0, 0, *SHAPE), tensors[0], tensors[1], valid), means
+    return Finished(tensors[0], tensors[1], valid), means
 
 
 def probabilities(means: np.ndarray, logits: bool) -> np.ndarray:
@@ -72,7 +72,6 @@ def test_probabilities_and_logits_are_averaged_differently() -> None:
     shares = np.exp(votes) / np.exp(votes).sum(axis=1, keepdims=True)
     for logits, sums in ((False, shares.sum(axis=0)), (True, votes.sum(axis=0))):
         one = Finished(
-            Window(0, 0, 1, 1),
             torch.tensor(sums, dtype=torch.float32).reshape(2, 1, 1),
             torch.full((1, 1), 2.0),
             np.ones((1, 1), bool),
@@ -86,11 +85,11 @@ def test_probabilities_and_logits_are_averaged_differently() -> None:
 def test_certain_and_undecided_are_the_ends_of_the_scale() -> None:
     for shares, confidence, uncertainty in (((1.0, 0, 0, 0), STEPS, 0), ((0.25,) * 4, round(STEPS / 4), STEPS)):
         sums = torch.tensor(shares).reshape(4, 1, 1) * 3
-        one = Finished(Window(0, 0, 1, 1), sums, torch.full((1, 1), 3.0), np.ones((1, 1), bool))
+        one = Finished(sums, torch.full((1, 1), 3.0), np.ones((1, 1), bool))
         arrays = Products(IDS, EXTRAS)(one)
         assert arrays["confidence"].item() == pytest.approx(confidence, abs=1)
         assert arrays["uncertainty"].item() == uncertainty
-    single = Finished(Window(0, 0, 1, 1), torch.ones(1, 1, 1), torch.ones(1, 1), np.ones((1, 1), bool))
+    single = Finished(torch.ones(1, 1, 1), torch.ones(1, 1), np.ones((1, 1), bool))
     assert Products((5,), EXTRAS)(single)["uncertainty"].item() == 0
 
 
@@ -118,7 +117,7 @@ def test_p36_ids_of_any_kind_keep_their_class_and_are_never_nodata(
 
 
 def test_p26_where_nothing_was_run_there_is_no_class_and_no_warning() -> None:
-    nothing = Finished(Window(0, 0, *SHAPE), torch.zeros(4, *SHAPE), torch.zeros(SHAPE), np.zeros(SHAPE, bool))
+    nothing = Finished(torch.zeros(4, *SHAPE), torch.zeros(SHAPE), np.zeros(SHAPE, bool))
     for logits in (False, True):
         with np.errstate(all="raise"):
             arrays = Products(IDS, EXTRAS, logits)(nothing)

@@ -94,6 +94,20 @@ def test_the_map_is_what_predict_returns(place: Path, segmenter: Segmenter, tmp_
     assert sum(record["stage_shares"].values()) == pytest.approx(1, abs=0.01)
 
 
+def test_p63_an_existing_file_is_kept_unless_overwriting_is_allowed(
+    place: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    target = tmp_path / "labels.tif"
+    target.write_text("precious")
+    with pytest.raises(DataError, match=r"labels\.tif: exists already"):
+        label(segmenter, place / "scene.tif", target)
+    assert target.read_text() == "precious"
+    label(segmenter, place / "scene.tif", target, overwrite=True)
+    assert names_in(tmp_path) == ["labels.tif"]
+    with rasterio.open(target) as labels:
+        assert labels.shape == (300, 260)
+
+
 def test_an_area_and_polygons(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     pytest.importorskip("pyogrio")
     bounds = (500000.0, 4999000.0, 501000.0, 5000000.0)  # the first 100 x 100 pixels

@@ -159,15 +159,21 @@ def cut(height: int, width: int, tile: int, overlap_px: int = 0) -> list[Tile]:
     """
     rows = spans(height, tile, overlap_px)
     cols = spans(width, tile, overlap_px)
-    return [
-        Tile(Window(row, col, tile, tile), Window(top, left, bottom - top, right - left))
-        for row, top, bottom in rows
-        for col, left, right in cols
-    ]
+    return [tile_of(row, col, tile) for row in rows for col in cols]
 
 
-def spans(size: int, tile: int, overlap_px: int) -> list[tuple[int, int, int]]:
-    """(start, first core pixel, end of the core) of each tile along one axis."""
+Span = tuple[int, int, int]
+"""A tile along one axis: its first pixel, the first of its core, and the one after the core."""
+
+
+def tile_of(rows: Span, cols: Span, tile: int) -> Tile:
+    """The tile of a span of rows and one of columns."""
+    (row, top, bottom), (col, left, right) = rows, cols
+    return Tile(Window(row, col, tile, tile), Window(top, left, bottom - top, right - left))
+
+
+def spans(size: int, tile: int, overlap_px: int) -> list[Span]:
+    """Each tile along one axis, in order."""
     firsts = starts(size, tile, overlap_px)
     seams = [(one + tile + two) // 2 for one, two in pairwise(firsts)]
     return list(zip(firsts, [0, *seams], [*seams, size], strict=True))

@@ -54,13 +54,6 @@ class LabelMap:
         index[~declared | hidden] = IGNORE
         return index
 
-    def to_id(self, index: np.ndarray) -> np.ndarray:
-        """Ids int64 of indexes 0..K-1; IGNORE becomes ignore_index."""
-        index = np.asarray(index)
-        if index.size and not -1 <= index.min() <= index.max() < len(self.ids):
-            raise ValueError(f"indexes {index.min()} to {index.max()}: expected -1 to {len(self.ids) - 1}")
-        return np.array([*self.ids, self.ignore_index], dtype=np.int64)[index]  # [-1] is the last entry
-
     def _unknown(self, ids: np.ndarray, place: str) -> str:
         found, counts = np.unique(ids, return_counts=True)
         named = ", ".join(f"{i} ({n} pixels)" for i, n in zip(found[:5], counts[:5], strict=True))

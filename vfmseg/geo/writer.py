@@ -80,27 +80,19 @@ def label_layer(
 class MapWriter:
     """A GeoTIFF with a scene's CRS and transform, tiled and compressed.
 
-    Missing folders are made. DataError: target exists and `overwrite` is off, or cannot be created. MachineError:
+    Missing folders are made; an existing file is replaced at the end. DataError: it cannot be created. MachineError:
     the disk is full or broken. `level`: of the compression, 1 (fast) to 9 (small). `cog`: a cloud-optimised GeoTIFF
     with overviews, made of the finished rows.
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        grid: Grid,
-        layer: Layer,
-        overwrite: bool = True,
-        level: int = 6,
-        cog: bool = False,
+        self, path: str | os.PathLike[str], grid: Grid, layer: Layer, level: int = 6, cog: bool = False
     ) -> None:
         if os.fspath(path).startswith("/vsi") or "://" in os.fspath(path):  # Path would make folders of these names
             raise DataError(f"{os.fspath(path)}: maps are written to this machine's disks only; choose a path there")
         self.path = Path(path)
         if self.path.is_dir():
             raise DataError(f"{self.path}: is a folder; expected the name of a GeoTIFF to write")
-        if not overwrite and self.path.exists():
-            raise DataError(f"{self.path}: exists already; choose another name or allow overwriting")
         self.grid = grid
         self.layer = layer
         self._level = level

@@ -6,7 +6,7 @@
     sink      a thread that writes finished rows
 
 Memory beyond the model's own, in bytes, for a strip of W pixels, tiles of t, K classes, C bands of s bytes, chunks of c
-rows, batches of B (`estimate`):
+rows, batches of B (`prepare` in job.py adds them up):
 
     band      4 (K + 1) t W          weighted sums and weights, on the model's device
     chunks    (t + 3 c) W (C s + 1)  read and not yet used
@@ -42,9 +42,8 @@ Predictor = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Finished:
-    """Finished rows of a strip, `window` in the scene: sums (K, h, w), weights (h, w) on the device; valid (h, w)."""
+    """Finished rows of a strip: sums (K, h, w) and weights (h, w) on the device; valid (h, w)."""
 
-    window: Window
     sums: Tensor
     weights: Tensor
     valid: np.ndarray
@@ -64,12 +63,11 @@ class Sink(Protocol):
 
 @dataclass
 class Report:
-    """What a run did: tiles run and left out, pixels finished, seconds in all and by stage."""
+    """What a run did: tiles run and left out, pixels finished, seconds of work by stage."""
 
     tiles: int = 0
     skipped: int = 0
     pixels: int = 0
-    seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: Report) -> None:
@@ -77,16 +75,14 @@ class Report:
         self.tiles += other.tiles
         self.skipped += other.skipped
         self.pixels += other.pixels
-        self.seconds += other.seconds
         for name, seconds in other.stages.items():
             self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 
 @dataclass(frozen=True)
 class Tick:
-    """Tiles and pixels done since the last tick. busy: seconds by stage in this run; queued: whole batches."""
+    """Pixels done since the last tick. busy: seconds by stage in this run; queued: whole batches."""
 
-    tiles: int
     pixels: int
     busy: Mapping[str, float]
     queued: int
@@ -136,9 +132,8 @@ def label_run(
     """Label the shards of a run. The first error of any stage ends all of them and is raised as it was.
 
     `scenes`: the same scene once for each reader thread. `area`: tiles that hold none of it are not run, and pixels
-    outside of it are not labelled. `progress` is called after every batch.
+    outside of it are not labelled. `progress` is told when rows are finished.
     """
-    started = time.perf_counter()
     report = Report()
     with Stages() as stages:
         work = _Work(scenes, stored, plan, run, stages, area)
@@ -148,7 +143,6 @@ def label_run(
         band = Band(model.classes, plan.tile, work.left, work.width, work.tile_top, blend, model.device)
         _consume(work, model.vote, product, band, report, progress)
         work.finish()
-    report.seconds = time.perf_counter() - started
     report.stages = dict(stages.busy)
     return report
 
@@ -277,7 +271,7 @@ def _consume(
             votes |= _votes(vote, item)
             stages.worked("model", time.perf_counter() - started)
             started = time.perf_counter()
-        tiles, pixels = report.tiles + report.skipped, report.pixels
+        before = report.pixels
         while steps and (steps[0].number is None or steps[0].number in votes):
             step = steps.popleft()
             if step.tile is None:
@@ -288,9 +282,8 @@ def _consume(
                 band.add(step.tile, votes.pop(step.number))
                 report.tiles += 1
         stages.worked("blend", time.perf_counter() - started)
-        tiles, pixels = report.tiles + report.skipped - tiles, report.pixels - pixels
-        if progress is not None and (tiles or pixels):
-            progress(Tick(tiles, pixels, stages.busy, len(work.waiting)))
+        if progress is not None and report.pixels > before:
+            progress(Tick(report.pixels - before, stages.busy, len(work.waiting)))
         if item is None:
             if steps:
                 raise RuntimeError(f"{len(steps)} steps of a run were lost; please report this")
@@ -313,6 +306,6 @@ def _end_row(work: _Work, band: Band, step: _Step, product: Product, report: Rep
         sums, weights = band.finished(window.height)
         if ((weights <= 0).cpu().numpy() & step.valid).any():
             raise RuntimeError(f"{window}: a tile was lost; please report this")
-        work.rows.put((window, product(Finished(window, sums, weights, step.valid))))
+        work.rows.put((window, product(Finished(sums, weights, step.valid))))
         report.pixels += window.height * window.width
     band.drop(step.top - band.top)

@@ -66,6 +66,7 @@ def prepare(
     `bands` {modality: number}; `product_bytes`: of all products at one pixel.
     """
     grid = scenes[0].grid
+    # a tile larger than the scene would be mostly padding
     settings = replace(settings, tile=min(settings.tile, max(grid.height, grid.width)))
     tile = settings.tile
     fixed, column = _memory(stored, bands, model.classes, product_bytes, settings)

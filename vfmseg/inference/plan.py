@@ -18,8 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vfmseg.errors import DataError
-from vfmseg.geo.grid import Tile, Window, spans
+from vfmseg.geo.grid import Span, Tile, Window, spans, tile_of
 
 WIDEST_STRIP = 16384
 """Pixels; wider strips would save less than one tile in forty and cost memory."""
@@ -37,8 +36,8 @@ class Axis:
 
     size: int
     tile: int
+    spans: tuple[Span, ...]
     starts: tuple[int, ...]
-    cores: tuple[int, ...]
     edges: tuple[int, ...]
     blended: bool
 
@@ -60,10 +59,9 @@ def axis(size: int, tile: int, overlap_px: int, blended: bool) -> Axis:
     Blended: a tile finishes the pixels up to the start of the next one, which no later tile sees. Else each tile
     finishes its core, which ends in the middle of the overlap.
     """
-    parts = spans(size, tile, overlap_px)
-    starts = tuple(start for start, _, _ in parts)
-    cores = tuple(core for _, core, _ in parts)
-    return Axis(size, tile, starts, cores, (*(starts if blended else cores), size), blended)
+    parts = tuple(spans(size, tile, overlap_px))
+    starts, cores, _ = zip(*parts, strict=True)
+    return Axis(size, tile, parts, starts, (*(starts if blended else cores), size), blended)
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,7 @@ class Plan:
         shard_rows: int | None = None,
     ) -> None:
         """`overlap`: share of a tile, 0 <= overlap < 1. `shard_rows`: pixel rows of a shard, None = by the height."""
-        if not 0 <= overlap < 1:
-            raise DataError(f"overlap = {overlap}; expected a share of the tile, at least 0 and below 1; try 0.25")
-        # a tile far larger than the scene would be mostly padding
-        self.tile = tile = min(tile, max(height, width))
+        self.tile = tile
         self.rows = axis(height, tile, int(tile * overlap), blended)
         self.cols = axis(width, tile, int(tile * overlap), blended)
         # a scene of one tile needs no batch of four; a function of the scene, so the same on every process
@@ -136,11 +131,7 @@ class Plan:
 
     def tile_at(self, row: int, col: int) -> Tile:
         """The tile of a row and column of the grid."""
-        window = Window(self.rows.starts[row], self.cols.starts[col], self.tile, self.tile)
-        top, left = self.rows.cores[row], self.cols.cores[col]
-        bottom = self.rows.cores[row + 1] if row + 1 < len(self.rows) else self.rows.size
-        right = self.cols.cores[col + 1] if col + 1 < len(self.cols) else self.cols.size
-        return Tile(window, Window(top, left, bottom - top, right - left))
+        return tile_of(self.rows.spans[row], self.cols.spans[col], self.tile)
 
     def slot(self, row: int, col: int) -> int:
         """Place of a tile in its batch. Libraries may round by place, so it must not depend on how work was cut."""

@@ -217,6 +217,9 @@ def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path) ->
         (["-o", "scene.tif"], "is the scene itself"),
         (["-o", "x.tif", "--modality", "rgb=scene.tif"], "'rgb' is SCENE itself"),
         (["-o", "x.tif", "--modality", "dem=a.tif", "--modality", "dem=b.tif"], "given twice"),
+        (["-o", "x.tif", "--area", "a.geojson", "--bounds", "0,0,1,1"], "exclude each other"),
+        (["-o", "x.tif", "--bounds", "0,0,1"], "expected 4 numbers"),
+        (["-o", "x.tif", "--min-area", "9"], "add --polygons"),
     ],
 )
 def test_p62_wrong_predict_arguments_are_one_message(

@@ -116,6 +116,10 @@ def predict(
 
         quiet_libraries()
         others = _inputs(modality or [])
+        if area is not None and bounds is not None:
+            raise RecipeError("--area and --bounds exclude each other: give polygons, or a rectangle")
+        if polygons is None and (min_area or simplify):
+            raise RecipeError("--min-area and --simplify are used by polygons alone; add --polygons, or leave them out")
         # importing makes millions of objects that live to the end; looking for garbage among them costs half a second
         gc.disable()
         from vfmseg.how import How

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -153,6 +153,8 @@ def test_p45_tiled_labels_equal_whole_scene_labels(
     block=st.tuples(st.integers(1, 30), st.integers(1, 40)),
     holes=st.booleans(),
 )
+@example(60, 40, 16, 0.5, "none", 2, 20, 10, 3, (8, 8), False)
+@example(60, 40, 16, 0.5, "hann", 2, 20, 10, 3, (8, 8), True)
 def test_strips_shards_ranks_and_blocks_change_no_byte(
     height: int, width: int, tile: int, overlap: float, blend: str, batch: int, widest: int, shard: int, ranks: int,
     block: tuple[int, int], holes: bool,

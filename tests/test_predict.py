@@ -126,6 +126,17 @@ def test_an_area_and_polygons(place: Path, segmenter: Segmenter, tmp_path: Path)
     assert "32633" in meta["crs"]
 
 
+def test_p60_bfloat16_labels_alike(place: Path, segmenter: Segmenter) -> None:
+    """A model of random features, trained for seconds, is seldom sure: still, few labels may change."""
+    scene = place / "scene.tif"
+    whole = segmenter.predict(scene)
+    half = Segmenter.from_pretrained(place / "run" / "best", dtype="bf16")
+    probabilities, exact = half.probabilities(str(scene)), segmenter.probabilities(str(scene))
+    difference = np.abs(probabilities - exact)[:, whole != 255]
+    assert 0 < difference.max() < 0.1  # 0: bfloat16 was never used
+    assert (half.predict(scene) == whole).mean() > 0.99
+
+
 def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     for seed in (1, 2):
         write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])

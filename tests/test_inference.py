@@ -395,6 +395,19 @@ def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
     assert (kept.kept["labels"] == 1).all()
 
 
+def test_a_tile_is_no_larger_than_the_scene() -> None:
+    """Beyond it there is only padding, which costs as much as ground."""
+    sides: set[tuple[int, ...]] = set()
+
+    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        sides.add(tuple(images["x"].shape))
+        return pointwise(images, valid)
+
+    job = prepare([Endless(30, 50)], Stored(), {"x": 1}, Model(spy, 3), everything, 20, Settings(4000))
+    into(job, Forgets())
+    assert sides == {(1, 1, 50, 50)}
+
+
 # --- errors -----------------------------------------------------------------------------------------------------
 
 

@@ -341,13 +341,10 @@ def run(
     return {"seed": seed, "seconds": taken, **more, "scores": confusion.scores(splits.names)}
 
 
-def measure(baseline: str, recipe: str | Path, data: str | Path, seed: int) -> tuple[dict[str, Any], int | None]:
-    """Test scores and trainable parameters (None: not counted) of a baseline on a recipe's set below folder `data`.
-
-    The set is the folder named like the recipe, with its `split.csv`.
-    """
-    table = Path(data).resolve() / Path(recipe).stem / "split.csv"
-    overrides = [f"data.{split}.table={table}" for split in ("train", "val", "test")]
+def measure(
+    baseline: str, recipe: str | Path, overrides: Sequence[str], seed: int
+) -> tuple[dict[str, Any], int | None]:
+    """Test scores and trainable parameters (None: not counted) of a baseline on the data of a recipe."""
     result = run(baseline, load(recipe, overrides, baseline), seed)
     return result["scores"], result.get("parameters")
 

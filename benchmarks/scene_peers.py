@@ -86,18 +86,20 @@ def label_profile(dataset: Any) -> dict[str, Any]:
 
 
 def floor(task: Task) -> Callable[[], None]:
-    """As many batches as the scene's grid has, through the module alone; they lie in memory."""
+    """As many tiles as the scene's grid has, in the batches of all others, through the module alone, from memory."""
     with rasterio.open(task.scene) as dataset:
         rows, cols = (starts(size, task.tile, task.stride) for size in dataset.shape)
         places = islice(cycle((row, col) for row in rows for col in cols), 2 * task.batch)
         tiles = torch.stack([read_tile(dataset, row, col, task.tile) for row, col in places])
     batches = tiles.split(task.batch)
-    count = math.ceil(len(rows) * len(cols) / task.batch)
+    count, left = divmod(len(rows) * len(cols), task.batch)
 
     def work() -> None:
         with torch.inference_mode():
             for batch in islice(cycle(batches), count):
                 task.net(batch)
+            if left:
+                task.net(batches[0][:left])
 
     return work
 

@@ -47,11 +47,16 @@ ROWS: dict[str, list[str]] = {
     "lora-fpn": ["model.encoder.checkpoint=VIT"],
     "adapter-fpn": ["model.encoder.checkpoint=VIT", BOTTLENECK],
 }  # fmt: skip
+# the demo's recipe has the built-in encoder; this is what `vfmseg demo --encoder` makes of it
+DEMO = ["model.encoder={name: dinov2, checkpoint: VIT, upscale: 1.3125}",
+        "model.adapter={name: lora, rank: 8, targets: [q, v]}", "train.epochs=2",
+        "train.optimizer.lr=1.0e-3"]  # fmt: skip
 # epochs where a row differs from its recipe: a frozen encoder costs less than half a step with LoRA
 EPOCHS = {
     "oam_buildings": {"builtin": 5, "frozen-linear": 4, "frozen-fpn": 4},
     "aerial_multiclass": {"builtin": 8, "frozen-linear": 4, "frozen-fpn": 4},
     "s2_india_rgb_ir": {"builtin": 20},
+    "demo": {},
 }
 TITLES = {
     "majority": "majority class",
@@ -62,64 +67,58 @@ TITLES = {
     "frozen-fpn": "recipe, ViT-S/14 frozen, `fpn`",
     "lora-fpn": "recipe, ViT-S/14 LoRA r 8 on q and v, `fpn`",
     "adapter-fpn": "recipe, ViT-S/14 `adapter` 64, `fpn`",
-    "demo": "`vfmseg demo` (builtin encoder)",
 }
 SETS = {
     "oam_buildings": "oam_buildings (RGB, 2 classes; test place: Banepa)",
     "aerial_multiclass": "aerial_multiclass (RGB, 5 classes; test scenes 1-3)",
     "s2_india_rgb_ir": "s2_india_rgb_ir (RGB + infrared, 3 classes)",
-    "demo": "demo (mosaics of oam_buildings)",
+    "demo": "`vfmseg demo` (mosaics of oam_buildings; test place: Banepa)",
 }
 
 
 def train_and_measure(name: str, row: str, seed: int, data: Path, vit: str) -> dict[str, Any]:
     """One run of a recipe: its test scores, trainable parameters, minutes and chosen epoch."""
     with tempfile.TemporaryDirectory() as scratch:
-        changes = recipe_changes(name, row, data, vit)
-        changes += [f"seed={seed}", f"output_dir={scratch}/run"]
-        recipe = str(ROOT / "recipes" / f"{name}.yaml")
+        changes = [*row_changes(name, row, vit), *places(name, data), f"seed={seed}"]
         started = children_minutes()
-        vfmseg("finetune", recipe, *changes)
+        vfmseg("finetune", str(recipe_of(name)), *changes, f"output_dir={scratch}/run")
         minutes = round(children_minutes() - started, 2)
         training = json.loads((Path(scratch) / "run" / "metrics.json").read_text())
-        test = json.loads(vfmseg("evaluate", f"{scratch}/run/best", recipe, *changes[:-2], "--json"))
+        test = json.loads(vfmseg("evaluate", f"{scratch}/run/best", str(recipe_of(name)), *changes, "--json"))
     return {
         "test": test,
         "validation": training["validation"]["miou"],
         "best_epoch": training["best_epoch"],
         "trainable": training["trainable_parameters"],
         "minutes": minutes,
-        "changes": [change for change in changes[:-1] if "table=" not in change and "checkpoint=" not in change],
+        "changes": [*row_changes(name, row, "VIT"), f"seed={seed}"],
         "versions": training["versions"],
     }
 
 
-def recipe_changes(name: str, row: str, data: Path, vit: str) -> list[str]:
-    """Overrides that make a row of a recipe, with the data where it lies on this machine."""
-    builtin = "{name: builtin, input: widen}" if name == "s2_india_rgb_ir" else "{name: builtin}"
-    changes = [change.replace("VIT", vit).replace("BUILTIN", builtin) for change in ROWS[row]]
+def recipe_of(name: str) -> Path:
+    """The recipe of a data set."""
+    if name == "demo":
+        return ROOT / "vfmseg" / "assets" / "demo" / "recipe.yaml"
+    return ROOT / "recipes" / f"{name}.yaml"
+
+
+def row_changes(name: str, row: str, vit: str) -> list[str]:
+    """Overrides that make a row of a recipe."""
+    if (name, row) == ("demo", "builtin"):
+        return []  # the recipe as it is
+    changes = [*(DEMO if name == "demo" else ()), *ROWS[row]]
     if row in EPOCHS[name]:
         changes.append(f"train.epochs={EPOCHS[name][row]}")
-    return changes + [f"data.{split}.table={data.resolve() / name / 'split.csv'}" for split in ("train", "val", "test")]
+    builtin = "{name: builtin, input: widen}" if name == "s2_india_rgb_ir" else "{name: builtin}"
+    return [change.replace("VIT", json.dumps(vit)).replace("BUILTIN", builtin) for change in changes]
 
 
-def run_demo(seed: int) -> dict[str, Any]:
-    """The demo as a user starts it (it has one seed), or its recipe with another seed."""
-    from vfmseg.demo import ASSETS
-
-    with tempfile.TemporaryDirectory() as scratch:
-        recipe = str(ASSETS / "recipe.yaml")
-        changes = [f"seed={seed}"]
-        started = children_minutes()
-        vfmseg("finetune", recipe, *changes, f"output_dir={scratch}/run")
-        minutes = round(children_minutes() - started, 2)
-        training = json.loads((Path(scratch) / "run" / "metrics.json").read_text())
-        test = json.loads(vfmseg("evaluate", f"{scratch}/run/best", recipe, "--json"))
-    return {
-        "test": test, "validation": training["validation"]["miou"], "best_epoch": training["best_epoch"],
-        "trainable": training["trainable_parameters"], "minutes": minutes, "changes": changes,
-        "versions": training["versions"],
-    }  # fmt: skip
+def places(name: str, data: Path) -> list[str]:
+    """Overrides that say where the data lies on this machine; the demo's lies in the package."""
+    if name == "demo":
+        return []
+    return [f"data.{split}.table={data.resolve() / name / 'split.csv'}" for split in ("train", "val", "test")]
 
 
 def run_baseline(name: str, row: str, seed: int, data: Path) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def run_baseline(name: str, row: str, seed: int, data: Path) -> dict[str, Any]:
     from benchmarks.baselines import measure
 
     started = time.process_time()
-    scores, trainable = measure(row, ROOT / "recipes" / f"{name}.yaml", data, seed)
+    scores, trainable = measure(row, recipe_of(name), places(name, data), seed)
     return {"test": scores, "trainable": trainable, "minutes": round((time.process_time() - started) / 60, 2)}
 
 
@@ -152,8 +151,7 @@ def run(options: argparse.Namespace) -> None:
     """Fill `benchmarks/results/`."""
     RESULTS.mkdir(exist_ok=True)
     for name in options.sets:
-        rows = ("demo",) if name == "demo" else tuple(r for r in options.rows if r != "demo")
-        for row in rows:
+        for row in options.rows:
             for seed in SEEDS:
                 target = RESULTS / f"{name}.{row}.{seed}.json"
                 first = RESULTS / f"{name}.{row}.0.json"
@@ -161,9 +159,7 @@ def run(options: argparse.Namespace) -> None:
                 if target.is_file() or long or (row == "majority" and seed):
                     continue
                 print(f"{name} {row} seed {seed}", file=sys.stderr, flush=True)
-                if row == "demo":
-                    result = run_demo(seed)
-                elif row in BASELINES:
+                if row in BASELINES:
                     result = run_baseline(name, row, seed, options.data)
                 else:
                     result = train_and_measure(name, row, seed, options.data, options.encoder)

@@ -198,3 +198,16 @@ def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
     from benchmarks import table
 
     assert table.PAGE.read_text(encoding="utf-8") == table.page()
+
+
+def test_the_demo_with_an_encoder_is_the_row_of_the_table(tmp_path: Path) -> None:
+    from benchmarks import table
+    from vfmseg.demo import demo_recipe
+    from vfmseg.recipe import load_recipe
+
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    row = load_recipe(table.recipe_of("demo"), table.row_changes("demo", "lora-fpn", str(tmp_path)))
+    demo = demo_recipe(tmp_path / "out", str(tmp_path))
+    assert row.model == demo.model
+    assert row.train == demo.train
+    assert row.data == demo.data

@@ -191,19 +191,35 @@ def test_p32_any_number_of_readers_with_random_delays_gives_the_same_bytes() -> 
     assert answers[0] == answers[1]
 
 
-def test_a_tile_keeps_its_place_in_the_batch_however_the_work_is_cut() -> None:
+@pytest.mark.parametrize(("height", "width", "batch"), [(90, 130, 5), (77, 192, 8), (16, 90, 4), (96, 96, 7)])
+def test_a_tile_keeps_its_place_in_the_batch_however_the_work_is_cut(height: int, width: int, batch: int) -> None:
     """Libraries may round by place in a batch; a model that answers by place shows whether places move."""
 
     def places(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
         values = images["x"]
         slots = torch.arange(len(values)).reshape(-1, 1, 1, 1).expand(-1, CLASSES, *values.shape[-2:])
-        return slots.float() / 7 + 0.01
+        return slots.float() / 7 + 0.01 + len(values) / 100
 
-    scene = scene_of(random_array(90, 130, True))
-    one, _ = label(scene, places, Plan(90, 130, 16, 0.25, True, 5, 10**6, 10**6), "average")
-    many, report = label(scene, places, Plan(90, 130, 16, 0.25, True, 5, 40, 20), "average", ranks=3)
+    scene = scene_of(random_array(height, width, True))
+    one, _ = label(scene, places, Plan(height, width, 16, 0.25, True, batch, 10**6, 10**6), "average")
+    many, report = label(scene, places, Plan(height, width, 16, 0.25, True, batch, 40, 20), "average", ranks=3)
     assert report.tiles > 0
     np.testing.assert_array_equal(one.probabilities, many.probabilities)
+
+
+@pytest.mark.parametrize(("tiles_wide", "batch"), [(64, 8), (60, 4), (61, 8), (63, 8), (65, 3), (62, 16)])
+def test_strips_fill_their_batches_whatever_the_width(tiles_wide: int, batch: int) -> None:
+    """The part of a row that a strip holds must not always begin at the same place of a batch."""
+    runs: list[int] = []
+
+    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        runs.append(len(images["x"]))
+        return pointwise(images, valid)
+
+    plan = Plan(240, 8 * tiles_wide, 8, 0.0, False, batch, widest=30 * 8)
+    assert len(plan.strips) > 1
+    _, report = label(scene_of(np.ones((1, 240, 8 * tiles_wide), np.float32)), spy, plan, "none")
+    assert sum(runs) <= 1.06 * report.tiles
 
 
 @settings(max_examples=60, deadline=None)
@@ -290,7 +306,7 @@ def test_p33_an_area_in_one_corner_runs_the_tiles_of_that_corner() -> None:
     np.testing.assert_array_equal(sink.labels, np.where(mask, 1, -1))
 
 
-def test_c35_every_batch_has_one_shape_and_batches_only_round() -> None:
+def test_c35_batch_shapes_follow_from_the_scene_and_batches_only_round() -> None:
     shapes: set[tuple[int, ...]] = set()
 
     def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
@@ -298,24 +314,31 @@ def test_c35_every_batch_has_one_shape_and_batches_only_round() -> None:
         return by_place(images, valid)
 
     scene = scene_of(random_array(50, 70, True))
-    three, _ = label(scene, spy, Plan(50, 70, 16, 0.5, True, 3), "hann")
-    assert shapes == {(3, 1, 16, 16)}
+    plan = Plan(50, 70, 16, 0.5, True, 5)
+    left = len(plan.rows) * len(plan.cols) % 5
+    five, _ = label(scene, spy, plan, "hann")
+    assert left
+    assert shapes == {(5, 1, 16, 16), (left, 1, 16, 16)}
+    label(scene, spy, Plan(50, 70, 16, 0.5, True, 5, 20, 10), "hann", ranks=2)
+    assert shapes == {(5, 1, 16, 16), (left, 1, 16, 16)}
     one, _ = label(scene, by_place, Plan(50, 70, 16, 0.5, True, 1), "hann")
     valid = one.labels >= 0
-    np.testing.assert_allclose(one.probabilities[:, valid], three.probabilities[:, valid], atol=1e-6)
+    np.testing.assert_allclose(one.probabilities[:, valid], five.probabilities[:, valid], atol=1e-6)
 
 
 def test_full_batches_where_nothing_is_left_out() -> None:
-    """No place of a batch stays empty but in the last one: empty places cost as much as full ones."""
+    """No place of a batch stays empty, also not in the last one: empty places cost as much as full ones."""
     filled: list[int] = []
 
     def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
         filled.append(int(valid["x"].flatten(1).any(dim=1).sum()))
         return pointwise(images, valid)
 
-    plan = Plan(100, 120, 16, 0.25, True, 4)
-    _, report = label(scene_of(np.ones((1, 100, 120), np.float32)), spy, plan, "hann")
-    assert filled[:-1] == [4] * (len(filled) - 1)
+    plan = Plan(100, 132, 16, 0.25, True, 3)
+    tiles = len(plan.rows) * len(plan.cols)
+    assert tiles % 3
+    _, report = label(scene_of(np.ones((1, 100, 132), np.float32)), spy, plan, "hann")
+    assert filled == [3] * (tiles // 3) + [tiles % 3]
     assert sum(filled) == report.tiles == len(plan.rows) * len(plan.cols)
 
 

@@ -17,6 +17,7 @@ from vfmseg.inference.products import Products
 from vfmseg.inference.reading import Stored
 from vfmseg.inference.sources import OpenScene
 from vfmseg.inference.views import VIEWS, averaged
+from vfmseg.inference.votes import filled_up
 
 
 def pointwise(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
@@ -171,3 +172,16 @@ def test_the_engine_labels_through_views() -> None:
     np.testing.assert_array_equal(labels[0][clear], labels[1][clear])
     hole = Window(10, 30, 10, 10)
     assert (labels[1][hole.rows, hole.cols] == 255).all()
+
+
+def test_a_compiled_model_sees_one_batch_size() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        seen.append((len(images["x"]), int(valid["y"].flatten(1).any(dim=1).sum())))
+        return pointwise(images, valid)
+
+    short, full = tiles(count=3), tiles(count=5)
+    torch.testing.assert_close(filled_up(spy, 5)(*short), pointwise(*short), atol=0, rtol=0)
+    torch.testing.assert_close(filled_up(spy, 5)(*full), pointwise(*full), atol=0, rtol=0)
+    assert seen == [(5, 3), (5, 5)]

@@ -63,6 +63,33 @@ def test_p26_nodata_of_a_file_comes_out_as_nodata(place: Path, tmp_path: Path) -
     assert (labels == 255).sum() == 600
 
 
+def test_p25_a_ground_pixel_is_normalised_alike_in_every_tile(place: Path) -> None:
+    """No statistics of tiles: what the encoder sees of a pixel is the same number in every tile that holds it."""
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    encoder = segmenter.model.encoder
+    assert encoder.upscale == 1
+    height, width = 83, 110
+    rows, cols = np.mgrid[:height, :width]
+    image = np.stack([rows, cols, np.random.default_rng(0).uniform(0, 255, (height, width))]).astype(np.float32)
+    image[:, 20:31, 40:47] = np.nan
+    mean, std = (t.numpy()[:, None, None] for t in (encoder.mean, encoder.std))
+    expected = (image - mean) / std
+    seen = np.zeros((height, width), int)
+
+    def look(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        for tile in inputs[0].numpy():  # (C, t, t); what is invalid or beyond the scene is 0, the mean
+            known = np.abs(tile).any(axis=0)
+            row, col = (np.rint(tile[:2] * std[:2] + mean[:2])).astype(int)[:, known]
+            np.testing.assert_array_equal(tile[:, known], expected[:, row, col])
+            np.add.at(seen, (row, col), 1)
+
+    encoder.stem.register_forward_pre_hook(look)
+    segmenter.predict(image, tile=32, overlap=0.5)
+    assert seen[np.isfinite(image[0])].min() >= 1
+    assert seen.max() >= 4
+    assert (seen[np.isnan(image[0])] == 0).all()
+
+
 def test_p13_the_folder_is_all_that_is_needed(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     segmenter.save_pretrained(tmp_path / "mine")

@@ -28,6 +28,7 @@ from vfmseg.inference.scoring import Scores, class_indexes
 from vfmseg.inference.sources import Input, OpenScene, open_scenes
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
+from vfmseg.inference.votes import filled_up, voter
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import Recipe, load_recipe
 
@@ -61,6 +62,7 @@ class Segmenter:
         self.dtype = dtype
         self.model = loaded.model.to(device).eval()
         self.ids = tuple(sorted(loaded.recipe.data.classes))
+        self._compiled = compile
         self._run: Callable[..., Tensor] = torch.compile(self.model) if compile else self.model
 
     @classmethod
@@ -277,14 +279,9 @@ class Segmenter:
         return prepare(scenes, stored, self.facts.bands, model, product, product_bytes, settled.settings, area)
 
     def _predictor(self, settled: Settled) -> Predictor:
-        def vote(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
-            images = {name: images[name].to(self.device, non_blocking=True) for name in self.facts.bands}
-            valid = {name: valid[name].to(self.device, non_blocking=True) for name in self.facts.bands}
-            enabled = self.dtype is not torch.float32
-            with torch.inference_mode(), torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
-                answer = self._run(images, valid).float()  # (N, K, tile, tile)
-                return answer if settled.logits else answer.softmax(dim=1)
-
+        vote = voter(self._run, tuple(self.facts.bands), self.device, self.dtype, settled.logits)
+        if self._compiled:
+            vote = filled_up(vote, settled.settings.batch_size)
         return averaged(vote, settled.tta, settled.scales)
 
     def _tags(self) -> dict[str, str]:

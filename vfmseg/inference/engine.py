@@ -1,7 +1,7 @@
 """The streaming engine: readers -> batcher -> model -> blend -> sink, side by side, with a bounded queue between.
 
     readers   threads that read chunks of rows ahead (reading.py)
-    batcher   a thread that cuts tiles, leaves out those without a valid pixel, and fills batches of one constant shape
+    batcher   a thread that cuts tiles, leaves out those without a valid pixel, and fills batches of constant shapes
     model     the calling thread: runs batches, adds the votes to the band of rows in flight, finishes rows
     sink      a thread that writes finished rows
 
@@ -185,7 +185,7 @@ class _Work:
     def cut(self) -> None:
         """Thread: cut tiles into batches, in the order of the grid; after each row of tiles say what is finished."""
         rows = Rows(self.chunks, self.place.row + self.place.height)
-        batcher = Batcher(self.plan.batch_size, self.plan.tile, self.hand_on)
+        batcher = Batcher(self.plan.tile, self.hand_on)
         number = 0
         for row in self.tile_rows:
             rows.until(self.plan.rows.starts[row] + self.plan.tile)
@@ -194,7 +194,7 @@ class _Work:
                 tile = self.plan.tile_at(row, col)
                 if self.runs(rows, tile.window):
                     self.queue.put(_Step(tile, number))
-                    batcher.add(rows, tile.window, self.plan.slot(row, col), number)
+                    batcher.add(rows, tile.window, self.plan.place(row, col), number)
                 else:
                     self.queue.put(_Step(tile))
                 number += 1
@@ -294,7 +294,7 @@ def _votes(vote: Predictor, batch: Batch) -> dict[int, Tensor]:
     images = {name: torch.from_numpy(array) for name, array in batch.pixels.items()}
     valid = {name: torch.from_numpy(array) for name, array in batch.valid.items()}
     answer = vote(images, valid)
-    return {number: answer[slot] for slot, number in batch.places.items()}
+    return {number: answer[slot] for slot, number in batch.numbers.items()}
 
 
 def _end_row(work: _Work, band: Band, step: _Step, product: Product, report: Report) -> None:

@@ -17,6 +17,8 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
+from typing import NamedTuple
 
 from vfmseg.geo.grid import Span, Tile, Window, spans, tile_of
 
@@ -87,6 +89,13 @@ class Run:
     shards: tuple[Shard, ...]
 
 
+class Place(NamedTuple):
+    """Where a tile lies in the batch that it is run in. size: places of that batch; slot: 0 <= slot < size."""
+
+    size: int
+    slot: int
+
+
 class Plan:
     """The cut of one scene. Strips are at most `widest` pixels wide where the tile grid allows it."""
 
@@ -107,6 +116,7 @@ class Plan:
         self.cols = axis(width, tile, int(tile * overlap), blended)
         # a scene of one tile needs no batch of four; a function of the scene, so the same on every process
         self.batch_size = min(batch_size, len(self.rows) * len(self.cols))
+        self._turn = (_even_step(self.batch_size) - len(self.cols)) % self.batch_size
         self.strips = _strips(self.cols, widest)
         rows = shard_rows or min(SHARD_ROWS, -(-height // FEWEST_SHARDS))
         self.shards = tuple(
@@ -133,9 +143,19 @@ class Plan:
         """The tile of a row and column of the grid."""
         return tile_of(self.rows.spans[row], self.cols.spans[col], self.tile)
 
-    def slot(self, row: int, col: int) -> int:
-        """Place of a tile in its batch. Libraries may round by place, so it must not depend on how work was cut."""
-        return (row * len(self.cols) + col) % self.batch_size
+    def place(self, row: int, col: int) -> Place:
+        """Place of a tile in its batch. Libraries may round by it, so it must not depend on how work was cut.
+
+        The tiles of the scene, counted row by row, fill batches of `batch_size`, and the last batch has as many places
+        as tiles are left. Within a batch the places are turned by the number of the row, so that the part of a row
+        that a strip holds does not begin at the same place in every row: all places would not be filled evenly then.
+        """
+        size, width = self.batch_size, len(self.cols)
+        tiles, number = len(self.rows) * width, row * width + col
+        first = number - number % size  # tile of the same batch
+        if first + size > tiles:
+            return Place(tiles - first, number - first)
+        return Place(size, (number + self._turn * (first // width)) % size)
 
     def runs(self, shards: Iterable[Shard]) -> list[Run]:
         """Shards joined where they follow each other, so that no tile between them is run twice."""
@@ -163,6 +183,11 @@ def _strips(cols: Axis, widest: int) -> tuple[tuple[int, int], ...]:
         if wanted >= len(cols) or all(cols.edges[b] - cols.edges[a] <= widest for a, b in ranges):
             return ranges
         wanted += 1
+
+
+def _even_step(size: int) -> int:
+    """The step that visits the numbers below `size` most evenly: near the golden section, without a common divisor."""
+    return min((step for step in range(1, size + 1) if gcd(step, size) == 1), key=lambda step: abs(step - 0.618 * size))
 
 
 def _groups(rows: Axis, pixel_rows: int) -> list[tuple[int, int]]:

@@ -1,32 +1,48 @@
-"""How much labels depend on what they should not depend on: tiles, holes, precision, batches.
+"""How much labels depend on what they should not depend on, and what makes them cheaper: tiles, holes, precision.
 
-    python benchmarks/labels.py CHECKPOINT SCENE [--crop 1024] [--encoder FOLDER]
+    python benchmarks/labels.py run NAME CHECKPOINT SCENE [--crop 1024] [--encoder FOLDER]
+    python benchmarks/labels.py write
 
 Seams: mean |difference of probability| between neighbouring pixels across tile borders, over the same between the same
 pixels where a grid shifted by half a stride has no border; 1 = no seam can be seen. Both grids are measured against
 each other, so that ground which is rougher where borders happen to lie cancels. Hole: the share of pixels around a hole
-cut into the scene whose label changes. Agreement: the share of pixels with the same label as in float32 with the
-settings of the recipe, and the time relative to it. Prints JSON.
+cut into the scene whose label changes. Variants: share of pixels with the same label as with float32 and the settings
+of the recipe, and time over that of the model alone (`floor`: its forward passes in float32 on batches in memory), the
+median of ROUNDS rounds in which all take turns. `run` keeps JSON in benchmarks/results/labels/, `write` puts tables
+into docs/labels.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from vfmseg.checkpoint import load_segmenter
 from vfmseg.geo.grid import Window, spans
 from vfmseg.geo.reader import Raster
 from vfmseg.how import How, settle
+from vfmseg.inference.plan import Plan
 from vfmseg.scenes import bands_of
-from vfmseg.segmenter import Segmenter
+from vfmseg.segmenter import DTYPES, Segmenter
 
-SEAMS = (("none", 0.0), ("none", 0.25), ("average", 0.25), ("gaussian", 0.25), ("hann", 0.25), ("hann", 0.5))
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "labels"
+PAGE = ROOT / "docs" / "labels.md"
+BELOW = "<!-- tables: python benchmarks/labels.py write -->"
+ROUNDS = 3
+SEAMS = (("none", 0.0), ("none", 0.25), ("average", 0.25), ("gaussian", 0.25), ("hann", 0.125), ("hann", 0.25),
+         ("hann", 0.5))  # fmt: skip
 
 
 def borders(size: int, tile: int, overlap: float, blend: str) -> np.ndarray:
@@ -79,40 +95,88 @@ def hole_share(segmenter: Segmenter, scene: np.ndarray, side: int) -> float:
     return round(float((before != after)[near].mean()), 5)
 
 
-def timed(segmenter: Segmenter, scene: np.ndarray, how: How) -> tuple[np.ndarray, float]:
-    """Probabilities and seconds."""
-    started = time.perf_counter()
-    probabilities = segmenter.probabilities(scene, how)
-    return probabilities, time.perf_counter() - started
+def variants(checkpoint: Path, encoder: str | None) -> dict[str, tuple[Segmenter, How]]:
+    """Ways to the same labels, by name; the first is what the others are compared with."""
 
+    def load(dtype: str = "fp32", merge: bool = True, compile: bool = False, last: bool = False) -> Segmenter:
+        loaded = load_segmenter(checkpoint, encoder, merge)
+        if last:
+            loaded.model.to(memory_format=torch.channels_last)
+        return Segmenter(loaded, checkpoint, torch.device("cpu"), DTYPES[dtype], compile)
 
-def agreements(checkpoint: str, encoder: str | None, scene: np.ndarray) -> dict[str, dict[str, float]]:
-    """Share of equal labels and relative time of other precisions and batch sizes."""
-    plain = Segmenter.from_pretrained(checkpoint, device="cpu", encoder=encoder)
-    truth, seconds = timed(plain, scene, How())
-    variants = {
-        "bf16": (Segmenter.from_pretrained(checkpoint, device="cpu", dtype="bf16", encoder=encoder), How()),
+    plain = load()
+    return {
+        "as in the recipe, float32": (plain, How()),
+        "adapter not merged": (load(merge=False), How()),
+        "channels last": (load(last=True), How()),
+        "torch.compile": (load(compile=True), How()),
+        "bf16": (load("bf16"), How()),
+        "bf16, channels last": (load("bf16", last=True), How()),
+        "bf16, torch.compile": (load("bf16", compile=True), How()),
+        "overlap 0.125": (plain, How(overlap=0.125)),
+        "bf16, overlap 0.125": (load("bf16"), How(overlap=0.125)),
+        "tile twice as large": (plain, How(tile=2 * settle(How(), plain.recipe).settings.tile)),
         "batch of 1": (plain, How(batch_size=1)),
         "logits averaged": (plain, How(average="logits")),
-        "d4": (plain, How(tta="d4")),
     }
-    found = {}
-    for name, (segmenter, how) in variants.items():
-        other, taken = timed(segmenter, scene, how)
-        same = float((other.argmax(axis=0) == truth.argmax(axis=0)).mean())
-        found[name] = {"same labels": round(same, 5), "time": round(taken / seconds, 2)}
-    return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("scene")
-    parser.add_argument("--encoder")
-    parser.add_argument("--crop", type=int, default=1024, help="pixels a side that are used, from the middle")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args(arguments)
+def floor(segmenter: Segmenter, scene: np.ndarray) -> Callable[[], None]:
+    """The forward passes of a scene alone, in float32."""
+    settings = settle(How(), segmenter.recipe).settings
+    tile, size = settings.tile, settings.batch_size
+    plan = Plan(*scene.shape[1:], tile, settings.overlap, True, size)
+    (name,) = segmenter.facts.bands
+    batch = torch.from_numpy(np.nan_to_num(np.stack([scene[:, :tile, :tile]] * size)))
+    valid = torch.ones(size, tile, tile, dtype=torch.bool)
+    full, left = divmod(len(plan.rows) * len(plan.cols), size)
+
+    def work() -> None:
+        with torch.inference_mode():
+            for count in [size] * full + ([left] if left else []):
+                segmenter.model({name: batch[:count]}, {name: valid[:count]})
+
+    return work
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Wall-clock seconds of a call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def cheaper(checkpoint: Path, encoder: str | None, scene: np.ndarray) -> list[dict[str, Any]]:
+    """Labels a second and agreement of each variant, and of the floor."""
+    tried = variants(checkpoint, encoder)
+    labels = {}
+    for name, (segmenter, how) in tried.items():
+        print(name, file=sys.stderr, flush=True)
+        labels[name] = segmenter.probabilities(scene, how).argmax(axis=0)  # also warms up and compiles
+    plain = next(iter(tried))
+    works: dict[str, Callable[[], Any]] = {"floor": floor(tried[plain][0], scene)}
+    for name, (segmenter, how) in tried.items():
+        works[name] = lambda segmenter=segmenter, how=how: segmenter.predict(
+            scene, tile=how.tile, overlap=how.overlap, batch_size=how.batch_size
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            seconds[name].append(seconds_of(work))
+    return [
+        {
+            "variant": name,
+            "seconds": round(statistics.median(taken), 2),
+            "over_floor": round(statistics.median(t / f for t, f in zip(taken, seconds["floor"], strict=True)), 3),
+            "mpx_per_second": round(scene[0].size / 1e6 / statistics.median(taken), 4),
+            "same_labels": round(float((labels[name] == labels[plain]).mean()), 5) if name in labels else None,
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure one segmenter on one scene."""
     torch.set_num_threads(options.threads)
     segmenter = Segmenter.from_pretrained(options.checkpoint, device="cpu", encoder=options.encoder)
     (bands, *others) = bands_of(segmenter.recipe).values()
@@ -124,19 +188,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chip = raster.read(window)
     scene = np.where(chip.valid, chip.pixels, np.nan).astype(np.float32)
     tile = settle(How(), segmenter.recipe).settings.tile
-    seams = {
-        f"{blend}, overlap {overlap:g}": seam_score(segmenter, scene, tile, overlap, blend) for blend, overlap in SEAMS
-    }
     result = {
-        "scene": [height, width],
+        "scene": [Path(options.scene).name, height, width],
+        "recipe": segmenter.recipe.name,
         "tile": tile,
-        "seams": seams,
-        "labels changed around a hole of 64 px": hole_share(segmenter, scene, 64),
-        "agreement": agreements(options.checkpoint, options.encoder, scene),
-        "torch": torch.__version__,
-        "threads": options.threads,
-    }
-    print(json.dumps(result, indent=1))
+        "seams": [[*pair, seam_score(segmenter, scene, tile, pair[1], pair[0])] for pair in SEAMS],
+        "hole": hole_share(segmenter, scene, 64),
+        "variants": cheaper(Path(options.checkpoint), options.encoder, scene),
+        "setting": {"torch": torch.__version__, "threads": options.threads, "machine": platform.machine(),
+                    "cores": os.cpu_count()},
+    }  # fmt: skip
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    aside = RESULTS / f"{options.name}.partial"
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(RESULTS / f"{options.name}.json")
+
+
+def show() -> str:
+    """The tables as Markdown."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text())
+        name, height, width = found["scene"]
+        lines += [
+            "", f"### {path.stem}: recipe {found['recipe']}, {height} x {width} px of {name}, tile {found['tile']}", "",
+            f"{found['setting']['threads']} threads, torch {found['setting']['torch']}. A hole of 64 x 64 px changes "
+            f"{100 * found['hole']:.2f} % of the labels within a tile of it.", "",
+            "| blend | overlap | seam score |", "|---|---|---|",
+            *(f"| {blend} | {overlap:g} | {'-' if score is None else f'{score:.3f}'} |"
+              for blend, overlap, score in found["seams"]), "",
+            "| variant | s | x floor | Mpx/s | same labels |", "|---|---|---|---|---|",
+            *(_row(one) for one in found["variants"]),
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _row(one: dict[str, Any]) -> str:
+    same = "-" if one["same_labels"] is None else f"{100 * one['same_labels']:.2f} %"
+    return (
+        f"| {one['variant']} | {one['seconds']:.1f} | {one['over_floor']:.2f} | {one['mpx_per_second']:.3f} | {same} |"
+    )
+
+
+def page() -> str:
+    """The page of the documentation with the tables as they are now."""
+    written = PAGE.read_text(encoding="utf-8")
+    return f"{written[: written.index(BELOW)]}{BELOW}\n{show()}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    runner = verbs.add_parser("run")
+    runner.add_argument("name", help="of the result")
+    runner.add_argument("checkpoint")
+    runner.add_argument("scene")
+    runner.add_argument("--encoder")
+    runner.add_argument("--crop", type=int, default=1024, help="pixels a side that are used, from the middle")
+    runner.add_argument("--threads", type=int, default=2)
+    verbs.add_parser("write")
+    options = parser.parse_args(arguments)
+    if options.verb == "run":
+        run(options)
+    else:
+        PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

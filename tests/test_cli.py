@@ -189,7 +189,8 @@ def test_p37_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch:
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
-def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     """The line is typed as it stands, and the run ends as it would have: same recipe, overrides included."""
     recipe = write_recipe(tmp_path / "my recipe.yaml", content(place, tmp_path / "run"))
     command = [sys.executable, "-m", "vfmseg.cli", "finetune", str(recipe), "train.epochs=20", "seed=3"]
@@ -197,10 +198,10 @@ def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path) ->
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("epoch 2"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             break
     said = process.stderr.read()
-    assert process.wait(60) == 130, said
+    assert process.wait(60) == code, said
     line = said.strip().splitlines()[-1]
     program, *arguments = shlex.split(line.split("go on with: ")[1])
     assert program == "vfmseg"

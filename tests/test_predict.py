@@ -188,7 +188,8 @@ def test_p62_a_damaged_block_is_an_error_or_nodata(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_p37_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_p37_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     image, _ = toy_scene(3, 1500, 600)
     write_raster(tmp_path / "scene.tif", image)
     arguments = (tmp_path / "scene.tif", "-o", tmp_path / "labels.tif", "--overlap", "0.6", "--batch-size", "2")
@@ -196,10 +197,10 @@ def test_p37_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path) ->
     parts = tmp_path / ".labels.tif.parts"
     while running.poll() is None and not (parts.is_dir() and list(parts.glob("labels_*.tif"))):
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     assert running.stderr is not None
     message = running.stderr.read()
-    assert running.wait() == 130, message
+    assert running.wait() == code, message
     assert "Traceback" not in message
     assert "--overlap 0.6" in message
     assert message.rstrip().endswith("--resume")

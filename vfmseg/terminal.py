@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from vfmseg.errors import VfmsegError
 
@@ -42,18 +45,21 @@ def quiet_libraries() -> None:
 def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
     """Run a verb and return its exit code.
 
-    0 done; 2 the input is wrong; 3 the machine could not; 130 interrupted (with the line that resumes);
-    anything else is a bug and is raised, so that Python prints the traceback and exits with 1.
+    0 done; 2 the input is wrong; 3 the machine could not; 130 interrupted, 143 terminated (both with the line that
+    resumes); anything else is a bug and is raised, so that Python prints the traceback and exits with 1.
     """
     try:
-        verb()
+        with _termination_unwinds():
+            verb()
     except VfmsegError as error:
         _complain(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, _Terminated)
         if is_main_process():  # all of them were interrupted
-            _complain("interrupted" + (f"; go on with: {resume_line}" if resume_line else ""))
-        return 130
+            what = "terminated" if terminated else "interrupted"
+            _complain(what + (f"; go on with: {resume_line}" if resume_line else ""))
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except MemoryError:
         _complain("out of memory; try a smaller batch_size or tile")
         return 3
@@ -72,6 +78,30 @@ def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
         _complain("the accelerator ran out of memory; try a smaller batch_size or tile, or precision fp16/bf16")
         return 3
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it before they kill: to be left as by Ctrl-C."""
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Let SIGTERM end this process by an exception, so that half-written files go. One of several is ended at once:
+
+    it may wait for the others in code that no exception reaches, and its launcher waits for it.
+    """
+    if "RANK" in os.environ:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(message: str) -> None:

@@ -16,12 +16,19 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def write_raster(
-    path: Path, array: np.ndarray, *, nodata: float | None = None, crs: str | None = "EPSG:32633", alpha: bool = False
+    path: Path,
+    array: np.ndarray,
+    *,
+    nodata: float | None = None,
+    crs: str | None = "EPSG:32633",
+    alpha: bool = False,
+    origin: tuple[float, float] = (500000, 5000000),
+    pixel: float = 10,
 ) -> Path:
-    """Write (C, H, W) or (H, W) as a GeoTIFF with 10 m pixels."""
+    """Write (C, H, W) or (H, W) as a GeoTIFF with square pixels of `pixel` m, north-western corner at `origin`."""
     bands = array[None] if array.ndim == 2 else array
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = {"crs": crs, "transform": from_origin(500000, 5000000, 10, 10)} if crs else {}
+    place = {"crs": crs, "transform": from_origin(*origin, pixel, pixel)} if crs else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # some scenes shall have no place
         with rasterio.open(

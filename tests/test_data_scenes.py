@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from makers import recipe_dict, toy_folder, write_raster
 from vfmseg import terminal
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Window
+from vfmseg.inference.sources import OpenScene
 from vfmseg.recipe import Recipe, parse_recipe
 from vfmseg.scenes import bands_of, label_map_of, open_split, open_training
 
@@ -83,3 +85,70 @@ def test_what_the_recipe_says_of_values_and_classes_reaches_the_scenes(tmp_path:
     (scene,) = open_split(recipe, "test")
     chip = scene.read(Window(0, 0, 1, 1))["rgb"]
     assert (chip.pixels.ravel().tolist(), chip.valid.all()) == ([12, 7], True)
+
+
+def two_grids(folder: Path) -> Path:
+    """Optical scenes of 64 x 64 px at 10 m, heights at 4 m in another UTM zone that end within the scene."""
+    toy_folder(folder)
+    heights = np.random.default_rng(0).normal(300, 20, (1, 90, 130)).astype(np.float32)
+    for split, count in {"train": 4, "val": 2, "test": 1}.items():
+        for i in range(count):
+            name = folder / split / "heights" / f"s{i}_{split}.tif"
+            write_raster(name, heights + i, crs="EPSG:32634", origin=(28650, 5017400), pixel=4)
+    return folder
+
+
+def two_grid_recipe(folder: Path) -> Recipe:
+    content = recipe_dict(folder, None, folder / "run")
+    content["data"]["modalities"]["heights"] = {}
+    for split in ("train", "val", "test"):
+        content["data"][split]["heights"] = f"{folder}/{split}/heights/*.tif"
+    return parse_recipe(content, folder, "toy.yaml")
+
+
+def test_p34_a_modality_on_another_grid_is_seen_in_training_as_in_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_said", set())
+    recipe = two_grid_recipe(two_grids(tmp_path))
+    scene = open_training(recipe)["train"][1]
+    assert capsys.readouterr().err.count("heights: lies on another grid than rgb") == 1
+    files = {m: str(tmp_path / "train" / folder / "s1_train.tif") for m, folder in
+             {"rgb": "images", "heights": "heights"}.items()}  # fmt: skip
+    predicted = OpenScene(files, bands_of(recipe))
+    assert scene.grid == predicted.grid
+    for window in (Window(0, 0, 64, 64), Window(-5, 11, 40, 60)):
+        ours, theirs = pickle.loads(pickle.dumps(scene)).read(window), predicted.read(window)
+        for name in ("rgb", "heights"):
+            np.testing.assert_array_equal(ours[name].pixels, theirs[name].pixels)
+            np.testing.assert_array_equal(ours[name].valid, theirs[name].valid)
+    covered = scene.read(Window(0, 0, 64, 64))["heights"]
+    assert 0.1 < covered.valid.mean() < 0.9
+    assert covered.pixels[:, covered.valid].min() > 200
+
+
+def test_p34_heights_of_another_place_are_refused(tmp_path: Path) -> None:
+    folder = two_grids(tmp_path)
+    far = np.zeros((1, 90, 130), np.float32)
+    write_raster(folder / "train" / "heights" / "s1_train.tif", far, crs="EPSG:32634", origin=(400000, 5000000))
+    with pytest.raises(DataError, match=r"s1_train\.tif: covers nothing of the scene's first modality"):
+        open_training(two_grid_recipe(folder))
+
+
+def test_p48_ground_of_another_split_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy_recipe(toy_folder(tmp_path))
+    east = {"train": 0, "val": 1000, "test": 630}  # metres; scenes are 640 m wide: neighbours share 10 m
+    for split, count in {"train": 4, "val": 2, "test": 1}.items():
+        for i in range(count):
+            place = (500000 + east[split], 5000000 + 2000 * i)
+            for kind, shape in (("images", (3, 64, 64)), ("labels", (64, 64))):
+                path = tmp_path / split / kind / f"s{i}_{split}.tif"
+                write_raster(path, np.ones(shape, np.uint8), origin=place)
+    monkeypatch.setattr(terminal, "_said", set())
+    open_training(recipe)
+    said = capsys.readouterr().err
+    # test lies 270 m in val and 10 m in train
+    assert "data.test: 1 of 1 scenes lie on ground of data.val (most of all s0_test: 42% is in s0_val)" in said
+    assert "data.train" not in said

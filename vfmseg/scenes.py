@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vfmseg.data.split import (
     SceneLike,
@@ -14,11 +14,15 @@ from vfmseg.data.split import (
 )
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.errors import DataError, RecipeError
+from vfmseg.geo.footprints import ground_shared
 from vfmseg.geo.labels import LabelMap
 from vfmseg.geo.reader import Bands
 from vfmseg.model import InputFacts, normalization
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once
+
+SHARED = 0.1
+"""Share of a scene that must lie in another one to be told: boxes of neighbours may overlap a little."""
 
 
 def bands_of(recipe: Recipe) -> dict[str, Bands]:
@@ -67,6 +71,7 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file."""
     splits = {name: open_split(recipe, name) for name in ("train", "val", "test") if getattr(recipe.data, name)}
     disjoint(splits)
+    _tell_shared_ground(splits)
     for name, scenes in splits.items():
         _check_alike([splits["train"][0], *scenes], name)
     training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
@@ -91,6 +96,26 @@ def value_ranges(facts: InputFacts, recipe: Recipe) -> dict[str, float]:
     """255 for modalities that hold 8-bit values as stored, 0 (unknown) for the others."""
     plain = {name: m.scale == 1.0 and m.offset == 0.0 for name, m in recipe.data.modalities.items()}
     return {name: 255.0 if dtype == "uint8" and plain[name] else 0.0 for name, dtype in facts.dtypes.items()}
+
+
+def _tell_shared_ground(splits: Mapping[str, Sequence[SceneLike]]) -> None:
+    """Say where a split lies on ground of one before it: its scores say little about other places then.
+
+    Not an error: the same place at another time, or a strip that neighbours share, may be meant.
+    """
+    for split, scenes in splits.items():
+        for other in splits:
+            if other == split:
+                break
+            shares, which = ground_shared([s.grid for s in scenes], [s.grid for s in splits[other]])
+            found = int((shares > SHARED).sum())
+            if found:
+                worst = int(shares.argmax())
+                say_once(
+                    f"data.{split}: {found} of {len(scenes)} scenes lie on ground of data.{other} (most of all "
+                    f"{scenes[worst].name}: {shares[worst]:.0%} is in {splits[other][which[worst]].name}); scores "
+                    "there do not tell how well other places are labelled"
+                )
 
 
 def _check_alike(scenes: Sequence[SceneLike], split: str) -> None:

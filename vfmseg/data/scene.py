@@ -13,6 +13,7 @@ from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.reader import Chip, Raster
+from vfmseg.terminal import say_once
 
 
 class SceneLike(Protocol):
@@ -51,9 +52,10 @@ class SceneLike(Protocol):
 
 
 class FileScene:
-    """A scene in raster files, one per modality and one with labels, all of one size (and place, if they say so).
+    """A scene in raster files, one per modality and one with labels, on the grid of the first modality.
 
-    Raises DataError if they do not fit. Cheap to send to a worker: files are opened where they are read, and only
+    A further modality that lies on another grid, and says where, is resampled as it is read; labels never are. Raises
+    DataError if they do not fit. Cheap to send to a worker: files are opened where they are read, and only
     the last few stay open.
     """
 
@@ -70,25 +72,22 @@ class FileScene:
         self._dtypes = {name: raster.dtype for name, raster in self._rasters.items()}
 
     def _common_grid(self) -> Grid:
-        """The grid of the first modality, after looking whether the others are the same."""
+        """The grid of the first modality, after moving others to it; labels must lie on it."""
         if not self._rasters:
             raise DataError(f"{self.name}: no image; expected at least one modality")
-        grids = {raster.paths[0]: OPENED.use(raster).grid for raster in self._rasters.values()}
-        grids[self._labels.path] = OPENED.use(self._labels).grid
-        (first, one), *others = grids.items()
-        for path, two in others:
-            if (one.height, one.width) != (two.height, two.width):
-                raise DataError(
-                    f"{first} and {path} differ in size: {one.height} x {one.width} and {two.height} x {two.width} "
-                    "pixels (rows x columns); expected one grid: resample one to the other's (labels by nearest "
-                    "neighbour)"
-                )
-            if not one.same_place(two):
-                raise DataError(
-                    f"{first} and {path} have one size but lie elsewhere: {_where(one)} and {_where(two)}; expected "
-                    "the same CRS and transform: warp one to the other's grid (labels by nearest neighbour)"
-                )
-        return one
+        first_name, *others = self._rasters
+        first = self._rasters[first_name]
+        grid = OPENED.use(first).grid
+        for name in others:
+            raster = self._rasters[name]
+            own = OPENED.use(raster).grid
+            if not grid.same_place(own) and grid.georeferenced and own.georeferenced:
+                self._rasters[name] = raster = Raster(raster.paths, raster.bands, onto=grid)
+                own = OPENED.use(raster).grid  # DataError if they share no ground
+                say_once(f"{name}: lies on another grid than {first_name}, and is resampled to it as it is read")
+            _check_one_grid(first.paths[0], grid, raster.paths[0], own)
+        _check_one_grid(first.paths[0], grid, self._labels.path, OPENED.use(self._labels).grid)
+        return grid
 
     def read(self, window: Window) -> dict[str, Chip]:
         """Pixels and validity of each modality in a window."""
@@ -105,6 +104,19 @@ class FileScene:
     def dtypes(self) -> dict[str, str]:
         """{modality: type of the stored numbers}."""
         return dict(self._dtypes)
+
+
+def _check_one_grid(first: str, one: Grid, path: str, two: Grid) -> None:
+    if (one.height, one.width) != (two.height, two.width):
+        raise DataError(
+            f"{first} and {path} differ in size: {one.height} x {one.width} and {two.height} x {two.width} pixels "
+            "(rows x columns); expected one grid: resample one to the other's (labels by nearest neighbour)"
+        )
+    if not one.same_place(two):
+        raise DataError(
+            f"{first} and {path} have one size but lie elsewhere: {_where(one)} and {_where(two)}; expected the same "
+            "CRS and transform: warp one to the other's grid (labels by nearest neighbour)"
+        )
 
 
 def _where(grid: Grid) -> str:

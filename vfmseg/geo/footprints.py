@@ -1,0 +1,53 @@
+"""How much ground scenes share, told by the boxes around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from rasterio.warp import transform_bounds
+
+from vfmseg.geo.grid import Grid
+from vfmseg.geo.rasterfile import GDAL_ERRORS
+
+
+def ground_shared(of: Sequence[Grid], by: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:
+    """For each grid of the first: the largest share (0..1) of its box that one grid of the second covers, and which.
+
+    0 and -1 where it has no place on Earth, or nothing covers it. Boxes are compared in the reference system of the
+    first; a grid that is turned in it, or comes from another system, has a box larger than itself.
+    """
+    shares, which = np.zeros(len(of)), np.full(len(of), -1)
+    others = [i for i, grid in enumerate(by) if grid.georeferenced]
+    for crs in sorted({grid.crs for grid in of if grid.georeferenced and grid.crs}):
+        moved = [(i, box) for i in others if (box := _box(by[i], crs)) is not None]
+        if not moved:
+            continue
+        numbers = np.array([i for i, _ in moved])
+        west, south, east, north = np.array([box for _, box in moved]).T
+        for i, grid in enumerate(of):
+            box = _box(grid, crs) if grid.georeferenced and grid.crs == crs else None
+            if box is None:
+                continue
+            across = np.minimum(east, box[2]) - np.maximum(west, box[0])
+            down = np.minimum(north, box[3]) - np.maximum(south, box[1])
+            areas = across.clip(min=0) * down.clip(min=0) / ((box[2] - box[0]) * (box[3] - box[1]))
+            most = int(areas.argmax())
+            if areas[most] > 0:
+                shares[i], which[i] = areas[most], numbers[most]
+    return shares, which
+
+
+def _box(grid: Grid, crs: str) -> tuple[float, float, float, float] | None:
+    """West, south, east, north of a grid in a reference system; None if it reaches out of it."""
+    xs, ys = zip(*(grid.point(row, col) for row in (0, grid.height) for col in (0, grid.width)), strict=True)
+    box = (min(xs), min(ys), max(xs), max(ys))
+    if grid.crs == crs:
+        return box
+    try:
+        moved = transform_bounds(grid.crs, crs, *box)
+    except GDAL_ERRORS:
+        return None
+    west, south, east, north = moved
+    return (west, south, east, north) if all(map(math.isfinite, moved)) and west < east and south < north else None

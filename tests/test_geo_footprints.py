@@ -15,13 +15,14 @@ def grid(x: float, y: float, side: int = 100, crs: str | None = "EPSG:32633", pi
 
 def test_p48_the_largest_share_and_whose_it_is() -> None:
     of = [grid(500000, 5000000), grid(500500, 5000000), grid(700000, 5000000)]
-    by = [grid(499100, 5000000), grid(500250, 4999500), Grid(None, IDENTITY, 100, 100)]
+    nowhere, apart = Grid(None, IDENTITY, 100, 100), grid(600000, 5100000)
+    by = [nowhere, grid(499100, 5000000), apart, grid(500250, 4999500)]
     shares, which = ground_shared(of, by)
     np.testing.assert_allclose(shares, [0.75 * 0.5, 0.75 * 0.5, 0.0])
-    assert which.tolist() == [1, 1, -1]
+    assert which.tolist() == [3, 3, -1]
     shares, which = ground_shared(by, of)
-    np.testing.assert_allclose(shares, [0.1, 0.75 * 0.5, 0.0])
-    assert which.tolist()[::2] == [0, -1]
+    np.testing.assert_allclose(shares, [0.0, 0.1, 0.0, 0.75 * 0.5])
+    assert which.tolist()[:3] == [-1, 0, -1]
 
 
 def test_p48_a_small_scene_inside_a_large_one_is_wholly_in_it() -> None:

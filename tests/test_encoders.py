@@ -465,6 +465,40 @@ def test_pickled_code_in_weights_is_not_run(folders: dict[str, Path], tmp_path: 
     assert not proof.exists()
 
 
+def test_reduced_images_are_means_not_every_second_pixel(folders: dict[str, Path]) -> None:
+    """A checkerboard halved without a filter is all black or all white."""
+    encoder = build(folders, "dinov2", upscale=0.5)
+    board = 200.0 * ((torch.arange(56)[:, None] + torch.arange(56)) % 2).expand(1, 3, 56, 56)
+    seen = encoder.prepare(board, torch.ones(1, 3, 56, 56, dtype=torch.bool))
+    grey = normalised(torch.full((1, 3, 28, 28), 100.0), "dinov2")
+    assert torch.allclose(seen[..., 4:24, 4:24], grey[..., 4:24, 4:24], atol=0.05)
+
+
+def test_weights_of_half_precision_become_float32_and_have_one_hash(folders: dict[str, Path], tmp_path: Path) -> None:
+    file, tensors = other_folder(folders, "dinov2", tmp_path / "half")
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, file, {"format": "pt"})
+    half = build_encoder("dinov2", str(file.parent), 3)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    save_file({name: t.bfloat16().float() for name, t in tensors.items()}, file, {"format": "pt"})
+    assert build_encoder("dinov2", str(file.parent), 3).base.sha256 == half.base.sha256
+
+
+def test_a_revision_belongs_to_a_hub_id(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.configuration_utils import PreTrainedConfig
+
+    assert build_encoder("dinov2", str(folders["dinov2"]), 3, revision="main").base.revision is None
+    asked: list[str | None] = []
+
+    def spy(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked.append(revision)
+        raise OSError("offline")
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", spy)
+    with pytest.raises(CheckpointError, match="offline"):
+        build_encoder("dinov2", "some/where", 3, revision="v2")
+    assert asked == ["v2"]
+
+
 def test_settings_that_do_not_fit_together_are_refused(folders: dict[str, Path]) -> None:
     def refused(words: str, name: str = "clip", in_channels: int = 3, **settings: Any) -> None:
         with pytest.raises(RecipeError, match=words):

@@ -344,6 +344,16 @@ def test_full_batches_where_nothing_is_left_out() -> None:
     assert sum(filled) == report.tiles == len(plan.rows) * len(plan.cols)
 
 
+def test_time_spent_waiting_for_the_model_is_no_work_of_another_stage() -> None:
+    def slow(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        time.sleep(0.02)
+        return pointwise(images, valid)
+
+    _, report = label(scene_of(np.ones((1, 64, 400), np.float32)), slow, Plan(64, 400, 16, 0.25, True, 4), "hann")
+    assert report.stages["model"] > 0.02 * report.tiles / 4
+    assert sum(report.stages[name] for name in ("read", "cut", "wait", "blend", "write")) < report.stages["model"] / 2
+
+
 def test_each_block_is_decoded_once() -> None:
     """With one strip, no two reads touch the same block of the file, whatever tile and overlap are."""
     touched = np.zeros((20, 25), dtype=int)

@@ -189,7 +189,7 @@ class _Work:
         number = 0
         for row in self.tile_rows:
             rows.until(self.plan.rows.starts[row] + self.plan.tile)
-            started = time.perf_counter()
+            started, blocked = time.perf_counter(), self.blocked
             for col in self.tile_cols:
                 tile = self.plan.tile_at(row, col)
                 if self.runs(rows, tile.window):
@@ -199,11 +199,16 @@ class _Work:
                     self.queue.put(_Step(tile))
                 number += 1
             self.queue.put(self.row_end(rows, row))
-            self.stages.worked("cut", time.perf_counter() - started)
+            self.stages.worked("cut", time.perf_counter() - started - (self.blocked - blocked))
             if row + 1 < len(self.plan.rows):
                 rows.forget(self.plan.rows.starts[row + 1])
         batcher.finish()
         self.queue.put(None)
+
+    @property
+    def blocked(self) -> float:
+        """Seconds for which the cutting thread has waited for the model."""
+        return self.queue.blocked + self.waiting.blocked
 
     def runs(self, rows: Rows, window: Window) -> bool:
         """Whether the model has to see a tile: it is asked for and holds a valid pixel."""

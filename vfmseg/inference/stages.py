@@ -89,21 +89,24 @@ class Stages:
 
 
 class Pipe(Generic[T]):
-    """A bounded queue between two stages."""
+    """A bounded queue between two stages. `blocked`: seconds for which putting has waited."""
 
     def __init__(self, stages: Stages, most: int) -> None:
         self._stages = stages
         self._queue: queue.Queue[T] = queue.Queue(most)
-        self.most = most
+        self.blocked = 0.0
 
     def put(self, item: T) -> None:
         """Hand on; waits while the queue is full. Raises Stopped (or the error) if the job has ended."""
+        started = time.perf_counter()
         while True:
             self._stages.check()
             try:
-                return self._queue.put(item, timeout=_PATIENCE)
+                self._queue.put(item, timeout=_PATIENCE)
             except queue.Full:
                 continue
+            self.blocked += time.perf_counter() - started
+            return
 
     def get(self) -> T:
         """Take the next; waits while the queue is empty."""

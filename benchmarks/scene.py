@@ -2,7 +2,7 @@
 
     python benchmarks/scene.py make FOLDER --sizes 2048 4096 8192 8192x131072
     python benchmarks/scene.py run FOLDER --model conv --sizes 4096 8192 --pairs 5 --peer terratorch=PYTHON
-    python benchmarks/scene.py print
+    python benchmarks/scene.py write
     python benchmarks/scene.py plot rss.png --model conv --sizes 8192 8192x131072 --only vfmseg
 
 A size is the side of a square in pixels, or WIDTHxHEIGHT. `run` starts every measurement in a process of its own, one
@@ -10,7 +10,8 @@ at a time: the first round of all contenders, then the second of all, and so on,
 module and weights (scene_peers.py says what each does). `floor` is the model alone, on batches that are in memory
 already. A peer needs an interpreter that has it: --peer NAME=PYTHON, NAME terratorch, torchgeo or geoai. Each result
 is a JSON file in benchmarks/results/scene/; what is there is not measured again, so an interrupted run goes on: delete
-files to measure anew. The first round compares every map with that of the hand loop.
+files to measure anew. `write` puts the tables into docs/scenes.md. The first round compares every map with that of the
+hand loop.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ if str(HERE) not in sys.path:
 from scene_make import BLOCK, write_scene  # noqa: E402
 
 RESULTS = HERE / "results" / "scene"
+PAGE = HERE.parent / "docs" / "scenes.md"
+BELOW = "<!-- tables: python benchmarks/scene.py write -->"
 BRIGHTEST = 4000  # about the largest stored number
 RING = 8  # pixels at the scene's edge that `interior` leaves out: libraries pad differently there
 
@@ -231,7 +234,7 @@ def compare(labels: Path, hand: Path) -> dict[str, Any]:
         return found
 
 
-# -------------------------------------------------------------------------------------------------------------- print
+# -------------------------------------------------------------------------------------------------------------- write
 
 
 def results() -> dict[Case, dict[str, dict[int, dict[str, Any]]]]:
@@ -261,8 +264,17 @@ def show() -> str:
             "| CPU s beside the model | tiles run | same label as hand loop |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
-        blocks += [_row(case, contenders, name) for name in TITLES if name in contenders or name in PEERS]
+        compared = any(name in contenders for name in PEERS)
+        blocks += [
+            _row(case, contenders, name) for name in TITLES if name in contenders or (compared and name in PEERS)
+        ]
     return "\n".join(blocks).strip()
+
+
+def page() -> str:
+    """The page of the documentation with the tables as they are now."""
+    written = PAGE.read_text(encoding="utf-8")
+    return f"{written[: written.index(BELOW)]}{BELOW}\n\n{show()}\n"
 
 
 def _row(case: Case, contenders: dict[str, dict[int, dict[str, Any]]], name: str) -> str:
@@ -360,15 +372,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runner.add_argument("--env", action="append", default=[], type=_pair, metavar="NAME=VALUE", help="for all")
     runner.add_argument("--trace", action="store_true", help="keep RSS over time of the first round")
     runner.add_argument("--keep", action="store_true", help="keep the maps, beside the scenes")
-    verbs.add_parser("print", help="tables as Markdown")
+    verbs.add_parser("write", help="tables into docs/scenes.md")
     drawer = verbs.add_parser("plot", help="RSS over time as PNG")
     drawer.add_argument("target", type=Path)
     drawer.add_argument("--model", choices=["conv", "vit"], default="conv")
     drawer.add_argument("--sizes", nargs="+", type=size)
     drawer.add_argument("--only", nargs="+", choices=list(TITLES))
     options = parser.parse_args(arguments)
-    if options.verb == "print":
-        print(show())
+    if options.verb == "write":
+        PAGE.write_text(page(), encoding="utf-8")
     else:
         {"make": make, "run": run, "plot": plot}[options.verb](options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -194,10 +195,10 @@ def test_large_scenes_are_cut_into_tiles_that_cover_each_pixel_once(tmp_path: Pa
     assert sum(int((t.targets == 1).sum()) for t in tiles) == labels.sum()
 
 
-def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
-    from benchmarks import table
-
-    assert table.PAGE.read_text(encoding="utf-8") == table.page()
+@pytest.mark.parametrize("script", ["table", "scene", "labels"])
+def test_the_tables_of_the_documentation_are_those_of_the_results(script: str) -> None:
+    module = importlib.import_module(f"benchmarks.{script}")
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()
 
 
 def test_the_demo_with_an_encoder_is_the_row_of_the_table(tmp_path: Path) -> None:

@@ -77,9 +77,10 @@ class Band:
         if rows == 0:
             return
         keep = self.sums.shape[1] - rows
-        if keep > 0:
-            self.sums[:, :keep] = self.sums[:, rows:].clone()
-            self.weights[:keep] = self.weights[rows:].clone()
+        for first in range(0, keep, rows):  # pieces that do not overlap with where they go
+            here, there = slice(first, min(first + rows, keep)), slice(first + rows, min(first + rows, keep) + rows)
+            self.sums[:, here] = self.sums[:, there]
+            self.weights[here] = self.weights[there]
         self.sums[:, max(keep, 0) :] = 0
         self.weights[max(keep, 0) :] = 0
         self.top += rows

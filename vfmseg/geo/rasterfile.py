@@ -29,7 +29,8 @@ GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 """What rasterio raises when GDAL fails: in some functions GDAL's own error, which is none of rasterio's."""
 
 _OPTIONS: dict[str, Any] = {
-    "GDAL_CACHEMAX": 64,  # MB; GDAL's default is 5 % of the machine's memory, and windows are read once
+    # bytes, which rasterio hands on as they are; GDAL would take 5 % of the memory, and windows are read once
+    "GDAL_CACHEMAX": 64 * 2**20,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
 }
 

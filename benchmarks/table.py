@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     for name in options.sets:
         for row in options.rows:
-            for seed in SEEDS:
+            for seed in options.seeds:
                 target = RESULTS / f"{name}.{row}.{seed}.json"
                 first = RESULTS / f"{name}.{row}.0.json"
                 long = seed and first.is_file() and json.loads(first.read_text())["minutes"] > LONG_RUN
@@ -216,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runner.add_argument("--encoder", required=True, help="folder of the ViT-S/14")
     runner.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     runner.add_argument("--rows", nargs="+", default=list(TITLES), choices=list(TITLES))
+    runner.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     verbs.add_parser("write")
     options = parser.parse_args(arguments)
     if options.verb == "run":

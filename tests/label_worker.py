@@ -32,5 +32,5 @@ if __name__ == "__main__":
     products = Products((0, 1, 2), ("confidence",))
     layers = products.layers(("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), {"vfmseg_recipe": "toy"})
     job = prepare([opened], opened.stored(), {"x": 1}, Model(vote, 3), products, 2, Settings(32, 0.25, "hann", 4))
-    _, report = into_files(job, Path(sys.argv[2]), layers, {}, rank=rank, ranks=ranks, resume="--resume" in sys.argv)
+    report = into_files(job, Path(sys.argv[2]), layers, {}, rank=rank, ranks=ranks, resume="--resume" in sys.argv)
     print(f"rank{rank} {report.tiles}", flush=True)

@@ -616,3 +616,13 @@ def test_p32_forked_workers_do_not_share_a_file_position(tmp_path: Path) -> None
     truth = [array[:, row : row + 8].astype(np.float32).tobytes() for row in orders[0]]
     assert mine == truth
     assert sorted(map(hash, map(tuple, answers))) == sorted([hash(tuple(truth)), hash(tuple(truth[::-1]))])
+
+
+def test_gdal_keeps_64_mebibytes_of_blocks() -> None:
+    """rasterio hands the number on as bytes: 64 would switch the cache off, for the whole process."""
+    from rasterio.env import getenv
+
+    from vfmseg.geo.rasterfile import gdal
+
+    with gdal():
+        assert int(getenv()["GDAL_CACHEMAX"]) == 64 * 2**20

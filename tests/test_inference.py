@@ -418,10 +418,10 @@ def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
         settings = Settings(64, 0.25, "hann", 4, limit * 2**20)
         return prepare([Endless(300, width)], Stored((64, 64)), {"x": 1}, Model(pointwise, 3), products, 1, settings)
 
-    narrow, wide = job(1000, 4), job(16000, 4)
+    narrow, wide = job(1000, 6), job(16000, 6)
     assert len(narrow.plan.strips) == 1
     assert len(wide.plan.strips) > 2
-    assert wide.memory <= 4 * 2**20
+    assert wide.memory <= 6 * 2**20
     assert job(100000, 1024).plan.strip_columns(0)[1] <= 16384
     with pytest.raises(MachineError, match=r"memory_limit = 1 MiB is too little for tiles of 64 px"):
         job(1000, 1)
@@ -516,3 +516,36 @@ def test_p62_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Band, "add", loses)
     with pytest.raises(RuntimeError, match="a tile was lost"):
         label(Endless(100, 64), pointwise, Plan(100, 64, 32, 0.25, True, 2), "hann")
+
+
+@pytest.mark.parametrize("part", ["top", "scattered"])
+def test_p34_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
+    """Where tiles are left out for long, rows are finished and written meanwhile, not kept until the end."""
+
+    class Sparse:
+        def __init__(self) -> None:
+            self.grid = Grid(None, IDENTITY, 6400, 64)
+
+        def read(self, window: Window) -> dict[str, Chip]:
+            rows = np.arange(window.row, window.row + window.height)
+            some = rows < 10 if part == "top" else rows % 1600 < 10
+            valid = np.repeat(some[:, None], window.width, axis=1)
+            return {"x": Chip(np.ones((1, *window.shape), np.float32), valid)}
+
+    read_to = [0]
+    behind = [0]
+
+    class Watch:
+        def write(self, window: Window, arrays: Any) -> None:
+            behind[0] = max(behind[0], read_to[0] - window.row)
+
+    class Reading(Sparse):
+        def read(self, window: Window) -> dict[str, Chip]:
+            read_to[0] = window.row + window.height
+            return super().read(window)
+
+    products = Products((0, 1, 2))
+    model = Model(pointwise, 3)
+    job = prepare([Reading()], Stored((32, 64)), {"x": 1}, model, products, 1, Settings(32, 0.25, "hann", 8))
+    into(job, Watch())
+    assert behind[0] < 1600

@@ -21,7 +21,7 @@ from vfmseg.errors import DataError, MachineError
 from vfmseg.geo import writer as writer_module
 from vfmseg.geo.reader import Bands
 from vfmseg.inference.engine import Model
-from vfmseg.inference.job import Job, Settings, into_files, prepare
+from vfmseg.inference.job import Job, Settings, into_files, prepare, targets_of
 from vfmseg.inference.products import Products
 from vfmseg.inference.shards import Parts
 from vfmseg.inference.sources import OpenScene
@@ -69,7 +69,8 @@ def job_of(scene: Path, **changes: Any) -> Job:
 
 def label(scene: Path, target: Path, fingerprint: dict[str, Any] | None = None, **how: Any) -> dict[str, Path]:
     changes = {name: how.pop(name) for name in ("vote", "blend") if name in how}
-    return into_files(job_of(scene, **changes), target, LAYERS, fingerprint or {}, **how)[0]
+    into_files(job_of(scene, **changes), target, LAYERS, fingerprint or {}, **how)
+    return targets_of(target, LAYERS)
 
 
 def worker(scene: Path, target: Path, *options: str, processes: int = 1) -> list[str]:
@@ -143,6 +144,29 @@ def test_p63_resume_of_other_work_is_refused_and_overwrite_starts_anew(
         label(scene, target, {"tile": 32}, resume=True)
     files = label(scene, target, {"tile": 32}, overwrite=True)
     assert files["labels"].read_bytes() == undisturbed["labels"]
+
+
+def test_p63_pieces_without_their_plan_are_of_unknown_work(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """The removal of old pieces may have been interrupted after their plan had gone."""
+    target = tmp_path / "labels.tif"
+    with pytest.raises(KeyboardInterrupt):
+        label(scene, target, {"tile": 16}, vote=Breaks(40, KeyboardInterrupt()))
+    pieces = list((tmp_path / ".labels.tif.parts").glob("labels_*.tif"))
+    assert pieces
+    pieces[0].write_bytes(b"of another checkpoint")
+    (tmp_path / ".labels.tif.parts" / "plan.json").unlink()
+    files = label(scene, target, {"tile": 32}, resume=True)
+    assert files["labels"].read_bytes() == undisturbed["labels"]
+
+
+def test_p37_an_error_says_that_pieces_are_kept(scene: Path, tmp_path: Path) -> None:
+    target = tmp_path / "labels.tif"
+    with pytest.raises(MachineError, match=r"(?s)no room.*\d+ of \d+ pieces are done and kept: go on with --resume"):
+        label(scene, target, vote=Breaks(40, MachineError("no room")))
+    with pytest.raises(MachineError, match=r"^no room$"):  # nothing was done yet
+        label(scene, tmp_path / "other.tif", vote=Breaks(1, MachineError("no room")))
 
 
 def test_p37_full_disk_in_a_piece_or_at_the_end_leaves_no_target(

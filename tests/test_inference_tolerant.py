@@ -15,8 +15,8 @@ from rasterio.transform import Affine
 from torch import Tensor
 
 from vfmseg.errors import DataError
-from vfmseg.geo.grid import Window
-from vfmseg.geo.reader import Bands
+from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.reader import Bands, Chip
 from vfmseg.inference.engine import Model, Report, label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
@@ -166,8 +166,28 @@ def test_damage_in_a_modality_on_another_grid_hides_the_ground_below_it(tmp_path
     assert chips["dsm"].valid[:, :192].all()
 
 
-def test_p32_what_threads_give_up_is_counted_whole() -> None:
+def test_p32_what_threads_give_up_is_counted_whole_and_once() -> None:
     unreadable = Unreadable()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: unreadable.add(DataError(str(i)), Window(0, 0, 2, 3)), range(2000)))
-    assert (len(unreadable.messages), unreadable.pixels) == (2000, 12000)
+        list(pool.map(lambda i: unreadable.add(DataError(str(i)), Window(i % 1000, 0, 2, 3)), range(2000)))
+    assert (len(unreadable.messages), unreadable.pixels) == (1000, 6000)
+
+
+@pytest.mark.parametrize("window", [Window(0, 0, 100, 64), Window(100, 10, 28, 40), Window(70, 0, 60, 64)])
+def test_p62_what_is_lost_does_not_depend_on_the_window(window: Window) -> None:
+    """A second modality is damaged in a part of a block of the first: the whole block goes, whoever asks for what."""
+
+    class Hurt:
+        grid = Grid(None, IDENTITY, 200, 64)
+
+        def read(self, window: Window) -> dict[str, Chip]:
+            if window.row < 120 and window.row + window.height > 110:
+                raise DataError(f"{window} cannot be read")
+            return {"x": Chip(np.ones((1, *window.shape), np.float32), np.ones(window.shape, bool))}
+
+    lost = Unreadable()
+    rows = np.arange(window.row, window.row + window.height)
+    found = Tolerant(Hurt(), {"x": 1}, (64, 64), lost).read(window)["x"]
+    np.testing.assert_array_equal(found.valid, np.repeat((rows // 64 != 1)[:, None], window.width, axis=1))
+    np.testing.assert_array_equal(found.pixels[0], found.valid)
+    assert list(lost.blocks) == [Window(64, 0, 64, 64)]

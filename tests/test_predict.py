@@ -146,7 +146,12 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
     with pytest.raises(DataError, match=r"s1\.tif: exists already"):
         label(segmenter, tmp_path / "in", tmp_path / "out")
     (tmp_path / "out" / "s2.tif").unlink()
-    assert len(label(segmenter, tmp_path / "in", tmp_path / "out", resume=True)) == 1
+    before = (tmp_path / "out" / "s1.tif").stat().st_mtime_ns
+    records = label(segmenter, tmp_path / "in", tmp_path / "out", resume=True)
+    assert [r["pixels"] for r in records] == [0, 3500]  # of this run
+    assert (tmp_path / "out" / "s1.tif").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"s1\.tif: exists already"):  # finished, but as other work
+        label(segmenter, tmp_path / "in", tmp_path / "out", How(overlap=0.5), resume=True)
     with pytest.raises(RecipeError, match="goes with one scene"):
         predict(segmenter, str(tmp_path / "in"), {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
 
@@ -154,7 +159,8 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
 def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     label(segmenter, place / "scene.tif", tmp_path / "labels.tif")
     (tmp_path / ".labels.tif.parts").mkdir()
-    assert label(segmenter, place / "scene.tif", tmp_path / "labels.tif", resume=True) == []
+    (record,) = label(segmenter, place / "scene.tif", tmp_path / "labels.tif", resume=True)
+    assert record["pixels"] == record["tiles_run"] == 0
     assert names_in(tmp_path) == ["labels.tif"]
 
 
@@ -208,3 +214,84 @@ def test_p37_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, se
     done = subprocess.run(command(place, *arguments, "--resume"), capture_output=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
     assert names_in(tmp_path) == ["labels.tif", "scene.tif"]
+
+
+def test_a_list_over_processes_needs_no_meeting_between_scenes(place: Path, tmp_path: Path) -> None:
+    """Three scenes on two processes, one of them labelled before: nobody waits for a process that has less to do."""
+    for seed in (1, 2, 3):
+        write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])
+    again: list[str] = []
+    for _ in range(2):
+        done = subprocess.run(
+            command(place, tmp_path / "in", "-o", tmp_path / "out", "--json", *again, processes=2),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=ENVIRONMENT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        records = json.loads(done.stdout)["scenes"]  # one object, from the first process, with the scenes of both
+        assert [Path(r["scene"]).stem for r in records] == ["s1", "s2", "s3"]
+        assert names_in(tmp_path / "out") == ["s1.tif", "s2.tif", "s3.tif"]
+        (tmp_path / "out" / "s1.tif").unlink()
+        again = ["--resume"]
+
+
+def test_scenes_outside_the_area_are_left_out_of_a_list(
+    place: Path, segmenter: Segmenter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_raster(tmp_path / "in" / "here.tif", toy_scene(1, 70, 50)[0])
+    write_raster(tmp_path / "in" / "there.tif", toy_scene(2, 70, 50)[0], origin=(700000, 5000000))
+    bounds = (500100.0, 4999500.0, 500300.0, 4999900.0)
+    (record,) = label(segmenter, tmp_path / "in", tmp_path / "out", area=bounds)
+    assert Path(record["scene"]).stem == "here"
+    assert names_in(tmp_path / "out") == ["here.tif"]
+    assert "there.tif: left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match="the area holds nothing of any of its 2 scenes"):
+        label(segmenter, tmp_path / "in", tmp_path / "none", area=(0.0, 0.0, 1.0, 1.0))
+
+
+def test_what_stops_polygons_is_found_before_labelling(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    town = tmp_path / "town.geojson"
+    town.write_text("precious")
+    for suffix, message, wanted in (
+        ("gpkg", "expected a suffix with its dot", {}),
+        (".shp", "polygons cannot be written as", {}),
+        (".gpkg", "min_area -1", {"min_area": -1.0}),
+        (".geojson", "is the area of interest", {"area": str(town)}),
+        (".geojson", r"town\.geojson: exists already", {}),
+    ):
+        with pytest.raises((DataError, RecipeError), match=message):
+            label(segmenter, place / "scene.tif", tmp_path / "town.tif", polygons=suffix, **wanted)
+    assert names_in(tmp_path) == ["town.geojson"]
+    assert town.read_text() == "precious"
+
+
+def test_p63_other_products_do_not_replace_files_either(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    (tmp_path / "x_confidence.tif").write_text("precious")
+    with pytest.raises(DataError, match=r"x_confidence\.tif: exists already"):
+        label(segmenter, place / "scene.tif", tmp_path / "x.tif", extras=("confidence",))
+    scene = tmp_path / "y_confidence.tif"
+    scene.write_bytes((place / "scene.tif").read_bytes())
+    with pytest.raises(DataError, match="is the scene itself"):
+        label(segmenter, scene, tmp_path / "y.tif", extras=("confidence",), overwrite=True)
+    assert (tmp_path / "x_confidence.tif").read_text() == "precious"
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/labels.tif", "/vsis3/bucket/labels.tif"])
+def test_labels_are_written_to_a_local_disk(place: Path, segmenter: Segmenter, output: str) -> None:
+    with pytest.raises(DataError, match="name a local path"):
+        predict(segmenter, str(place / "scene.tif"), {}, output, How(), Wanted())
+    with pytest.raises(DataError, match="name a local path"):
+        segmenter.label(str(place / "scene.tif"), output)
+
+
+def test_p37_polygons_that_an_interruption_has_cost_are_made_by_resume(
+    place: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyogrio")
+    label(segmenter, place / "scene.tif", tmp_path / "labels.tif", polygons=".gpkg")
+    (tmp_path / "labels.gpkg").unlink()
+    label(segmenter, place / "scene.tif", tmp_path / "labels.tif", polygons=".gpkg", resume=True)
+    assert names_in(tmp_path) == ["labels.gpkg", "labels.tif"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def predict(
     scene: Annotated[
         str, typer.Argument(help="Any path that GDAL reads; or a folder, pattern, list (.txt) or STAC file (.json).")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="GeoTIFF to write; for several scenes a folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="GeoTIFF to write; for several scenes a folder.")],
     modality: Annotated[
         list[str] | None, typer.Option("--modality", help="Further modality as name=path; on any grid. Repeat it.")
     ] = None,
@@ -123,6 +124,7 @@ def predict(
         # importing makes millions of objects that live to the end; looking for garbage among them costs half a second
         gc.disable()
         from vfmseg.how import How
+        from vfmseg.inference.worklist import scenes_of
         from vfmseg.predict import Wanted, summary
         from vfmseg.predict import predict as label
         from vfmseg.segmenter import Segmenter
@@ -140,11 +142,19 @@ def predict(
         )  # fmt: skip
         records = label(segmenter, scene, others, output, how, wanted)
         if as_json and records:
-            print(json.dumps(records[0] if len(records) == 1 else {"scenes": records}))
+            print(json.dumps({"scenes": records} if scenes_of(scene) else records[0]))
         elif records:
             say(summary(records))
 
-    _end(verb, f"{shlex.join(sys.argv)} --resume")
+    _end(verb, _resumed())
+
+
+def _resumed() -> str:
+    """The command that goes on with what this one began."""
+    if "RANK" in os.environ:
+        return "the same command with --resume"  # only the launcher knows how it was started
+    module = Path(sys.argv[0]).name == "cli.py"
+    return shlex.join([*([sys.executable, "-m", "vfmseg.cli"] if module else sys.argv[:1]), *sys.argv[1:], "--resume"])
 
 
 def _numbers(name: str, text: str | None, count: int | None = None) -> tuple[float, ...] | None:

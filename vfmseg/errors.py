@@ -24,6 +24,10 @@ class DataError(VfmsegError):
     """Images or labels are missing, unreadable or do not fit together."""
 
 
+class OutsideError(DataError):
+    """An area of interest holds nothing of a scene; in a list of scenes it is left out."""
+
+
 class CheckpointError(VfmsegError):
     """A checkpoint or encoder is missing, damaged, or belongs to something else."""
 

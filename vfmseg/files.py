@@ -32,6 +32,13 @@ def require_own(target: Path, mark: str) -> None:
         )
 
 
+def local_path(output: str | Path) -> Path:
+    """Where something is written: on a disk of this machine (DataError for an address or a path of GDAL's own)."""
+    if "://" in str(output) or str(output).startswith("/vsi"):
+        raise DataError(f"{output}: labels are written to a disk of this machine; name a local path, and copy it then")
+    return Path(output)
+
+
 def check_label_file(target: Path, inputs: Iterable[str]) -> None:
     """Labels are a GeoTIFF and are called one; they never replace the imagery that they are made from (DataError)."""
     if target.is_dir():

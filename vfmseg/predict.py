@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vfmseg.errors import RecipeError
-from vfmseg.geo.polygons import write_polygons
+from vfmseg.errors import DataError, OutsideError, RecipeError
+from vfmseg.files import local_path
+from vfmseg.geo.polygons import check_polygons, write_polygons
 from vfmseg.how import How
-from vfmseg.inference.engine import Tick
+from vfmseg.inference.engine import Report, Tick
 from vfmseg.inference.job import Job
-from vfmseg.inference.ranks import join, meet
+from vfmseg.inference.ranks import gather, join
 from vfmseg.inference.shards import forget_pieces
 from vfmseg.inference.worklist import scenes_of, targets_for
 from vfmseg.progress import LabelProgress, stage_shares
-from vfmseg.segmenter import Labelled, Segmenter
+from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import say
 
 
@@ -28,7 +29,7 @@ class Wanted:
     extras: tuple[str, ...] = ()
     area: str | tuple[float, ...] | None = None
     cog: bool = False
-    polygons: str | None = None
+    polygons: str | None = None  # such as ".gpkg"
     min_area: float = 0.0
     simplify: float = 0.0
     resume: bool = False
@@ -37,14 +38,15 @@ class Wanted:
 
 
 def predict(
-    segmenter: Segmenter, scene: str, others: Mapping[str, str], output: Path, how: How, wanted: Wanted
+    segmenter: Segmenter, scene: str, others: Mapping[str, str], output: str | Path, how: How, wanted: Wanted
 ) -> list[dict[str, Any]]:
     """Label a scene, or every scene of a folder, pattern, list or STAC file, into `output` (then a folder).
 
     `others` {modality: path} of a single scene. Processes share the scenes of a list that has at least as many as there
-    are processes, and the pieces of each scene otherwise. Returns a record for each scene that this process has
-    finished (the first process for shared ones).
+    are processes, and the pieces of each scene otherwise. Returns a record for each scene to the first process, and
+    none to the others.
     """
+    output = local_path(output)
     first = next(iter(segmenter.facts.bands))
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
@@ -56,22 +58,41 @@ def predict(
         if others:
             raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
         jobs = list(zip(scenes, targets_for(scenes, output, wanted.extras), strict=True))
+    vectors = [_vector_of(target, wanted) for _, target in jobs]
     alone = len(jobs) >= ranks > 1
-    records = []
-    for number, (path, target) in enumerate(jobs):
-        if alone and number % ranks != rank:
-            continue
-        if wanted.resume and target.is_file() and not wanted.overwrite:
-            say(f"{target} is there already")
-            if alone or rank == 0:
-                forget_pieces(target)  # of a run that was killed after its very last step but one
-            continue
-        share = (0, 1) if alone else (rank, ranks)
-        record = _one(segmenter, {first: path, **others}, path, target, how, wanted, *share)
-        if alone or rank == 0:
-            records.append(record)
-    meet()
-    return records
+    share = (0, 1) if alone else (rank, ranks)
+    mine = range(rank, len(jobs), ranks) if alone else range(len(jobs))
+    records: dict[int, dict[str, Any]] = {}
+    for number in mine:
+        path, target = jobs[number]
+        try:
+            records[number] = _one(
+                segmenter, {first: path, **others}, path, target, vectors[number], how, wanted, *share
+            )
+        except OutsideError as error:
+            if scenes is None:
+                raise
+            say(f"{path}: left out: {error}")
+    found = gather(records)
+    if not any(found):
+        raise OutsideError(f"{scene}: the area holds nothing of any of its {len(jobs)} scenes; check its place")
+    every = {number: record for some in (found if alone else found[:1]) for number, record in some.items()}
+    return [every[number] for number in sorted(every)] if rank == 0 else []
+
+
+def _vector_of(target: Path, wanted: Wanted) -> Path | None:
+    """Where the polygons go. What would stop them is found before hours of labelling, not after."""
+    if wanted.polygons is None:
+        return None
+    if not wanted.polygons.startswith("."):
+        raise RecipeError(f"--polygons {wanted.polygons}: expected a suffix with its dot, such as .gpkg")
+    vector = target.with_suffix(wanted.polygons)
+    check_polygons(vector, wanted.min_area, wanted.simplify)
+    if isinstance(wanted.area, str) and vector.resolve() == Path(wanted.area).resolve():
+        raise RecipeError(f"{vector}: is the area of interest, which the polygons would replace; choose another output")
+    if vector.exists() and not wanted.overwrite and not (wanted.resume and target.exists()):
+        raise DataError(f"{vector}: exists already; choose another name, or allow overwriting (--overwrite)")
+    return vector
 
 
 def _one(
@@ -79,6 +100,7 @@ def _one(
     inputs: Mapping[str, str],
     path: str,
     target: Path,
+    vector: Path | None,
     how: How,
     wanted: Wanted,
     rank: int,
@@ -87,14 +109,14 @@ def _one(
     started = time.perf_counter()
     shown: list[LabelProgress] = []
 
-    def planned(job: Job) -> None:
+    def planned(job: Job, pixels: int) -> None:
         tiles = sum(job.plan.tiles_in(run) for run in job.plan.runs(job.plan.shards))
         grid, count = job.grid, len(job.plan.strips)
         say(
             f"{path}: {grid.height} x {grid.width} px, {tiles} tiles of {job.settings.tile} px in "
             f"{count} strip{'s' * (count > 1)}, about {job.memory / 2**20:.0f} MiB beside the model"
         )
-        shown.append(LabelProgress(Path(path).name, grid.height * grid.width))
+        shown.append(LabelProgress(Path(path).name, pixels))
 
     def tick(done: Tick) -> None:
         shown[0].add(done.pixels, done.busy, done.queued)
@@ -108,36 +130,43 @@ def _one(
     finally:
         for bar in shown:
             bar.close()
+    if labelled.before and rank == 0:
+        say(f"{target} is there already")
+        forget_pieces(target)  # of a run that was killed after its very last step but one
     files = {name: str(file) for name, file in labelled.files.items()}
-    if wanted.polygons is not None and rank == 0:
-        vector = target.with_suffix(wanted.polygons)
-        write_polygons(target, vector, min_area=wanted.min_area, simplify=wanted.simplify)
+    if vector is not None:
+        if rank == 0 and not (labelled.before and vector.exists() and not wanted.overwrite):
+            write_polygons(target, vector, min_area=wanted.min_area, simplify=wanted.simplify)
         files["polygons"] = str(vector)
-    _tell_unreadable(labelled)
-    return _record(path, files, labelled, shown[0].pixels, time.perf_counter() - started)
+    report, lost = labelled.report, labelled.unreadable.blocks
+    if ranks > 1:
+        report = Report()
+        for one in gather(labelled.report):
+            report.add(one)
+        lost = {block: why for some in gather(lost) for block, why in some.items()}
+    _tell_unreadable(list(lost.values()))
+    return _record(path, files, report, sum(b.height * b.width for b in lost), time.perf_counter() - started)
 
 
-def _tell_unreadable(labelled: Labelled) -> None:
-    for message in labelled.unreadable.messages[:5]:
+def _tell_unreadable(messages: Sequence[str]) -> None:
+    for message in messages[:5]:
         say(f"left out as nodata: {message}")
-    more = len(labelled.unreadable.messages) - 5
-    if more > 0:
-        say(f"... and {more} more blocks that cannot be read")
+    if len(messages) > 5:
+        say(f"... and {len(messages) - 5} more blocks that cannot be read")
 
 
-def _record(path: str, files: dict[str, str], labelled: Labelled, pixels: int, seconds: float) -> dict[str, Any]:
-    """What is told of a scene; tiles and stages are those of this process."""
-    report = labelled.report
+def _record(path: str, files: dict[str, str], report: Report, lost: int, seconds: float) -> dict[str, Any]:
+    """What is told of a scene; pixels and tiles are those of this run, without what an earlier one had finished."""
     return {
         "scene": path,
         "output": files["labels"],
         "files": files,
         "seconds": round(seconds, 2),
-        "pixels": pixels,
-        "mpx_per_second": round(pixels / 1e6 / seconds, 3),
+        "pixels": report.pixels,
+        "mpx_per_second": round(report.pixels / 1e6 / seconds, 3),
         "tiles_run": report.tiles,
         "tiles_left_out": report.skipped,
-        "unreadable_pixels": labelled.unreadable.pixels,
+        "unreadable_pixels": lost,
         "stage_shares": {name: round(share, 3) for name, share in stage_shares(report.stages).items()},
     }
 

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from vfmseg.checkpoint import Loaded, fingerprint_of, load_segmenter, segmenter_folder, versions
 from vfmseg.errors import CheckpointError, DataError, RecipeError
-from vfmseg.files import check_label_file
+from vfmseg.files import check_label_file, local_path
 from vfmseg.geo.area import read_area
 from vfmseg.geo.writer import label_type
 from vfmseg.how import How, Settled, settle
 from vfmseg.inference.engine import Area, Finished, Model, Predictor, Product, Report, Tick
-from vfmseg.inference.job import Arrays, Job, into, into_files, prepare
+from vfmseg.inference.job import Arrays, Job, into, into_files, prepare, targets_of
 from vfmseg.inference.products import EXTRAS, Products
 from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
+from vfmseg.inference.shards import WORK_TAG, digest_of, finished_before
 from vfmseg.inference.sources import Input, OpenScene, open_scenes
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
@@ -37,11 +38,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Labelled:
-    """A scene that was labelled: its files by product, what this process did, and what could not be read."""
+    """A scene that was labelled: its files by product, what this process did, and what could not be read.
+
+    before: everything was there already, of the very same work.
+    """
 
     files: dict[str, Path]
     report: Report
     unreadable: Unreadable
+    before: bool = False
 
 
 class Segmenter:
@@ -149,7 +154,7 @@ class Segmenter:
         skip_unreadable: bool = False,
         rank: int = 0,
         ranks: int = 1,
-        planned: Callable[[Job], None] | None = None,
+        planned: Callable[[Job, int], None] | None = None,
         progress: Callable[[Tick], None] | None = None,
     ) -> Labelled:
         """Label a scene of any size into files, piece by piece, so that an interrupted run can be resumed.
@@ -158,28 +163,35 @@ class Segmenter:
         `area`: polygons (a vector file) or bounds in the CRS of the scene; only that is labelled. `cog`: write
         cloud-optimised files with overviews. `skip_unreadable`: damaged blocks become nodata instead of an error.
         `rank`, `ranks`: this process and the number of processes that label this scene together. `planned` is told the
-        job before it starts.
+        job, and the pixels that this process has to label, before it starts. With `resume`, files that the same work
+        has finished before are left as they are.
         """
-        target = Path(output)
+        target = local_path(output)
         unknown = [name for name in extras if name not in EXTRAS]
         if unknown:
             raise RecipeError(f"extras = {', '.join(unknown)}: not known; expected some of {', '.join(EXTRAS)}")
         settled = settle(how or How(), self.recipe)
         scenes = self._open(scene, settled.readers)
         try:
-            check_label_file(target, [path for raster in scenes[0].rasters.values() for path in raster.paths])
-            if target.exists() and not overwrite:
-                raise DataError(f"{target}: exists already; choose another name, or allow overwriting (--overwrite)")
+            files = targets_of(target, ("labels", *extras))
+            for file in files.values():
+                check_label_file(file, [path for raster in scenes[0].rasters.values() for path in raster.paths])
             unreadable = Unreadable()
             products = Products(self.ids, tuple(extras), settled.logits)
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)
-            if planned is not None:
-                planned(job)
+            work = self._work(scenes[0], job, settled, products, area) | {"skip_unreadable": skip_unreadable}
+            mark = {WORK_TAG: digest_of({key: work[key] for key in work if key != "strips"})}  # the cut changes no byte
+            done = finished_before(files.values(), mark) if resume else set()
+            if done == set(files.values()):
+                return Labelled(files, Report(), unreadable, before=True)
+            for file in files.values():
+                if file.exists() and not overwrite and file not in done:
+                    raise DataError(f"{file}: exists already; choose another name, or allow overwriting (--overwrite)")
             classes = [self.recipe.data.classes[i] for i in self.ids]
-            layers = products.layers([c.name for c in classes], [c.color for c in classes], self._tags())
-            files, report = into_files(
-                job, target, layers, self._work(scenes[0], job, settled, products, area), rank=rank, ranks=ranks,
-                resume=resume, overwrite=overwrite, cog=cog, progress=progress,
+            layers = products.layers([c.name for c in classes], [c.color for c in classes], self._tags() | mark)
+            report = into_files(
+                job, target, layers, work, rank=rank, ranks=ranks,
+                resume=resume, overwrite=overwrite, cog=cog, planned=planned, progress=progress,
             )  # fmt: skip
         finally:
             for one in scenes:
@@ -311,6 +323,9 @@ class Segmenter:
             "tta": settled.tta,
             "scales": list(settled.scales),
             "dtype": str(self.dtype),
+            "device": self.device.type,
+            "compiled": self._compiled,
+            "torch": torch.__version__,
             "products": ["labels", *products.extras],
             "area": _stamp(str(area)) if isinstance(area, str | Path) else (list(area) if area else None),
             "strips": len(job.plan.strips),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rasterio.features import geometry_mask
 from rasterio.transform import Affine
 from rasterio.warp import transform, transform_bounds
 
-from vfmseg.errors import DataError, MachineError
+from vfmseg.errors import DataError, MachineError, OutsideError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import in_pixels
 
@@ -25,6 +26,9 @@ LONGITUDE_LATITUDE = "OGC:CRS84"
 
 _BLOCK = 256
 """Height and width in pixels of the fixed squares that polygons are burnt in."""
+
+_KEPT = 512
+"""Squares that are kept, of 64 KiB each: some rows of tiles of a strip."""
 
 _PIECES = 100
 """Edges longer than this part of the scene are split before they are projected: straight lines become curves."""
@@ -38,6 +42,7 @@ class Polygons:
 
     def __init__(self, polygons: Sequence[Rings], grid: Grid, name: str) -> None:
         self._grid = grid
+        self._burnt = lru_cache(_KEPT)(self._burn)  # readers and tiles ask for a square many times
         self._shapes: list[dict[str, Any]] = []  # GeoJSON in pixels: x is the column, y the row
         self._boxes = np.empty((len(polygons), 4))  # top, left, bottom, right
         for i, rings in enumerate(polygons):
@@ -46,7 +51,7 @@ class Polygons:
             coordinates = [np.concatenate([ring, ring[:1]])[:, ::-1].tolist() for ring in placed]
             self._shapes.append({"type": "Polygon", "coordinates": coordinates})
         if not any(block.any() for _, _, block in self._blocks(Window(0, 0, grid.height, grid.width))):
-            raise DataError(
+            raise OutsideError(
                 f"{name}: none of its polygons holds the centre of a pixel of the scene; check the area's place, size "
                 "and coordinate reference system"
             )
@@ -67,7 +72,12 @@ class Polygons:
 
     def touches(self, window: Window) -> bool:
         """Whether any pixel of a window lies inside."""
-        return bool(self.mask(window).any())
+        seen = window.clip(self._grid.height, self._grid.width)
+        for row, col, block in self._blocks(seen):
+            shared = Window(seen.row - row, seen.col - col, *seen.shape).clip(*block.shape)
+            if block[shared.rows, shared.cols].any():
+                return True
+        return False
 
     def _blocks(self, window: Window) -> Iterator[tuple[int, int, np.ndarray]]:
         """First row and column and mask, cropped to the scene, of the squares that meet a window and a polygon's box.
@@ -81,10 +91,13 @@ class Polygons:
             for col in range(window.col // _BLOCK * _BLOCK, window.col + window.width, _BLOCK) if level.any() else ():
                 near = np.flatnonzero(level & (left < col + _BLOCK) & (right > col))
                 if near.size:
-                    shapes = [self._shapes[i] for i in near]
-                    with in_pixels():
-                        block = geometry_mask(shapes, (_BLOCK, _BLOCK), Affine(1, 0, col, 0, 1, row), invert=True)
+                    block = self._burnt(row, col, tuple(near.tolist()))
                     yield row, col, block[: self._grid.height - row, : self._grid.width - col]
+
+    def _burn(self, row: int, col: int, near: tuple[int, ...]) -> np.ndarray:
+        with in_pixels():
+            place = Affine(1, 0, col, 0, 1, row)
+            return geometry_mask([self._shapes[i] for i in near], (_BLOCK, _BLOCK), place, invert=True)
 
 
 def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:

@@ -32,6 +32,15 @@ def read_map(path: str | os.PathLike[str], window: Window) -> np.ndarray:
         ) from error
 
 
+def map_tags(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a map file says of itself; nothing if it is none."""
+    try:
+        with gdal(), contextlib.closing(open_dataset(os.fspath(path))) as dataset:
+            return dict(dataset.tags())
+    except RasterioError:
+        return {}
+
+
 def mosaic(grid: Grid, layer: Layer, pieces: Sequence[tuple[str, Window]]) -> str:
     """A VRT of `grid` that shows the pieces (file name beside the VRT, window); nodata where there is none."""
     root = xml.Element("VRTDataset", rasterXSize=str(grid.width), rasterYSize=str(grid.height))

@@ -67,14 +67,11 @@ def write_polygons(
     full or broken.
     """
     labels, target = Path(labels), Path(target)
-    _check(target, min_area, simplify, rows)
+    check_polygons(target, min_area, simplify)
+    if rows < 1:
+        raise DataError(f"{target}: rows {rows}: expected at least 1")
     source = _Map(labels, classes)
     to_degrees = target.suffix.lower() == ".geojson" and _needs_projection(source.grid, labels, target)
-    try:
-        import pyogrio  # noqa: F401
-        import shapely  # noqa: F401
-    except ImportError:
-        raise MachineError(f"{target}: writing it needs pyogrio and shapely: pip install 'vfmseg[vector]'") from None
     with contextlib.closing(source.file), _aside(target) as folder, _unsynced():
         package = folder / "polygons.gpkg"
         count = 0
@@ -87,15 +84,19 @@ def write_polygons(
     return count
 
 
-def _check(target: Path, min_area: float, simplify: float, rows: int) -> None:
+def check_polygons(target: Path, min_area: float, simplify: float) -> None:
+    """What can be known before there are labels: DataError for a wrong argument, MachineError for a missing extra."""
     if target.suffix.lower() not in _DRIVERS:
         raise DataError(f"{target}: polygons cannot be written as {target.suffix!r}; expected {', '.join(_DRIVERS)}")
     if target.is_dir():
         raise DataError(f"{target}: is a folder; expected the name of a vector file to write")
-    if not (0 <= min_area < float("inf") and 0 <= simplify < float("inf") and rows >= 1):
-        raise DataError(
-            f"{target}: min_area {min_area}, simplify {simplify}, rows {rows}: expected 0 or more, 0 or more, 1 or more"
-        )
+    if not (0 <= min_area < float("inf") and 0 <= simplify < float("inf")):
+        raise DataError(f"{target}: min_area {min_area}, simplify {simplify}: expected numbers of 0 or more")
+    try:
+        import pyogrio  # noqa: F401
+        import shapely  # noqa: F401
+    except ImportError:
+        raise MachineError(f"{target}: writing it needs pyogrio and shapely: pip install 'vfmseg[vector]'") from None
 
 
 def _needs_projection(grid: Grid, labels: Path, target: Path) -> bool:

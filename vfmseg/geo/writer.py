@@ -255,8 +255,8 @@ class MapWriter:
         with contextlib.suppress(OSError):
             free = f"{shutil.disk_usage(self.path.parent).free / 1e6:.0f} MB"
         return (
-            f"{self.path}: could not be written ({reason}); free space there: {free}; nothing was left "
-            "behind: make room or choose another disk, then run again"
+            f"{self.path}: could not be written ({reason}); free space there: {free}; nothing half "
+            "written was left behind: make room or choose another disk, then run again"
         )
 
 

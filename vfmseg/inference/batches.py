@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ OPEN_BATCHES = 3
 
 @dataclass
 class Batch:
-    """Tiles for one call of the model. `numbers`: slot -> number of the tile in the order of the run."""
+    """Tiles for one call of the model. numbers: slot -> number of the tile in the run; first: the least of them."""
 
     size: int
+    first: int
     pixels: dict[str, np.ndarray]  # float32 (B, C, t, t)
     valid: dict[str, np.ndarray]  # bool (B, t, t)
     numbers: dict[int, int] = field(default_factory=dict)
@@ -41,7 +43,7 @@ class Batcher:
         if batch is None:
             if len(self.open) == OPEN_BATCHES:
                 self.hand_on(self.open.popleft())
-            batch = self._empty(rows, place.size)
+            batch = self._empty(rows, place.size, number)
             self.open.append(batch)
         rows.copy(
             window,
@@ -52,16 +54,17 @@ class Batcher:
         while self.open and len(self.open[0].numbers) == self.open[0].size:
             self.hand_on(self.open.popleft())
 
-    def finish(self) -> None:
-        """Hand on what is left; places without a tile hold nothing valid."""
-        while self.open:
+    def finish(self, before: float = math.inf) -> None:
+        """Hand on batches begun before tile `before`, full or not; places without a tile hold nothing valid."""
+        while self.open and self.open[0].first < before:
             self.hand_on(self.open.popleft())
 
-    def _empty(self, rows: Rows, size: int) -> Batch:
+    def _empty(self, rows: Rows, size: int, first: int) -> Batch:
         side = (self.tile, self.tile)
         bands = rows.bands()
         return Batch(
             size,
+            first,
             {name: np.zeros((size, count, *side), dtype=np.float32) for name, count in bands.items()},
             {name: np.zeros((size, *side), dtype=bool) for name in bands},
         )

@@ -5,12 +5,12 @@
     model     the calling thread: runs batches, adds the votes to the band of rows in flight, finishes rows
     sink      a thread that writes finished rows
 
-Memory beyond the model's own, in bytes, for a strip of W pixels, tiles of t, K classes, C bands of s bytes, chunks of c
-rows, batches of B (`prepare` in job.py adds them up):
+Memory beyond the model's own, in bytes, for a strip of W pixels (as read), tiles of t, K classes, C bands of s bytes,
+chunks of c rows, batches of B (`prepare` in job.py adds them up):
 
     band      4 (K + 1) t W          weighted sums and weights, on the model's device
-    chunks    (t + 3 c) W (C s + 1)  read and not yet used
-    rows      3 t W (p + 1)          finished and not yet written, p bytes of products a pixel
+    chunks    (t + 3 c) W (C s + 1)  read and not yet used, and 8 c W C for the one that is being read
+    rows      3 t W (p + 1)          finished and not yet written, p bytes of products a pixel, and 12 t W on the way
     batches   4 B t^2 (5 C + 3 K)    filled, waiting and in the model
 
 Nothing depends on the height of the scene.
@@ -29,11 +29,14 @@ import torch
 from torch import Tensor
 
 from vfmseg.geo.grid import Tile, Window
-from vfmseg.inference.batches import Batch, Batcher
+from vfmseg.inference.batches import OPEN_BATCHES, Batch, Batcher
 from vfmseg.inference.blend import Band
 from vfmseg.inference.plan import Plan, Run
 from vfmseg.inference.reading import Chunk, Readers, Rows, SceneSource, Stored, chunk_rows
 from vfmseg.inference.stages import Pipe, Stages
+
+PATIENT_ROWS = 4
+"""Rows of tiles for which a batch waits to be filled."""
 
 # images {modality: (B, C, t, t)} in image units and valid {modality: (B, t, t)}, on the CPU -> votes float32
 # (B, K, t, t) on the model's device: probabilities or logits
@@ -199,6 +202,8 @@ class _Work:
                     self.queue.put(_Step(tile))
                 number += 1
             self.queue.put(self.row_end(rows, row))
+            # where tiles are left out for long, nothing that was cut before may wait for its batch to fill
+            batcher.finish(number - PATIENT_ROWS * len(self.tile_cols) - OPEN_BATCHES * self.plan.batch_size)
             self.stages.worked("cut", time.perf_counter() - started - (self.blocked - blocked))
             if row + 1 < len(self.plan.rows):
                 rows.forget(self.plan.rows.starts[row + 1])

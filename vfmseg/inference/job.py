@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vfmseg.errors import MachineError
+from vfmseg.errors import MachineError, VfmsegError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.writer import Layer
 from vfmseg.inference.engine import Area, Model, Product, Report, Sink, Tick, label_run
@@ -70,9 +70,11 @@ def prepare(
     settings = replace(settings, tile=min(settings.tile, max(grid.height, grid.width)))
     tile = settings.tile
     fixed, column = _memory(stored, bands, model.classes, product_bytes, settings)
-    widest = min(WIDEST_STRIP, (settings.memory_limit - fixed) // column)
+    room = (settings.memory_limit - fixed) // column
+    # a strip's tiles reach beyond it on both sides
+    widest = min(WIDEST_STRIP, room if grid.width <= room else room - 2 * tile)
     if widest < tile:
-        least = (fixed + column * tile) // MEBI + 1
+        least = (fixed + column * min(grid.width, 3 * tile)) // MEBI + 1
         raise MachineError(
             f"predict.memory_limit = {settings.memory_limit // MEBI} MiB is too little for tiles of {tile} px in "
             f"batches of {settings.batch_size} with {model.classes} classes; it takes at least {least} MiB: raise it, "
@@ -80,7 +82,7 @@ def prepare(
         )
     blended = settings.blend != "none"  # unblended tiles answer for their cores alone
     plan = Plan(grid.height, grid.width, tile, settings.overlap, blended, settings.batch_size, widest)
-    used = max(right - left for left, right in map(plan.strip_columns, range(len(plan.strips))))
+    used = max(plan.width_read(strip) for strip in range(len(plan.strips)))
     return Job(scenes, stored, model, product, settings, plan, fixed + column * used, area)
 
 
@@ -96,9 +98,8 @@ def _memory(
     size = max((np.dtype(stored.types.get(name, np.float32)).itemsize for name in bands), default=4)
     chunk = chunk_rows(stored.block[0], tile)
     fixed = 4 * batch * tile**2 * (5 * channels + 3 * classes)
-    column = (
-        4 * (classes + 1) * tile + (tile + 3 * chunk) * (channels * size + len(bands)) + 3 * tile * (product_bytes + 1)
-    )
+    chunks = (tile + 3 * chunk) * (channels * size + len(bands)) + 8 * chunk * channels
+    column = 4 * (classes + 1) * tile + chunks + 3 * tile * (product_bytes + 1) + 12 * tile
     return fixed, column
 
 
@@ -137,33 +138,49 @@ def into_files(
     resume: bool = False,
     overwrite: bool = False,
     cog: bool = False,
+    planned: Callable[[Job, int], None] | None = None,
     progress: Callable[[Tick], None] | None = None,
-) -> tuple[dict[str, Path], Report]:
+) -> Report:
     """Label the scene into `target` and, for other products, files named after it; each process does its share.
 
-    Finished pieces are kept beside the target until all are there. Returns {product: file} and what this process did.
+    Finished pieces are kept beside the target until all are there. `planned` is told the job and how many pixels this
+    process has to label. Returns what this process did.
     """
     parts = Parts(target, job.plan, job.grid, layers)
+
+    def together() -> None:
+        if ranks > 1:  # processes that label scenes of their own have nothing to wait for
+            meet()
+
     if rank == 0:
         parts.prepare(fingerprint, resume, overwrite)
-    meet()
+    together()
     report = Report()
     mine = share_of(tuple(parts.missing(job.plan.shards)), rank, ranks)
-    meet()  # nobody may finish a shard before everybody has looked
+    if planned is not None:
+        planned(job, sum(shard.window.height * shard.window.width for shard in mine))
+    together()  # nobody may finish a shard before everybody has looked
     try:
         for run in job.plan.runs(mine):
             with RunSink(parts, run, parts.show if rank == 0 else _nothing) as sink:
                 report.add(_label(job, run, sink, progress))
-    except BaseException:
-        if ranks == 1:
-            parts.forget_if_empty()
+        together()
+        if rank == 0:
+            parts.assemble(targets_of(target, layers), cog)
+    except BaseException as error:
+        done, pieces = len(parts.finished()), len(job.plan.shards)
+        if not done and ranks == 1:
+            parts.forget()
+        if done and isinstance(error, VfmsegError):
+            error.args = (f"{error}\n{done} of {pieces} pieces are done and kept: go on with --resume",)
         raise
-    meet()
-    targets = {name: target if name == "labels" else product_path(target, name) for name in layers}
-    if rank == 0:
-        parts.assemble(targets, cog)
-    meet()
-    return targets, report
+    together()
+    return report
+
+
+def targets_of(target: Path, products: Iterable[str]) -> dict[str, Path]:
+    """{product: its file}: the labels have the name of the target, others one made from it."""
+    return {name: target if name == "labels" else product_path(target, name) for name in products}
 
 
 def product_path(target: Path, product: str) -> Path:

@@ -139,6 +139,11 @@ class Plan:
         """Columns of tiles that have a vote in a strip."""
         return self.cols.tiles_of(*self.strips[strip])
 
+    def width_read(self, strip: int) -> int:
+        """Pixel columns that the tiles of a strip see."""
+        tiles = self.tile_columns(strip)
+        return min(self.cols.size, self.cols.starts[tiles[-1]] + self.tile) - self.cols.starts[tiles[0]]
+
     def tile_at(self, row: int, col: int) -> Tile:
         """The tile of a row and column of the grid."""
         return tile_of(self.rows.spans[row], self.cols.spans[col], self.tile)

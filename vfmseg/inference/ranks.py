@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 
 from vfmseg.errors import MachineError, RecipeError
+
+T = TypeVar("T")
 
 # a process that waits may wait for hours for one with more work; a launcher ends all of them if one fails
 PATIENCE = timedelta(days=30)
@@ -30,6 +33,15 @@ def meet() -> None:
         torch.distributed.barrier()
 
 
+def gather(value: T) -> list[T]:
+    """The values of all processes, in the order of their numbers; everybody must come here."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[T] = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def own_device() -> str:
     """The accelerator of this process on its machine, or the CPU."""
     if not torch.cuda.is_available():
@@ -40,7 +52,8 @@ def own_device() -> str:
 def usable_device(name: str) -> torch.device:
     """A torch device by name; RecipeError if there is no such kind, MachineError if this machine has none."""
     try:
-        device = torch.device(name)
+        # without a number: that of this process, not the first one for all of them
+        device = torch.device(own_device() if name == "cuda" and torch.cuda.is_available() else name)
     except RuntimeError:
         raise RecipeError(f"device = {name!r} is not known; expected cpu, cuda, cuda:1, mps, ...") from None
     try:

@@ -7,6 +7,7 @@ A piece under its name is complete. `assemble` joins them into the target, which
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -21,12 +22,26 @@ import numpy as np
 from vfmseg.errors import DataError
 from vfmseg.files import whole_file, write_json
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.mosaic import mosaic, read_map
+from vfmseg.geo.mosaic import map_tags, mosaic, read_map
 from vfmseg.geo.writer import Layer, MapWriter
 from vfmseg.inference.plan import Plan, Run, Shard
 
 ROWS = 256
 """Rows that are joined at a time."""
+
+
+WORK_TAG = "vfmseg_work"
+"""Tag of a finished map that tells by which work it was made."""
+
+
+def digest_of(work: Mapping[str, Any]) -> str:
+    """A short name of what must be the same when an interrupted labelling is resumed."""
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished_before(files: Iterable[Path], mark: Mapping[str, str]) -> set[Path]:
+    """The maps that are there with these tags."""
+    return {file for file in files if file.is_file() and mark.items() <= map_tags(file).items()}
 
 
 def pieces_folder(target: Path) -> Path:
@@ -52,8 +67,9 @@ class Parts:
     def prepare(self, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         """Make the folder, or with `resume` go on with one of the same work (`fingerprint`)."""
         known = self.folder / "plan.json"
-        if self.folder.exists() and not resume:
-            if not overwrite and known.is_file():
+        # pieces without a plan are what an interrupted removal has left, of whatever work
+        if self.folder.exists() and not (resume and known.is_file()):
+            if not resume and not overwrite and known.is_file():
                 raise DataError(
                     f"{self.folder}: an interrupted labelling of {self.target.name} is here, "
                     f"{len(self.finished())} of {len(self.plan.shards)} pieces are done; go on with --resume, or start "
@@ -88,10 +104,9 @@ class Parts:
         done = self.finished()
         return [shard for shard in shards if shard not in done]
 
-    def forget_if_empty(self) -> None:
-        """Remove the folder if no piece is done: there is nothing to go on from."""
-        if not self.finished():
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def forget(self) -> None:
+        """Remove the folder."""
+        forget_pieces(self.target)
 
     def show(self) -> None:
         """Renew the view (VRT) of what is there already, for a look at a map in the making."""

@@ -17,14 +17,22 @@ class Unreadable:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.messages: list[str] = []
-        self.pixels = 0
+        self.blocks: dict[Window, str] = {}  # each block once, however many tiles see it, and why
 
-    def add(self, error: DataError, window: Window) -> None:
-        """Note a window that was given up."""
+    @property
+    def messages(self) -> list[str]:
+        """Why, for each block."""
+        return list(self.blocks.values())
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all of them."""
+        return sum(block.height * block.width for block in self.blocks)
+
+    def add(self, error: DataError, block: Window) -> None:
+        """Note a block that was given up."""
         with self._lock:
-            self.messages.append(str(error))
-            self.pixels += window.height * window.width
+            self.blocks.setdefault(block, str(error))
 
 
 class Tolerant:
@@ -44,22 +52,26 @@ class Tolerant:
         return self._scene.grid
 
     def read(self, window: Window) -> dict[str, Chip]:
-        """As the scene reads it; where that fails, block by block, damaged ones invalid."""
+        """As the scene reads it; where that fails, block by block, damaged ones invalid.
+
+        Whole blocks are read whatever the window is: what counts as damaged must not depend on how work was cut.
+        """
+        inside = window.clip(self.grid.height, self.grid.width)
+        blocks = self._blocks(inside)
+        if not blocks:
+            return self._nothing(window)
         try:
-            return self._scene.read(window)
+            return _cropped(self._scene.read(_round(blocks)), _round(blocks), window)
         except DataError:
             whole = self._nothing(window)
-        for part in self._blocks(window):
+        for block in blocks:
             try:
-                chips = self._scene.read(part)
+                chips = self._scene.read(block)
             except DataError as error:
-                self._unreadable.add(error, part)
+                self._unreadable.add(error, block)
                 continue
-            rows = slice(part.row - window.row, part.row - window.row + part.height)
-            cols = slice(part.col - window.col, part.col - window.col + part.width)
             for name, chip in chips.items():
-                whole[name].pixels[:, rows, cols] = chip.pixels
-                whole[name].valid[rows, cols] = chip.valid
+                _copy(chip, block, whole[name], window)
         return whole
 
     def _nothing(self, window: Window) -> dict[str, Chip]:
@@ -69,13 +81,44 @@ class Tolerant:
         }
 
     def _blocks(self, window: Window) -> list[Window]:
-        """The window cut along the file's blocks."""
+        """The file's blocks that a window inside the scene touches, as far as they lie in the scene."""
         height, width = self._block
-        rows = _cuts(window.row, window.row + window.height, height)
-        cols = _cuts(window.col, window.col + window.width, width)
+        rows = _cuts(window.row, window.height, height, self.grid.height)
+        cols = _cuts(window.col, window.width, width, self.grid.width)
         return [Window(r, c, h, w) for r, h in rows for c, w in cols]
 
 
-def _cuts(first: int, end: int, step: int) -> list[tuple[int, int]]:
-    starts = [first, *range((first // step + 1) * step, end, step)]
-    return [(a, min(b, end) - a) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+def _cuts(first: int, count: int, step: int, size: int) -> list[tuple[int, int]]:
+    """(start, length) of the pieces of `step` pixels that first to first + count - 1 touches."""
+    return [(start, min(step, size - start)) for start in range(first // step * step, first + count, step) if count]
+
+
+def _round(blocks: list[Window]) -> Window:
+    """The window round neighbouring blocks, in the order of `_blocks`."""
+    first, last = blocks[0], blocks[-1]
+    return Window(first.row, first.col, last.row + last.height - first.row, last.col + last.width - first.col)
+
+
+def _cropped(chips: dict[str, Chip], place: Window, window: Window) -> dict[str, Chip]:
+    if place == window:
+        return chips
+    found = {
+        name: Chip(np.zeros((len(c.pixels), *window.shape), c.pixels.dtype), np.zeros(window.shape, bool))
+        for name, c in chips.items()
+    }
+    for name, chip in chips.items():
+        _copy(chip, place, found[name], window)
+    return found
+
+
+def _copy(chip: Chip, place: Window, into: Chip, window: Window) -> None:
+    """Copy what a chip that lies at `place` shares with `window` into the chip of that."""
+    top, left = max(place.row, window.row), max(place.col, window.col)
+    bottom = min(place.row + place.height, window.row + window.height)
+    right = min(place.col + place.width, window.col + window.width)
+    if bottom <= top or right <= left:
+        return
+    here = (slice(top - window.row, bottom - window.row), slice(left - window.col, right - window.col))
+    there = (slice(top - place.row, bottom - place.row), slice(left - place.col, right - place.col))
+    into.pixels[(slice(None), *here)] = chip.pixels[(slice(None), *there)]
+    into.valid[here] = chip.valid[there]

@@ -332,3 +332,14 @@ def test_c38_recipes_name_what_exists() -> None:
 
     names = {load_recipe(path).name for path in (ROOT / "recipes").glob("*.yaml")}
     assert names == {"oam-buildings", "aerial-multiclass", "s2-india-rgb-ir"}
+
+
+def test_p37_the_line_that_resumes_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vfmseg.cli import _resumed
+
+    monkeypatch.setattr(sys, "argv", ["bin/vfmseg", "predict", "a b.tif"])
+    assert _resumed() == "bin/vfmseg predict 'a b.tif' --resume"
+    monkeypatch.setattr(sys, "argv", ["site/vfmseg/cli.py", "predict", "a.tif"])
+    assert _resumed() == shlex.join([sys.executable, "-m", "vfmseg.cli", "predict", "a.tif", "--resume"])
+    monkeypatch.setenv("RANK", "0")
+    assert _resumed() == "the same command with --resume"

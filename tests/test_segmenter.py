@@ -339,3 +339,14 @@ def test_p42_classes_in_another_order_are_not_compared(place: Path) -> None:
     recipe = load_recipe(place / "recipe.yaml", ["data.classes={0: disc, 1: ground}"])
     with pytest.raises(RecipeError, match=r"0: 'disc'.*0: 'ground'"):
         Segmenter.from_pretrained(place / "run" / "best").evaluate(recipe, "val")
+
+
+def test_cuda_without_a_number_is_the_device_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all processes of a machine would share its first accelerator, and the others idle."""
+    from vfmseg.inference.ranks import usable_device
+
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.ones(size))
+    assert [str(usable_device(name)) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:2", "cuda:1", "cpu"]

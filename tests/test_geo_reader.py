@@ -19,6 +19,7 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from makers import write_raster
 from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
@@ -618,11 +619,29 @@ def test_p32_forked_workers_do_not_share_a_file_position(tmp_path: Path) -> None
     assert sorted(map(hash, map(tuple, answers))) == sorted([hash(tuple(truth)), hash(tuple(truth[::-1]))])
 
 
-def test_gdal_keeps_64_mebibytes_of_blocks() -> None:
-    """rasterio hands the number on as bytes: 64 would switch the cache off, for the whole process."""
+def test_gdal_keeps_32_mebibytes_of_blocks() -> None:
+    """rasterio hands the number on as bytes: 32 would switch the cache off, for the whole process."""
     from rasterio.env import getenv
 
     from vfmseg.geo.rasterfile import gdal
 
     with gdal():
-        assert int(getenv()["GDAL_CACHEMAX"]) == 64 * 2**20
+        assert int(getenv()["GDAL_CACHEMAX"]) == 32 * 2**20
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "int32"])
+@pytest.mark.parametrize("window", [Window(0, 0, 40, 50), Window(3, 5, 20, 30), Window(-4, 30, 60, 40)])
+def test_compact_reading_gives_the_same_values_in_the_type_of_the_file(
+    tmp_path: Path, dtype: str, window: Window
+) -> None:
+    array = np.random.default_rng(0).integers(1, 120, (2, 40, 50)).astype(dtype)
+    array[:, 10:14, 7:20] = 7
+    path = write_raster(tmp_path / "a.tif", array, nodata=7)
+    for bands in (Bands(), Bands(scale=0.5, offset=1.0)):
+        with Raster(path, bands) as raster:
+            plain, compact = raster.read(window), raster.read(window, compact=True)
+            assert plain.pixels.dtype == np.float32
+            assert compact.pixels.dtype == raster.compact
+        np.testing.assert_array_equal(compact.pixels, plain.pixels)
+        np.testing.assert_array_equal(compact.valid, plain.valid)
+        assert not compact.valid.all()

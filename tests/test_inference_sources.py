@@ -286,9 +286,9 @@ def test_only_the_part_below_a_window_is_read(tmp_path: Path, monkeypatch: pytes
     seen: list[Window] = []
     honest = Raster._read_inside
 
-    def spy(raster: Raster, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    def spy(raster: Raster, window: Window, *kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         seen.append(window)
-        return honest(raster, window)
+        return honest(raster, window, *kind)
 
     scene = pair(tmp_path, write(tmp_path / "dsm.tif", np.ones((1, DSM.height, DSM.width), np.float32), DSM))
     monkeypatch.setattr(Raster, "_read_inside", spy)

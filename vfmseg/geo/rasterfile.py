@@ -30,7 +30,7 @@ GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 
 _OPTIONS: dict[str, Any] = {
     # bytes, which rasterio hands on as they are; GDAL would take 5 % of the memory, and windows are read once
-    "GDAL_CACHEMAX": 64 * 2**20,
+    "GDAL_CACHEMAX": 32 * 2**20,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
 }
 

@@ -33,9 +33,12 @@ class Bands:
     nodata: float | None = None
 
 
+_FLOAT = np.dtype(np.float32)
+
+
 @dataclass
 class Chip:
-    """One window of imagery: pixels float32 (C, h, w), 0.0 where invalid; valid bool (h, w)."""
+    """One window of imagery: pixels (C, h, w), float32 unless asked otherwise, 0 where invalid; valid bool (h, w)."""
 
     pixels: np.ndarray
     valid: np.ndarray
@@ -113,19 +116,23 @@ class Raster:
         plain = self.bands.scale == 1.0 and self.bands.offset == 0.0 and self._warp is None
         return np.dtype(stored if plain and stored in ("uint8", "uint16", "int16") else "float32")
 
-    def read(self, window: Window) -> Chip:
+    def read(self, window: Window, compact: bool = False) -> Chip:
         """Values and validity of a window of any position; what lies beyond the scene is invalid.
 
+        Values are float32, or with `compact` of the type `compact`, which takes less memory on the way as well.
         DataError names the file, and the window if its part of the file is damaged.
         """
         layers = self._plan()
-        pixels = np.zeros((len(layers), *window.shape), dtype=np.float32)
-        valid = np.zeros(window.shape, dtype=bool)
+        kind = self.compact if compact else _FLOAT
         inside = window.clip(self.grid.height, self.grid.width)
+        if inside == window and self._warp is None and inside.height and inside.width:
+            return Chip(*self._read_inside(inside, kind))
+        pixels = np.zeros((len(layers), *window.shape), dtype=kind)
+        valid = np.zeros(window.shape, dtype=bool)
         if inside.height and inside.width:
             within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
             if self._warp is None:
-                values, good = self._read_inside(inside)
+                values, good = self._read_inside(inside, kind)
             else:
                 values, good = self._warp.read(inside, len(layers), self._read_inside)
             pixels[:, within.rows, within.cols] = values
@@ -196,10 +203,10 @@ class Raster:
         marks = [as_stored(value, stored) for value in named if value is not None]
         return _Layer(number, band, stored, tuple(mark for mark in marks if mark is not None))
 
-    def _read_inside(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """Values and validity of a window inside the files, on their own grid."""
+    def _read_inside(self, window: Window, kind: np.dtype = _FLOAT) -> tuple[np.ndarray, np.ndarray]:
+        """Values and validity of a window inside the files, on their own grid, in a type that holds them."""
         layers = self._layers
-        values = np.empty((len(layers), *window.shape), dtype=np.float32)
+        values = np.empty((len(layers), *window.shape), dtype=kind)
         bad = np.zeros(window.shape, dtype=bool)
         empty: np.ndarray | None = None  # where every band whose nodata is 0 holds 0
         for number, file in enumerate(self._files):
@@ -215,11 +222,12 @@ class Raster:
                         empty = hit if empty is None else empty & hit
                     else:
                         bad |= hit
-                values[slot] = self._scaled(stored)
+                values[slot] = self._scaled(stored) if kind.kind == "f" else stored
         if empty is not None:
             bad |= empty
-        bad |= ~np.isfinite(values).all(axis=0)
-        values[:, bad] = 0.0
+        if kind.kind == "f":
+            bad |= ~np.isfinite(values).all(axis=0)
+        values[:, bad] = 0
         return values, ~bad
 
     def _scaled(self, stored: np.ndarray) -> np.ndarray:

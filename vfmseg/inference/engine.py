@@ -9,7 +9,7 @@ Memory beyond the model's own, in bytes, for a strip of W pixels (as read), tile
 chunks of c rows, batches of B (`prepare` in job.py adds them up):
 
     band      4 (K + 1) t W          weighted sums and weights, on the model's device
-    chunks    (t + 3 c) W (C s + 1)  read and not yet used, and 8 c W C for the one that is being read
+    chunks    (t + 4 c) W (C s + 1)  read and not yet used, and being read
     rows      3 t W (p + 1)          finished and not yet written, p bytes of products a pixel, and 12 t W on the way
     batches   4 B t^2 (5 C + 3 K)    filled, waiting and in the model
 

@@ -98,7 +98,7 @@ def _memory(
     size = max((np.dtype(stored.types.get(name, np.float32)).itemsize for name in bands), default=4)
     chunk = chunk_rows(stored.block[0], tile)
     fixed = 4 * batch * tile**2 * (5 * channels + 3 * classes)
-    chunks = (tile + 3 * chunk) * (channels * size + len(bands)) + 8 * chunk * channels
+    chunks = (tile + 4 * chunk) * (channels * size + len(bands))
     column = 4 * (classes + 1) * tile + chunks + 3 * tile * (product_bytes + 1) + 12 * tile
     return fixed, column
 

@@ -59,8 +59,8 @@ class OpenScene:
         return Stored(first.block, {name: raster.compact for name, raster in self.rasters.items()})
 
     def read(self, window: Window) -> dict[str, Chip]:
-        """Pixels and validity of one window of every modality."""
-        return {name: raster.read(window) for name, raster in self.rasters.items()}
+        """Pixels and validity of one window of every modality, in the types of `stored`."""
+        return {name: raster.read(window, compact=True) for name, raster in self.rasters.items()}
 
     def close(self) -> None:
         """Release files and memory."""

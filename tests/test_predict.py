@@ -19,6 +19,7 @@ from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raste
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.how import How
+from vfmseg.inference.worklist import scenes_of
 from vfmseg.predict import Wanted, predict
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
@@ -53,10 +54,24 @@ def command(place: Path, *arguments: object, processes: int = 1) -> list[str]:
     return [*start, "-m", "vfmseg.cli", "predict", str(place / "run" / "best"), *map(str, arguments)]
 
 
+def run(place: Path, *arguments: object, processes: int = 1) -> str:
+    """What the command prints; it must succeed."""
+    done = subprocess.run(
+        command(place, *arguments, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def label(
     segmenter: Segmenter, scene: Path, output: Path, how: How | None = None, **wanted: Any
 ) -> list[dict[str, Any]]:
-    return predict(segmenter, str(scene), {}, output, how or How(), Wanted(**wanted))
+    return predict(segmenter, scenes_of(str(scene)) or str(scene), {}, output, how or How(), Wanted(**wanted))
 
 
 def names_in(folder: Path) -> list[str]:
@@ -66,16 +81,7 @@ def names_in(folder: Path) -> list[str]:
 def test_two_processes_write_the_bytes_of_one(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     label(segmenter, place / "scene.tif", tmp_path / "one.tif", extras=("confidence",))
     arguments = (place / "scene.tif", "-o", tmp_path / "two.tif", "--confidence", "--json")
-    done = subprocess.run(
-        command(place, *arguments, processes=2),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)  # from the first process alone
+    record = json.loads(run(place, *arguments, processes=2))  # from the first process alone
     assert record["pixels"] == 300 * 260
     for end in ("", "_confidence"):
         assert (tmp_path / f"one{end}.tif").read_bytes() == (tmp_path / f"two{end}.tif").read_bytes()
@@ -153,7 +159,7 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
     with pytest.raises(DataError, match=r"s1\.tif: exists already"):  # finished, but as other work
         label(segmenter, tmp_path / "in", tmp_path / "out", How(overlap=0.5), resume=True)
     with pytest.raises(RecipeError, match="goes with one scene"):
-        predict(segmenter, str(tmp_path / "in"), {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
+        predict(segmenter, [str(tmp_path / "in" / "s1.tif")], {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
 
 
 def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
@@ -222,16 +228,8 @@ def test_a_list_over_processes_needs_no_meeting_between_scenes(place: Path, tmp_
         write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])
     again: list[str] = []
     for _ in range(2):
-        done = subprocess.run(
-            command(place, tmp_path / "in", "-o", tmp_path / "out", "--json", *again, processes=2),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env=ENVIRONMENT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        records = json.loads(done.stdout)["scenes"]  # one object, from the first process, with the scenes of both
+        told = run(place, tmp_path / "in", "-o", tmp_path / "out", "--json", *again, processes=2)
+        records = json.loads(told)["scenes"]  # one object, from the first process, with the scenes of both
         assert [Path(r["scene"]).stem for r in records] == ["s1", "s2", "s3"]
         assert names_in(tmp_path / "out") == ["s1.tif", "s2.tif", "s3.tif"]
         (tmp_path / "out" / "s1.tif").unlink()
@@ -248,7 +246,7 @@ def test_scenes_outside_the_area_are_left_out_of_a_list(
     assert Path(record["scene"]).stem == "here"
     assert names_in(tmp_path / "out") == ["here.tif"]
     assert "there.tif: left out" in capsys.readouterr().err
-    with pytest.raises(DataError, match="the area holds nothing of any of its 2 scenes"):
+    with pytest.raises(DataError, match="the area holds nothing of any of the 2 scenes"):
         label(segmenter, tmp_path / "in", tmp_path / "none", area=(0.0, 0.0, 1.0, 1.0))
 
 

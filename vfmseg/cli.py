@@ -140,9 +140,10 @@ def predict(
             cog=cog, polygons=polygons, min_area=min_area, simplify=simplify,
             resume=resume, overwrite=overwrite, skip_unreadable=skip_unreadable,
         )  # fmt: skip
-        records = label(segmenter, scene, others, output, how, wanted)
+        scenes = scenes_of(scene)
+        records = label(segmenter, scenes or scene, others, output, how, wanted)
         if as_json and records:
-            print(json.dumps({"scenes": records} if scenes_of(scene) else records[0]))
+            print(json.dumps({"scenes": records} if scenes else records[0]))
         elif records:
             say(summary(records))
 

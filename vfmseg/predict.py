@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.files import local_path
@@ -15,11 +15,13 @@ from vfmseg.how import How
 from vfmseg.inference.engine import Report, Tick
 from vfmseg.inference.job import Job
 from vfmseg.inference.ranks import gather, join
-from vfmseg.inference.shards import forget_pieces
-from vfmseg.inference.worklist import scenes_of, targets_for
+from vfmseg.inference.worklist import targets_for
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import say
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,14 @@ class Wanted:
 
 
 def predict(
-    segmenter: Segmenter, scene: str, others: Mapping[str, str], output: str | Path, how: How, wanted: Wanted
+    segmenter: Segmenter,
+    scene: str | Sequence[str],
+    others: Mapping[str, str],
+    output: str | Path,
+    how: How,
+    wanted: Wanted,
 ) -> list[dict[str, Any]]:
-    """Label a scene, or every scene of a folder, pattern, list or STAC file, into `output` (then a folder).
+    """Label a scene, or every scene of a list (worklist.py makes it) into `output` (then a folder).
 
     `others` {modality: path} of a single scene. Processes share the scenes of a list that has at least as many as there
     are processes, and the pieces of each scene otherwise. Returns a record for each scene to the first process, and
@@ -51,18 +58,18 @@ def predict(
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
     rank, ranks = join()
-    scenes = scenes_of(scene)
-    if scenes is None:
+    if isinstance(scene, str):
         jobs = [(scene, output)]
     else:
         if others:
             raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
-        jobs = list(zip(scenes, targets_for(scenes, output, wanted.extras), strict=True))
+        jobs = list(zip(scene, targets_for(scene, output, wanted.extras), strict=True))
     vectors = [_vector_of(target, wanted) for _, target in jobs]
     alone = len(jobs) >= ranks > 1
     share = (0, 1) if alone else (rank, ranks)
     mine = range(rank, len(jobs), ranks) if alone else range(len(jobs))
     records: dict[int, dict[str, Any]] = {}
+    outside: dict[int, str] = {}
     for number in mine:
         path, target = jobs[number]
         try:
@@ -70,14 +77,21 @@ def predict(
                 segmenter, {first: path, **others}, path, target, vectors[number], how, wanted, *share
             )
         except OutsideError as error:
-            if scenes is None:
+            if len(jobs) == 1:
                 raise
-            say(f"{path}: left out: {error}")
-    found = gather(records)
-    if not any(found):
-        raise OutsideError(f"{scene}: the area holds nothing of any of its {len(jobs)} scenes; check its place")
-    every = {number: record for some in (found if alone else found[:1]) for number, record in some.items()}
-    return [every[number] for number in sorted(every)] if rank == 0 else []
+            outside[number] = f"{path}: left out: {error}"
+    if alone:  # else every process has the same
+        records, outside = _united(gather(records)), _united(gather(outside))
+    for number in sorted(outside):
+        say(outside[number])
+    if not records:
+        raise OutsideError(f"the area holds nothing of any of the {len(jobs)} scenes; check its place")
+    return [records[number] for number in sorted(records)] if rank == 0 else []
+
+
+def _united(parts: Sequence[Mapping[K, V]]) -> dict[K, V]:
+    """What several processes have, in one."""
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _vector_of(target: Path, wanted: Wanted) -> Path | None:
@@ -132,7 +146,6 @@ def _one(
             bar.close()
     if labelled.before and rank == 0:
         say(f"{target} is there already")
-        forget_pieces(target)  # of a run that was killed after its very last step but one
     files = {name: str(file) for name, file in labelled.files.items()}
     if vector is not None:
         if rank == 0 and not (labelled.before and vector.exists() and not wanted.overwrite):
@@ -143,7 +156,7 @@ def _one(
         report = Report()
         for one in gather(labelled.report):
             report.add(one)
-        lost = {block: why for some in gather(lost) for block, why in some.items()}
+        lost = _united(gather(lost))
     _tell_unreadable(list(lost.values()))
     return _record(path, files, report, sum(b.height * b.width for b in lost), time.perf_counter() - started)
 

@@ -25,7 +25,7 @@ from vfmseg.inference.products import EXTRAS, Products
 from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
-from vfmseg.inference.shards import WORK_TAG, digest_of, finished_before
+from vfmseg.inference.shards import WORK_TAG, digest_of, finished_before, forget_pieces
 from vfmseg.inference.sources import Input, OpenScene, open_scenes
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
@@ -183,6 +183,8 @@ class Segmenter:
             mark = {WORK_TAG: digest_of({key: work[key] for key in work if key != "strips"})}  # the cut changes no byte
             done = finished_before(files.values(), mark) if resume else set()
             if done == set(files.values()):
+                if rank == 0:
+                    forget_pieces(target)  # of a run that was killed after its very last step but one
                 return Labelled(files, Report(), unreadable, before=True)
             for file in files.values():
                 if file.exists() and not overwrite and file not in done:

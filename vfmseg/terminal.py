@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -86,11 +87,12 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _termination_unwinds() -> Iterator[None]:
-    """Let SIGTERM end this process by an exception, so that half-written files go. One of several is ended at once:
+    """Let SIGTERM end this process by an exception, so that half-written files go.
 
-    it may wait for the others in code that no exception reaches, and its launcher waits for it.
+    Not one of several processes: it may wait for the others in code that no exception reaches, while its launcher waits
+    for it. And only the main thread may say what a signal does.
     """
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
         return
 

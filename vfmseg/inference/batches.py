@@ -21,11 +21,15 @@ OPEN_BATCHES = 3
 class Batch:
     """Tiles for one call of the model. numbers: slot -> number of the tile in the run; first: the least of them."""
 
-    size: int
     first: int
     pixels: dict[str, np.ndarray]  # float32 (B, C, t, t)
     valid: dict[str, np.ndarray]  # bool (B, t, t)
     numbers: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Places of the batch."""
+        return len(next(iter(self.valid.values())))
 
 
 class Batcher:
@@ -63,7 +67,6 @@ class Batcher:
         side = (self.tile, self.tile)
         bands = rows.bands()
         return Batch(
-            size,
             first,
             {name: np.zeros((size, count, *side), dtype=np.float32) for name, count in bands.items()},
             {name: np.zeros((size, *side), dtype=bool) for name in bands},

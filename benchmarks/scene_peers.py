@@ -134,7 +134,7 @@ def vfmseg(task: Task, blend: str = "hann") -> Callable[[], None]:
     """The engine that `vfmseg predict` and `Segmenter.predict` stand on, with its own defaults."""
     sys.path.insert(0, str(ROOT))
     from vfmseg.geo.reader import Bands
-    from vfmseg.inference.engine import Model
+    from vfmseg.inference.contracts import Model
     from vfmseg.inference.job import Settings, into_files, prepare
     from vfmseg.inference.products import Products
     from vfmseg.inference.sources import OpenScene

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vfmseg.geo.reader import Bands
-from vfmseg.inference.engine import Model
+from vfmseg.inference.contracts import Model
 from vfmseg.inference.job import Settings, into_files, prepare
 from vfmseg.inference.products import Products
 from vfmseg.inference.ranks import join

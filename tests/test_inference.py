@@ -18,7 +18,8 @@ from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.reader import Bands, Chip
 from vfmseg.inference.blend import BLENDS, Band, profile
-from vfmseg.inference.engine import Area, Finished, Model, Report, label_run
+from vfmseg.inference.contracts import Area, Finished, Model, Report
+from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays, Settings, into, prepare
 from vfmseg.inference.plan import Plan, share_of
 from vfmseg.inference.products import Products

@@ -20,7 +20,7 @@ from makers import write_raster
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo import writer as writer_module
 from vfmseg.geo.reader import Bands
-from vfmseg.inference.engine import Model
+from vfmseg.inference.contracts import Model
 from vfmseg.inference.job import Job, Settings, into_files, prepare, targets_of
 from vfmseg.inference.products import Products
 from vfmseg.inference.shards import Parts

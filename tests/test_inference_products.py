@@ -11,7 +11,7 @@ import torch
 
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.writer import MapWriter
-from vfmseg.inference.engine import Finished
+from vfmseg.inference.contracts import Finished
 from vfmseg.inference.products import EXTRAS, NODATA, STEPS, Products
 
 IDS = (3, 7, 40, 41)

@@ -29,7 +29,8 @@ from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.reader import Bands, Chip, Raster
 from vfmseg.geo.writer import Layer, MapWriter
-from vfmseg.inference.engine import Area, Model, label_run
+from vfmseg.inference.contracts import Area, Model
+from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products

@@ -17,7 +17,8 @@ from torch import Tensor
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.reader import Bands, Chip
-from vfmseg.inference.engine import Model, Report, label_run
+from vfmseg.inference.contracts import Model, Report
+from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from vfmseg.geo.grid import Window
 from vfmseg.geo.reader import Bands
-from vfmseg.inference.engine import Model, label_run
+from vfmseg.inference.contracts import Model
+from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products

@@ -12,7 +12,7 @@ from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.files import local_path
 from vfmseg.geo.polygons import check_polygons, write_polygons
 from vfmseg.how import How
-from vfmseg.inference.engine import Report, Tick
+from vfmseg.inference.contracts import Report, Tick
 from vfmseg.inference.job import Job
 from vfmseg.inference.ranks import gather, join
 from vfmseg.inference.worklist import targets_for

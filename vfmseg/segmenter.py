@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,24 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfmseg.checkpoint import Loaded, fingerprint_of, load_segmenter, segmenter_folder, versions
+from vfmseg.checkpoint import Loaded, load_segmenter, segmenter_folder
 from vfmseg.errors import CheckpointError, DataError, RecipeError
 from vfmseg.files import check_label_file, local_path
 from vfmseg.geo.area import read_area
 from vfmseg.geo.writer import label_type
 from vfmseg.how import How, Settled, settle
-from vfmseg.inference.engine import Area, Finished, Model, Predictor, Product, Report, Tick
+from vfmseg.hub import local_segmenter
+from vfmseg.inference.contracts import Area, Finished, Model, Predictor, Product, Report, Tick
 from vfmseg.inference.job import Arrays, Job, into, into_files, prepare, targets_of
 from vfmseg.inference.products import EXTRAS, Products
 from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
-from vfmseg.inference.shards import WORK_TAG, digest_of, finished_before, forget_pieces
+from vfmseg.inference.shards import forget_pieces
 from vfmseg.inference.sources import Input, OpenScene, open_scenes
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
 from vfmseg.metrics import Confusion
+from vfmseg.provenance import finished_before, mark_of, tags_of, work_of
 from vfmseg.recipe import Recipe, load_recipe
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -91,7 +92,7 @@ class Segmenter:
         chosen = usable_device(device or own_device())
         if dtype == "fp16" and chosen.type == "cpu":
             raise RecipeError("dtype = fp16 needs an accelerator; use fp32 or bf16 on the CPU")
-        folder = _local_folder(checkpoint)
+        folder = local_segmenter(checkpoint)
         return cls(load_segmenter(folder, encoder=encoder), folder, chosen, DTYPES[dtype], compile)
 
     @property
@@ -179,8 +180,9 @@ class Segmenter:
             unreadable = Unreadable()
             products = Products(self.ids, tuple(extras), settled.logits)
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)
-            work = self._work(scenes[0], job, settled, products, area) | {"skip_unreadable": skip_unreadable}
-            mark = {WORK_TAG: digest_of({key: work[key] for key in work if key != "strips"})}  # the cut changes no byte
+            tags = tags_of(self.recipe, self.record, self.folder)
+            work = tags | work_of(scenes[0], job, settled, products.extras, area, skip_unreadable) | self._runs_on()
+            mark = mark_of(work)
             done = finished_before(files.values(), mark) if resume else set()
             if done == set(files.values()):
                 if rank == 0:
@@ -190,7 +192,7 @@ class Segmenter:
                 if file.exists() and not overwrite and file not in done:
                     raise DataError(f"{file}: exists already; choose another name, or allow overwriting (--overwrite)")
             classes = [self.recipe.data.classes[i] for i in self.ids]
-            layers = products.layers([c.name for c in classes], [c.color for c in classes], self._tags() | mark)
+            layers = products.layers([c.name for c in classes], [c.color for c in classes], tags | mark)
             report = into_files(
                 job, target, layers, work, rank=rank, ranks=ranks,
                 resume=resume, overwrite=overwrite, cog=cog, planned=planned, progress=progress,
@@ -298,40 +300,11 @@ class Segmenter:
             vote = filled_up(vote, settled.settings.batch_size)
         return averaged(vote, settled.tta, settled.scales)
 
-    def _tags(self) -> dict[str, str]:
+    def _runs_on(self) -> dict[str, Any]:
+        """What else the last bits of an answer hang on."""
         return {
-            "vfmseg_recipe": self.recipe.name,
-            "vfmseg_encoder": str(self.record["encoder"]["id"]),
-            "vfmseg_checkpoint": fingerprint_of(self.folder),
-            "vfmseg_version": versions()["vfmseg"],
-        }
-
-    def _work(
-        self,
-        scene: OpenScene,
-        job: Job,
-        settled: Settled,
-        products: Products,
-        area: str | Path | Sequence[float] | None,
-    ) -> dict[str, Any]:
-        """What must be the same when an interrupted labelling is resumed."""
-        return self._tags() | {
-            "scene": {name: [_stamp(path) for path in raster.paths] for name, raster in scene.rasters.items()},
-            "tile": job.settings.tile,
-            "overlap": job.settings.overlap,
-            "blend": job.settings.blend,
-            "batch_size": job.settings.batch_size,
-            "average": "logits" if settled.logits else "probabilities",
-            "tta": settled.tta,
-            "scales": list(settled.scales),
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-            "compiled": self._compiled,
-            "torch": torch.__version__,
-            "products": ["labels", *products.extras],
-            "area": _stamp(str(area)) if isinstance(area, str | Path) else (list(area) if area else None),
-            "strips": len(job.plan.strips),
-        }
+            "dtype": str(self.dtype), "device": self.device.type, "compiled": self._compiled, "torch": torch.__version__
+        }  # fmt: skip
 
     def _check_same_task(self, recipe: Recipe) -> None:
         theirs = {i: recipe.data.classes[i].name for i in sorted(recipe.data.classes)}
@@ -345,32 +318,3 @@ class Segmenter:
                 f"{recipe.name}: data.modalities are {', '.join(recipe.data.modalities)}, but the segmenter needs "
                 f"{', '.join(self.facts.bands)}"
             )
-
-
-def _stamp(path: str) -> str:
-    """A path with size and time, by which another file under the same name is told."""
-    try:
-        facts = os.stat(path)
-    except OSError:  # a GDAL path or URL
-        return path
-    return f"{os.path.realpath(path)} ({facts.st_size} bytes, {facts.st_mtime_ns})"
-
-
-def _local_folder(checkpoint: str | Path) -> Path:
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        return path
-    looks_like_path = path.is_absolute() or str(checkpoint).startswith((".", "~")) or str(checkpoint).count("/") != 1
-    if looks_like_path or path.exists():
-        raise CheckpointError(f"{checkpoint}: no such folder; expected a segmenter folder such as runs/NAME/best")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(str(checkpoint)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise CheckpointError(
-            f"{checkpoint}: no such folder here, and not to be had from the hub{offline}: {type(error).__name__}; "
-            "check the name, or download it first"
-        ) from None

@@ -12,7 +12,8 @@ import numpy as np
 from vfmseg.errors import MachineError, VfmsegError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.writer import Layer
-from vfmseg.inference.engine import Area, Model, Product, Report, Sink, Tick, label_run
+from vfmseg.inference.contracts import Area, Model, Product, Report, Sink, Tick
+from vfmseg.inference.engine import label_run
 from vfmseg.inference.plan import WIDEST_STRIP, Plan, Run, share_of
 from vfmseg.inference.ranks import meet
 from vfmseg.inference.reading import SceneSource, Stored, chunk_rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vfmseg.geo.writer import Layer, label_layer, label_type
-from vfmseg.inference.engine import Finished
+from vfmseg.inference.contracts import Finished
 
 STEPS = 254
 NODATA = 255

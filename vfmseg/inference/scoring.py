@@ -11,7 +11,7 @@ import torch
 
 from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import IGNORE
-from vfmseg.inference.engine import Finished
+from vfmseg.inference.contracts import Finished
 from vfmseg.metrics import Confusion
 
 

@@ -7,7 +7,6 @@ A piece under its name is complete. `assemble` joins them into the target, which
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -22,26 +21,12 @@ import numpy as np
 from vfmseg.errors import DataError
 from vfmseg.files import whole_file, write_json
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.mosaic import map_tags, mosaic, read_map
+from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.writer import Layer, MapWriter
 from vfmseg.inference.plan import Plan, Run, Shard
 
 ROWS = 256
 """Rows that are joined at a time."""
-
-
-WORK_TAG = "vfmseg_work"
-"""Tag of a finished map that tells by which work it was made."""
-
-
-def digest_of(work: Mapping[str, Any]) -> str:
-    """A short name of what must be the same when an interrupted labelling is resumed."""
-    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def finished_before(files: Iterable[Path], mark: Mapping[str, str]) -> set[Path]:
-    """The maps that are there with these tags."""
-    return {file for file in files if file.is_file() and mark.items() <= map_tags(file).items()}
 
 
 def pieces_folder(target: Path) -> Path:

@@ -1,0 +1,81 @@
+"""What the engine asks of those who use it, and what it tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from vfmseg.geo.grid import Window
+
+# images {modality: (B, C, t, t)} in image units and valid {modality: (B, t, t)}, on the CPU -> votes float32
+# (B, K, t, t) on the model's device: probabilities or logits
+Predictor = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Finished rows of a strip: sums (K, h, w) and weights (h, w) on the device; valid (h, w)."""
+
+    sums: Tensor
+    weights: Tensor
+    valid: np.ndarray
+
+
+# finished rows -> arrays (bands, h, w) by product, on the CPU
+Product = Callable[[Finished], dict[str, np.ndarray]]
+
+
+class Sink(Protocol):
+    """Takes finished rows of a run, top to bottom; called from one thread."""
+
+    def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep these rows."""
+        ...
+
+
+@dataclass
+class Report:
+    """What a run did: tiles run and left out, pixels finished, seconds of work by stage."""
+
+    tiles: int = 0
+    skipped: int = 0
+    pixels: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: Report) -> None:
+        """Add what another run did."""
+        self.tiles += other.tiles
+        self.skipped += other.skipped
+        self.pixels += other.pixels
+        for name, seconds in other.stages.items():
+            self.stages[name] = self.stages.get(name, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Pixels done since the last tick. busy: seconds by stage in this run; queued: whole batches."""
+
+    pixels: int
+    busy: Mapping[str, float]
+    queued: int
+
+
+@dataclass(frozen=True)
+class Area:
+    """What of a scene is asked for. `touches(window)`: any of it in there; `mask(window)`: bool (h, w)."""
+
+    touches: Callable[[Window], bool]
+    mask: Callable[[Window], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the engine asks of a model: `vote` on batches, with `classes` votes a pixel, which lie on `device`."""
+
+    vote: Predictor
+    classes: int
+    device: str = "cpu"

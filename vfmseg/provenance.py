@@ -1,0 +1,75 @@
+"""What a map says of how it was made, and what must be the same when an interrupted labelling goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vfmseg.checkpoint import fingerprint_of, versions
+from vfmseg.geo.mosaic import map_tags
+from vfmseg.how import Settled
+from vfmseg.inference.job import Job
+from vfmseg.inference.sources import OpenScene
+from vfmseg.recipe import Recipe
+
+WORK_TAG = "vfmseg_work"
+"""Tag of a finished map that tells by which work it was made."""
+
+
+def tags_of(recipe: Recipe, record: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Tags of every map that a segmenter makes."""
+    return {
+        "vfmseg_recipe": recipe.name,
+        "vfmseg_encoder": str(record["encoder"]["id"]),
+        "vfmseg_checkpoint": fingerprint_of(folder),
+        "vfmseg_version": versions()["vfmseg"],
+    }
+
+
+def work_of(
+    scene: OpenScene,
+    job: Job,
+    settled: Settled,
+    extras: Sequence[str],
+    area: str | Path | Sequence[float] | None,
+    skip_unreadable: bool,
+) -> dict[str, Any]:
+    """What is labelled, and how: with another of these, finished pieces are of no use."""
+    return {
+        "scene": {name: [_stamp(path) for path in raster.paths] for name, raster in scene.rasters.items()},
+        "tile": job.settings.tile,
+        "overlap": job.settings.overlap,
+        "blend": job.settings.blend,
+        "batch_size": job.settings.batch_size,
+        "average": "logits" if settled.logits else "probabilities",
+        "tta": settled.tta,
+        "scales": list(settled.scales),
+        "products": ["labels", *extras],
+        "area": _stamp(str(area)) if isinstance(area, str | Path) else (list(area) if area else None),
+        "strips": len(job.plan.strips),
+        "skip_unreadable": skip_unreadable,
+    }
+
+
+def mark_of(work: Mapping[str, Any]) -> dict[str, str]:
+    """The tag that names a work. Strips are left out: how it was cut changes no byte."""
+    named = {key: value for key, value in work.items() if key != "strips"}
+    return {WORK_TAG: hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def finished_before(files: Iterable[Path], mark: Mapping[str, str]) -> set[Path]:
+    """The maps that are there with this tag."""
+    return {file for file in files if file.is_file() and mark.items() <= map_tags(file).items()}
+
+
+def _stamp(path: str) -> str:
+    """A path with size and time, by which another file under the same name is told."""
+    try:
+        facts = os.stat(path)
+    except OSError:  # a GDAL path or URL
+        return path
+    return f"{os.path.realpath(path)} ({facts.st_size} bytes, {facts.st_mtime_ns})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from vfmseg.geo.polygons import check_polygons, write_polygons
 from vfmseg.how import How
 from vfmseg.inference.contracts import Report, Tick
 from vfmseg.inference.job import Job
-from vfmseg.inference.ranks import gather, join
+from vfmseg.inference.ranks import gather, joined
 from vfmseg.inference.worklist import targets_for
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.segmenter import Segmenter
@@ -57,7 +57,6 @@ def predict(
     first = next(iter(segmenter.facts.bands))
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
-    rank, ranks = join()
     if isinstance(scene, str):
         jobs = [(scene, output)]
     else:
@@ -65,27 +64,35 @@ def predict(
             raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
         jobs = list(zip(scene, targets_for(scene, output, wanted.extras), strict=True))
     vectors = [_vector_of(target, wanted) for _, target in jobs]
-    alone = len(jobs) >= ranks > 1
-    share = (0, 1) if alone else (rank, ranks)
-    mine = range(rank, len(jobs), ranks) if alone else range(len(jobs))
+
+    def one(number: int, rank: int, ranks: int) -> dict[str, Any]:
+        path, target = jobs[number]
+        return _one(segmenter, {first: path, **others}, path, target, vectors[number], how, wanted, rank, ranks)
+
+    with joined() as (rank, ranks):
+        return _shared(one, [path for path, _ in jobs], rank, ranks)
+
+
+def _shared(
+    one: Callable[[int, int, int], dict[str, Any]], paths: Sequence[str], rank: int, ranks: int
+) -> list[dict[str, Any]]:
+    """Do `one` (number of the scene, rank, ranks) for all scenes; the records, on the first process."""
+    alone = len(paths) >= ranks > 1
     records: dict[int, dict[str, Any]] = {}
     outside: dict[int, str] = {}
-    for number in mine:
-        path, target = jobs[number]
+    for number in range(rank, len(paths), ranks) if alone else range(len(paths)):
         try:
-            records[number] = _one(
-                segmenter, {first: path, **others}, path, target, vectors[number], how, wanted, *share
-            )
+            records[number] = one(number, *((0, 1) if alone else (rank, ranks)))
         except OutsideError as error:
-            if len(jobs) == 1:
+            if len(paths) == 1:
                 raise
-            outside[number] = f"{path}: left out: {error}"
+            outside[number] = f"{paths[number]}: left out: {error}"
     if alone:  # else every process has the same
         records, outside = _united(gather(records)), _united(gather(outside))
     for number in sorted(outside):
         say(outside[number])
     if not records:
-        raise OutsideError(f"the area holds nothing of any of the {len(jobs)} scenes; check its place")
+        raise OutsideError(f"the area holds nothing of any of the {len(paths)} scenes; check its place")
     return [records[number] for number in sorted(records)] if rank == 0 else []
 
 

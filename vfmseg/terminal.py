@@ -108,4 +108,6 @@ def _termination_unwinds() -> Iterator[None]:
 
 def _complain(message: str) -> None:
     who = "vfmseg" if is_main_process() else f"vfmseg, process {os.environ['RANK']}"
-    print(f"{who}: {message}", file=sys.stderr, flush=True)
+    # one write: the lines of several processes must not mix, and `print` writes the end of a line by itself
+    sys.stderr.write(f"{who}: {message}\n")
+    sys.stderr.flush()

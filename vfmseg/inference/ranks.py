@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,15 +18,25 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 
 
-def join() -> tuple[int, int]:
-    """(rank, ranks) of this process, after meeting the others that `accelerate launch` or `torchrun` has started."""
+@contextmanager
+def joined() -> Iterator[tuple[int, int]]:
+    """(rank, ranks) of this process, in touch with the others that `accelerate launch` or `torchrun` has started.
+
+    A connection made here ends here: left to the end of the interpreter, its threads may abort the process.
+    """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
-        return 0, 1
-    if not torch.distributed.is_initialized():
+        yield 0, 1
+        return
+    own = not torch.distributed.is_initialized()
+    if own:
         # only short messages are exchanged, so gloo does on every machine
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    try:
+        yield torch.distributed.get_rank(), torch.distributed.get_world_size()
+    finally:
+        if own:
+            torch.distributed.destroy_process_group()
 
 
 def meet() -> None:

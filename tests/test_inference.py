@@ -550,3 +550,24 @@ def test_p34_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
     job = prepare([Reading()], Stored((32, 64)), {"x": 1}, model, products, 1, Settings(32, 0.25, "hann", 8))
     into(job, Watch())
     assert behind[0] < 1600
+
+
+@pytest.mark.parametrize("blend", ["hann", "none"])
+def test_p34_the_width_of_a_strip_counts_what_its_tiles_read_beside_it(blend: str) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watch:
+        grid = Grid(None, IDENTITY, 40, 300)
+
+        def read(self, window: Window) -> dict[str, Chip]:
+            seen.append((window.col, window.col + window.width))
+            return {"x": Chip(np.ones((1, *window.shape), np.float32), np.ones(window.shape, bool))}
+
+    plan = Plan(40, 300, 32, 0.5, blend != "none", 4, widest=100)
+    assert len(plan.strips) > 2
+    for run in plan.runs(plan.shards):
+        seen.clear()
+        label_run(
+            [Watch()], Stored((32, 32)), plan, run, Model(pointwise, CLASSES), blend, lambda f: {}, Arrays(40, 300)
+        )
+        assert max(end for _, end in seen) - min(first for first, _ in seen) == plan.width_read(run.strip)

@@ -518,7 +518,7 @@ def test_p62_a_damaged_piece_is_named_with_its_window(tmp_path: Path) -> None:
 
 def test_p62_rows_left_out_are_an_error_never_a_class(tmp_path: Path) -> None:
     labels = labels_for(UTM)
-    with pytest.raises(ValueError, match="rows 290 to 299 were never written"):
+    with pytest.raises(ValueError, match="rows 290 to 299 of columns 0 to 399 were never written"):
         save(tmp_path / "a.tif", labels[:290], step=290)
     assert names_in(tmp_path) == []
 
@@ -536,8 +536,42 @@ def test_p62_rows_out_of_place_are_refused(tmp_path: Path, row: int, shape: tupl
         target.write(0, np.zeros((1, 5, 400), dtype=np.uint8))
         with pytest.raises(ValueError, match="from 5 on"):
             target.write(row, np.zeros(shape, dtype=np.uint8))
+        with pytest.raises(ValueError, match="from column 256 on"):
+            target.write(5, np.zeros((1, 5, 400), dtype=np.uint8), 256)
         target.write(5, np.zeros((1, 295, 400), dtype=np.uint8))  # a refused portion changes nothing
     assert names_in(tmp_path) == ["a.tif"]
+
+
+@pytest.mark.parametrize("cog", [False, True])
+def test_p37_a_wide_map_may_come_in_strips(tmp_path: Path, cog: bool) -> None:
+    labels = as_ids(labels_for(LARGE))
+    with MapWriter(tmp_path / "a.tif", LARGE, layer_of(), cog=cog) as target:
+        for first, end in ((0, 256), (256, 768), (768, LARGE.width)):
+            for row in range(0, LARGE.height, 100):
+                target.write(row, labels[:, row : row + 100, first:end], first)
+    with rasterio.open(tmp_path / "a.tif") as source:
+        np.testing.assert_array_equal(source.read(), labels)
+
+
+def test_p62_strips_left_out_or_out_of_place_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    strip = np.zeros((1, 300, 256), dtype=np.uint8)
+    with (
+        pytest.raises(ValueError, match="columns 256 to 399 were never written"),
+        MapWriter(path, UTM, layer_of()) as target,
+    ):
+        target.write(0, strip)
+    with pytest.raises(ValueError, match="expected rows"), MapWriter(path, UTM, layer_of()) as target:
+        target.write(0, strip[..., :200])  # not full blocks wide
+    for first, col in ((strip, 300), (strip[:, :299], 256)):  # a gap; rows are missing
+        with MapWriter(path, UTM, layer_of()) as target:
+            target.write(0, first)
+            with pytest.raises(ValueError, match="expected rows"):
+                target.write(0, np.zeros((1, 300, 400 - col), dtype=np.uint8), col)
+            target.write(first.shape[1], strip[:, first.shape[1] :])
+            target.write(0, np.zeros((1, 300, 144), dtype=np.uint8), 256)
+    path.unlink()
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint16", "int8", "float32"])

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from makers import write_raster
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo import writer as writer_module
+from vfmseg.geo.grid import Window
 from vfmseg.geo.reader import Bands
+from vfmseg.inference import shards as shards_module
 from vfmseg.inference.contracts import Model
 from vfmseg.inference.job import Job, Settings, into_files, prepare, targets_of
+from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
 from vfmseg.inference.shards import Parts
 from vfmseg.inference.sources import OpenScene
@@ -108,6 +112,28 @@ def test_p36_files_hold_place_classes_and_values(scene: Path, tmp_path: Path) ->
     expected = np.where(values == 1, middle, best) * 254
     np.testing.assert_allclose(stored[values != 9], expected[values != 9], atol=0.51)
     assert (stored[values == 9] == 255).all()
+
+
+def test_p32_pieces_of_a_wide_map_are_joined_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.random.default_rng(0).integers(0, 3, (1, 300, 1400)).astype(np.uint8)
+    scene = write_raster(tmp_path / "scene.tif", array)
+    job = job_of(scene)
+    job = replace(job, plan=Plan(300, 1400, 32, 0.25, True, 4, 500))  # a border of strips is no border of blocks
+    assert len(job.plan.strips) > 2
+    monkeypatch.setattr(shards_module, "JOINED", 2 * 256 * 256)
+    rows = shards_module.Parts._joined
+    most = []
+
+    def counted(self: Parts, name: str, window: Window) -> np.ndarray:
+        joined = rows(self, name, window)
+        most.append(joined.nbytes)
+        return joined
+
+    monkeypatch.setattr(shards_module.Parts, "_joined", counted)
+    into_files(job, tmp_path / "labels.tif", LAYERS, {})
+    assert max(most) <= 2 * 256 * 256
+    with rasterio.open(tmp_path / "labels.tif") as labels:
+        np.testing.assert_array_equal(labels.read(), array)
 
 
 def test_p37_an_error_midway_keeps_finished_pieces_and_resume_runs_the_rest_alone(

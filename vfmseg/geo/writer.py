@@ -1,7 +1,8 @@
 """Maps written row by row: a file under its final name is complete, whatever happened on the way.
 
-Rows go to a temporary file beside the target. Only after the last row was written, flushed, read back and found
-equal does it take the target's name; any error or interruption removes it.
+Rows are as wide as the map, or, where that would not fit in memory, as wide as strips side by side. They go to a
+temporary file beside the target. Only after the last was written, flushed, read back and found equal does the file
+take the target's name; any error or interruption removes it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from rasterio.transform import Affine
 from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError, MachineError
-from vfmseg.geo.grid import IDENTITY, Grid
+from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset
 
-_BLOCK = 256
+BLOCK = 256
 """Height and width of the GeoTIFF's tiles in pixels; rows are collected until a row of tiles is full."""
 
 _TYPES = (
@@ -98,9 +99,10 @@ class MapWriter:
         self._level = level
         self._cog = cog
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self._rows = np.empty((len(layer.names), _BLOCK, grid.width), dtype=layer.dtype)
-        self._next = 0  # first row that is still to come
-        self._sums: list[int] = []  # checksum of each row of tiles, to compare with what the disk holds
+        self._rows = np.empty((len(layer.names), BLOCK, 0), dtype=layer.dtype)  # of the strip that is written
+        self._col = 0  # first column of that strip
+        self._next = grid.height  # first row that is still to come
+        self._sums: dict[Window, int] = {}  # checksum of what was written, to compare with what the disk holds
         self._dataset: Any = None
 
     def __enter__(self) -> MapWriter:
@@ -115,24 +117,33 @@ class MapWriter:
             raise
         return self
 
-    def write(self, row: int, values: np.ndarray) -> None:
-        """Write whole rows: stored numbers (bands, h, width), from `row` on, each row once, in order."""
+    def write(self, row: int, values: np.ndarray, col: int = 0) -> None:
+        """Write rows: stored numbers (bands, h, w), from `row` on, each row once, in order.
+
+        All are as wide as the grid, or they are of a strip that begins at column `col`: strips come from left to
+        right, each from top to bottom, and begin at multiples of BLOCK.
+        """
         if self._dataset is None:
             raise ValueError(f"{self.path}: not open; use the writer in a `with` statement")
+        if values.ndim == 3 and self._next == self.grid.height and col == self._col + self._rows.shape[2]:
+            self._rows = np.empty((len(self.layer.names), BLOCK, values.shape[2]), dtype=self.layer.dtype)
+            self._col, self._next = col, 0
         bands, _, width = self._rows.shape
         height = values.shape[1] if values.ndim == 3 else 0
-        fits = values.shape == (bands, height, width) and values.dtype == self._rows.dtype
-        if row != self._next or not fits or row + height > self.grid.height:
+        fits = values.shape == (bands, height, width) and values.dtype == self._rows.dtype and col == self._col
+        last = col + width == self.grid.width
+        if row != self._next or not fits or row + height > self.grid.height or not (last or width % BLOCK == 0):
             raise ValueError(
-                f"{self.path}: rows {row} to {row + height - 1}, shape {values.shape} of {values.dtype}; expected rows "
-                f"from {self._next} on, {bands} x rows x {width} of {self._rows.dtype}, {self.grid.height} rows in all"
+                f"{self.path}: rows {row} to {row + height - 1} from column {col} on, shape {values.shape} of "
+                f"{values.dtype}; expected rows from {self._next} on, {bands} x rows x {width} of {self._rows.dtype}, "
+                f"{self.grid.height} rows in all"
             )
         while values.shape[1]:
-            filled = self._next % _BLOCK
-            part, values = values[:, : _BLOCK - filled], values[:, _BLOCK - filled :]
+            filled = self._next % BLOCK
+            part, values = values[:, : BLOCK - filled], values[:, BLOCK - filled :]
             self._rows[:, filled : filled + part.shape[1]] = part
             self._next += part.shape[1]
-            if self._next % _BLOCK == 0 or self._next == self.grid.height:
+            if self._next % BLOCK == 0 or self._next == self.grid.height:
                 self._flush(filled + part.shape[1])
 
     def __exit__(
@@ -162,8 +173,8 @@ class MapWriter:
             dtype=self.layer.dtype,
             nodata=self.layer.nodata,
             tiled=True,
-            blockxsize=_BLOCK,
-            blockysize=_BLOCK,
+            blockxsize=BLOCK,
+            blockysize=BLOCK,
             compress="deflate",
             zlevel=self._level,
             interleave="band",
@@ -183,13 +194,18 @@ class MapWriter:
 
     def _flush(self, count: int) -> None:
         rows = self._rows[:, :count]
-        self._sums.append(zlib.crc32(rows.tobytes()))
+        window = Window(self._next - count, self._col, count, rows.shape[2])
+        self._sums[window] = zlib.crc32(rows.tobytes())
         with self._machine(), gdal():
-            self._dataset.write(rows, window=RasterioWindow(0, self._next - count, self.grid.width, count))
+            self._dataset.write(rows, window=_place(window))
 
     def _finish(self) -> None:
+        right = self._col + self._rows.shape[2]
         if self._next != self.grid.height:
-            raise ValueError(f"{self.path}: rows {self._next} to {self.grid.height - 1} were never written")
+            lost = f"rows {self._next} to {self.grid.height - 1} of columns {self._col} to {right - 1}"
+            raise ValueError(f"{self.path}: {lost} were never written")
+        if right != self.grid.width:
+            raise ValueError(f"{self.path}: columns {right} to {self.grid.width - 1} were never written")
         with self._machine():
             with gdal():
                 self._dataset.close()
@@ -220,10 +236,8 @@ class MapWriter:
         """Read the file back: closing a GDAL file on a full disk reports no error."""
         with gdal(), contextlib.closing(open_dataset(str(self._partial))) as stored:
             complete = stored.nodata == self.layer.nodata and self.layer.tags.items() <= stored.tags().items()
-            for number, expected in enumerate(self._sums):
-                first = number * _BLOCK
-                height = min(_BLOCK, self.grid.height - first)
-                rows = stored.read(window=RasterioWindow(0, first, self.grid.width, height))
+            for window, expected in self._sums.items():
+                rows = stored.read(window=_place(window))
                 complete = complete and zlib.crc32(rows.tobytes()) == expected
         if not complete:
             raise MachineError(self._lost("what the disk holds differs from what was written"))
@@ -266,6 +280,10 @@ def label_type(ids: Sequence[int]) -> tuple[str, int]:
         if min(ids) >= smallest and max(ids) <= largest:
             return dtype, nodata
     raise DataError(f"class ids {min(ids)} to {max(ids)} do not fit 32 bits; choose smaller ones")
+
+
+def _place(window: Window) -> RasterioWindow:
+    return RasterioWindow(window.col, window.row, window.width, window.height)
 
 
 def _sync(path: Path) -> None:

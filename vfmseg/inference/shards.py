@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,11 +21,11 @@ from vfmseg.errors import DataError
 from vfmseg.files import whole_file, write_json
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.mosaic import mosaic, read_map
-from vfmseg.geo.writer import Layer, MapWriter
+from vfmseg.geo.writer import BLOCK, Layer, MapWriter
 from vfmseg.inference.plan import Plan, Run, Shard
 
-ROWS = 256
-"""Rows that are joined at a time."""
+JOINED = 16 * 2**20
+"""Bytes that are joined at a time; a map whose rows take more is joined in strips of columns."""
 
 
 def pieces_folder(target: Path) -> Path:
@@ -104,22 +103,29 @@ class Parts:
         """Join the pieces into the targets and remove the folder. Other products first, the labels last."""
         for name in sorted(self.layers, key=lambda n: n == "labels"):
             with MapWriter(targets[name], self.grid, self.layers[name], cog=cog) as writer:
-                for row in self._rows():
-                    for first in range(0, row[0].window.height, ROWS):
-                        part = Window(first, 0, min(ROWS, row[0].window.height - first), 0)
-                        writer.write(row[0].window.row + first, self._joined(name, row, part))
+                for window in self._windows(self.layers[name]):
+                    writer.write(window.row, self._joined(name, window), window.col)
         shutil.rmtree(self.folder)
 
-    def _rows(self) -> list[list[Shard]]:
-        """Shards side by side, from the top down; every strip is cut at the same rows."""
-        by_number: dict[int, list[Shard]] = {}
-        for shard in self.plan.shards:
-            by_number.setdefault(shard.number, []).append(shard)
-        return [sorted(row, key=lambda s: s.strip) for _, row in sorted(by_number.items())]
+    def _windows(self, layer: Layer) -> Iterator[Window]:
+        """What is joined at a time, strip by strip; rows as the shards are cut, so that no block is read twice."""
+        wide = JOINED // (BLOCK * len(layer.names) * np.dtype(layer.dtype).itemsize) // BLOCK * BLOCK or BLOCK
+        spans = sorted({(s.window.row, s.window.row + s.window.height) for s in self.plan.shards})
+        for col in range(0, self.grid.width, wide):
+            for top, end in spans:
+                for row in range(top, end, BLOCK):
+                    yield Window(row, col, min(BLOCK, end - row), min(wide, self.grid.width - col))
 
-    def _joined(self, name: str, row: list[Shard], part: Window) -> np.ndarray:
-        """Some rows of shards side by side; `part` counts from the top of the shards."""
-        pieces = [read_map(self.path(name, s), replace(part, width=s.window.width)) for s in row]
+    def _joined(self, name: str, window: Window) -> np.ndarray:
+        """Stored numbers (bands, h, w) of a window that is as high as shards or lower."""
+        right = window.col + window.width
+        pieces = []
+        for shard in sorted(self.plan.shards, key=lambda s: s.strip):  # every strip is cut at the same rows
+            place = shard.window
+            first, last = max(window.col, place.col), min(right, place.col + place.width)
+            if first < last and place.row <= window.row < place.row + place.height:
+                part = Window(window.row - place.row, first - place.col, window.height, last - first)
+                pieces.append(read_map(self.path(name, shard), part))
         return np.concatenate(pieces, axis=2)
 
 

@@ -342,10 +342,11 @@ def run(
 
 
 def measure(
-    baseline: str, recipe: str | Path, overrides: Sequence[str], seed: int
+    baseline: str, recipe: str | Path, overrides: Sequence[str], seed: int, seconds: float = SECONDS
 ) -> tuple[dict[str, Any], int | None]:
-    """Test scores and trainable parameters (None: not counted) of a baseline on the data of a recipe."""
-    result = run(baseline, load(recipe, overrides, baseline), seed)
+    """Test scores and trainable parameters (None: not counted) of a baseline on the data of a recipe; `seconds` is
+    the U-Net's."""
+    result = run(baseline, load(recipe, overrides, baseline), seed, seconds=seconds)
     return result["scores"], result.get("parameters")
 
 

@@ -563,6 +563,12 @@ def test_p62_strips_left_out_or_out_of_place_are_refused(tmp_path: Path) -> None
         target.write(0, strip)
     with pytest.raises(ValueError, match="expected rows"), MapWriter(path, UTM, layer_of()) as target:
         target.write(0, strip[..., :200])  # not full blocks wide
+    with MapWriter(path, UTM, layer_of()) as target:
+        target.write(0, strip[:, :9])
+        with pytest.raises(ValueError, match="expected rows"):
+            target.write(9, strip[:, 9:], 256)  # rows of this strip at the column of the next
+        target.write(9, strip[:, 9:])
+        target.write(0, np.zeros((1, 300, 144), dtype=np.uint8), 256)
     for first, col in ((strip, 300), (strip[:, :299], 256)):  # a gap; rows are missing
         with MapWriter(path, UTM, layer_of()) as target:
             target.write(0, first)

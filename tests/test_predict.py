@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raste
 
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.finetune import finetune
+from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.mosaic import mosaic
+from vfmseg.geo.writer import Layer
 from vfmseg.how import How
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.predict import Wanted, predict
@@ -160,6 +164,27 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
         label(segmenter, tmp_path / "in", tmp_path / "out", How(overlap=0.5), resume=True)
     with pytest.raises(RecipeError, match="goes with one scene"):
         predict(segmenter, [str(tmp_path / "in" / "s1.tif")], {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
+
+
+def test_p63_resume_sees_what_lies_behind_a_path(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    array = toy_scene(1, 70, 50)[0]
+    tile = write_raster(tmp_path / "tile.tif", array)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tile, "a.tif")
+    layer = Layer("uint8", 0, ("r", "g", "b"))
+    shown = mosaic(Grid(None, IDENTITY, 70, 50), layer, [("tile.tif", Window(0, 0, 70, 50))])
+    (tmp_path / "mosaic.vrt").write_text(shown)
+    behind = {str(tmp_path / "mosaic.vrt"): tile, f"/vsizip/{tmp_path / 'a.zip'}/a.tif": tmp_path / "a.zip"}
+    for name, file in behind.items():
+        target = tmp_path / "labels.tif"
+        label(segmenter, name, target)
+        (tmp_path / "mosaic.vrt.aux.xml").write_text("<PAMDataset/>")  # somebody looked at it
+        (record,) = label(segmenter, name, target, resume=True)
+        assert record["pixels"] == 0
+        os.utime(file, ns=(1, 1))
+        with pytest.raises(DataError, match=r"exists already"):
+            label(segmenter, name, target, resume=True)
+        target.unlink()
 
 
 def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ def work_of(
 ) -> dict[str, Any]:
     """What is labelled, and how: with another of these, finished pieces are of no use."""
     return {
-        "scene": {name: [_stamp(path) for path in raster.paths] for name, raster in scene.rasters.items()},
+        "scene": {
+            name: [_stamp(path, others) for path, others in raster.files.items()]
+            for name, raster in scene.rasters.items()
+        },
         "tile": job.settings.tile,
         "overlap": job.settings.overlap,
         "blend": job.settings.blend,
@@ -66,10 +70,19 @@ def finished_before(files: Iterable[Path], mark: Mapping[str, str]) -> set[Path]
     return {file for file in files if file.is_file() and mark.items() <= map_tags(file).items()}
 
 
-def _stamp(path: str) -> str:
-    """A path with size and time, by which another file under the same name is told."""
-    try:
-        facts = os.stat(path)
-    except OSError:  # a GDAL path or URL
-        return path
-    return f"{os.path.realpath(path)} ({facts.st_size} bytes, {facts.st_mtime_ns})"
+def _stamp(path: str, others: Sequence[str] = ()) -> str:
+    """A path with size and time, by which another file under the same name is told; of `others` a digest.
+
+    Of a path that GDAL alone knows, those of the file that it leads into (`/vsizip/FILE/...`), if there is one here.
+    """
+    inside = Path(re.sub(r"^(/vsi\w+/)+", "", path))
+    file = next((place for place in (inside, *inside.parents) if place.is_file()), None)
+    text = path
+    if file is not None:
+        facts = file.stat()
+        name = os.path.realpath(path) if file == Path(path) else path
+        text = f"{name} ({facts.st_size} bytes, {facts.st_mtime_ns})"
+    if others:
+        digest = hashlib.sha256("\n".join(_stamp(other) for other in others).encode()).hexdigest()[:16]
+        text += f" with {len(others)} files ({digest})"
+    return text

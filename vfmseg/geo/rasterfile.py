@@ -34,6 +34,9 @@ _OPTIONS: dict[str, Any] = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
 }
 
+_NO_PIXELS = (".aux.xml", ".ovr")
+"""Files that GIS programs put beside a raster when they show it."""
+
 _warnings_lock = threading.Lock()  # Python's warning filters belong to the process, not to a thread
 
 
@@ -69,6 +72,7 @@ class FileInfo:
     shared_mask: bool  # one mask band for all bands, inside the file or beside it (.msk)
     own_masks: tuple[int, ...]  # bands that have a mask of their own
     block: tuple[int, int]  # rows and columns of the blocks of the first band
+    others: tuple[str, ...]  # files that belong to it: the tiles of a VRT, a header or a mask beside it
 
     @property
     def count(self) -> int:
@@ -216,6 +220,7 @@ def _describe(dataset: Any, path: str) -> FileInfo:
         shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
         own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
         block=dataset.block_shapes[0],
+        others=tuple(sorted(file for file in set(dataset.files) - {path} if not file.endswith(_NO_PIXELS))),
     )
 
 

@@ -84,6 +84,11 @@ class Raster:
         return self.paths[0] if len(self.paths) == 1 else self.paths
 
     @property
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """{path: the files that belong to it}, such as the tiles of a VRT."""
+        return {file.path: file.info.others for file in self._files}
+
+    @property
     def _name(self) -> str:
         return " + ".join(self.paths)
 

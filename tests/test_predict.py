@@ -169,19 +169,20 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
 def test_p63_resume_sees_what_lies_behind_a_path(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     array = toy_scene(1, 70, 50)[0]
     tile = write_raster(tmp_path / "tile.tif", array)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+    zipped = tmp_path / "a.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
         archive.write(tile, "a.tif")
     layer = Layer("uint8", 0, ("r", "g", "b"))
     shown = mosaic(Grid(None, IDENTITY, 70, 50), layer, [("tile.tif", Window(0, 0, 70, 50))])
     (tmp_path / "mosaic.vrt").write_text(shown)
-    behind = {str(tmp_path / "mosaic.vrt"): tile, f"/vsizip/{tmp_path / 'a.zip'}/a.tif": tmp_path / "a.zip"}
-    for name, file in behind.items():
+    behind = {str(tile): tile, str(tmp_path / "mosaic.vrt"): tile, f"/vsizip/{zipped}/a.tif": zipped}
+    for number, (name, file) in enumerate(behind.items()):
         target = tmp_path / "labels.tif"
         label(segmenter, name, target)
-        (tmp_path / "mosaic.vrt.aux.xml").write_text("<PAMDataset/>")  # somebody looked at it
+        file.with_name(f"{file.name}.aux.xml").write_text("<PAMDataset/>")  # somebody looked at it
         (record,) = label(segmenter, name, target, resume=True)
         assert record["pixels"] == 0
-        os.utime(file, ns=(1, 1))
+        os.utime(file, ns=(number, number))
         with pytest.raises(DataError, match=r"exists already"):
             label(segmenter, name, target, resume=True)
         target.unlink()

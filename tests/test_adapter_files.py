@@ -94,6 +94,16 @@ def test_p14_c14_adapter_files_load_strictly(
         load_adapter(encoder, attached, tmp_path)
 
 
+def test_p14_an_adapter_of_another_scale_is_refused(folders: dict[str, Path], trained: Callable[..., Any]) -> None:
+    folder, _ = trained("sam", "adapter")
+    encoder = build(folders, "sam")
+    attached = attach(encoder, "adapter", scale=0.3)
+    digest = sha256_of(encoder.backbone.state_dict())
+    with pytest.raises(CheckpointError, match=r"adapter\.safetensors: adapters of scale 0\.\d+, .* says 0\.3"):
+        load_adapter(encoder, attached, folder)
+    assert sha256_of(encoder.backbone.state_dict()) == digest
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_p6_plain_peft_reads_the_file_on_the_upstream_model(
     folders: dict[str, Path], trained: Callable[..., Any], kind: str

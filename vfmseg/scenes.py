@@ -87,7 +87,7 @@ def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
     by_dataset = [name for name, how in chosen.items() if how == "dataset"]
     statistics = stream_statistics(train) if by_dataset else {}
     for name in bands:
-        source = "the encoder's published" if chosen[name] == "encoder" else "the training split's"
+        source = "the encoder's own" if chosen[name] == "encoder" else "the training split's"
         say_once(f"{name}: {bands[name]} bands ({dtypes[name]}), normalised by {source} mean and std")
     return InputFacts(bands, dtypes, {name: statistics[name] for name in by_dataset})
 

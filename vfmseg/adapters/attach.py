@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vfmseg.adapters import bottleneck, lora
 from vfmseg.encoders.base import Encoder
-from vfmseg.errors import CheckpointError
-
-BOTTLENECK_FILE = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,7 @@ class Attached:
     name: str
     sites: tuple[str, ...] = ()
     low_rank: lora.Injected | None = None
-    bottlenecks: Mapping[str, bottleneck.ParallelMlp] | None = None
+    bottlenecks: dict[str, bottleneck.ParallelMlp] | None = None
 
 
 def attach_none(encoder: Encoder) -> Attached:
@@ -69,28 +64,18 @@ def save_adapter(attached: Attached, folder: Path) -> None:
         lora.save(attached.low_rank.wrapper, folder)
     elif attached.bottlenecks is not None:
         folder.mkdir(parents=True)
-        tensors = bottleneck.tensors_of(dict(attached.bottlenecks))
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / BOTTLENECK_FILE)
+        bottleneck.save(attached.bottlenecks, folder)
 
 
 def load_adapter(encoder: Encoder, attached: Attached, folder: Path) -> None:
     """Fill an attached adapter from its folder, strictly.
 
-    CheckpointError for a missing, extra or misshapen tensor, and for another rank, alpha or other targets.
+    CheckpointError for a missing, extra or misshapen tensor, and for another rank, alpha or scale or other targets.
     """
     if attached.low_rank is not None:
         lora.load(encoder, folder, attached.low_rank)
     elif attached.bottlenecks is not None:
-        placed = dict(attached.bottlenecks)
-        file = folder / BOTTLENECK_FILE
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; the checkpoint is incomplete, copy it again")
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from None
-        lora.check(file, tensors, {n: tuple(t.shape) for n, t in bottleneck.tensors_of(placed).items()})
-        bottleneck.fill(placed, tensors)
+        bottleneck.load(attached.bottlenecks, folder)
 
 
 def merge_lora(encoder: Encoder, folder: Path, rank: int, alpha: float, targets: tuple[str, ...]) -> Attached:

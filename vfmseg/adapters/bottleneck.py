@@ -5,12 +5,19 @@ x is what the MLP gets, normed tokens; where a block scales its MLP (DINOv2), it
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vfmseg.adapters.tensors import require_tensors
 from vfmseg.encoders.base import Encoder
-from vfmseg.errors import AdapterError
+from vfmseg.errors import AdapterError, CheckpointError
+
+FILE = "adapter.safetensors"
 
 
 class ParallelMlp(nn.Module):
@@ -59,8 +66,33 @@ def tensors_of(placed: dict[str, ParallelMlp]) -> dict[str, Tensor]:
     }
 
 
-def fill(placed: dict[str, ParallelMlp], tensors: dict[str, Tensor]) -> None:
-    """Copy tensors that were checked before."""
+def save(placed: dict[str, ParallelMlp], folder: Path) -> None:
+    """Write the adapters' tensors and their scale."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors_of(placed).items()}
+    save_file(tensors, folder / FILE, {"scale": repr(_scale(placed))})
+
+
+def load(placed: dict[str, ParallelMlp], folder: Path) -> None:
+    """Fill the adapters, strictly: CheckpointError for a missing, extra or misshapen tensor, or another scale."""
+    file = folder / FILE
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; the checkpoint is incomplete, copy it again")
+    try:
+        with safe_open(file, "pt") as stored:
+            scale = (stored.metadata() or {}).get("scale")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from None
+    require_tensors(file, tensors, {n: tuple(t.shape) for n, t in tensors_of(placed).items()})
+    if scale != repr(_scale(placed)):
+        raise CheckpointError(
+            f"{file}: adapters of scale {scale}, but recipe.yaml says {_scale(placed)}; the folder mixes two "
+            "checkpoints"
+        )
     with torch.no_grad():
         for name, tensor in tensors_of(placed).items():
             tensor.copy_(tensors[name])
+
+
+def _scale(placed: dict[str, ParallelMlp]) -> float:
+    return float(next(iter(placed.values())).scale)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.adapters.sites import chosen_sites
+from vfmseg.adapters.tensors import require_tensors
 from vfmseg.encoders.base import Encoder
 from vfmseg.errors import AdapterError, CheckpointError
 
@@ -137,7 +138,7 @@ def read_fitting(
             f"{folder / CONFIG}: rank {config.get('r')} and alpha {config.get('lora_alpha')}, but recipe.yaml says "
             f"{rank} and {alpha}; the folder mixes two checkpoints"
         )
-    check(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
+    require_tensors(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
     foreign = sorted(set(config.get("target_modules") or ()) ^ set(sites))
     for name, wanted in sites.items():
         parts = zip("qkv", tensors[f"{name}.lora_B.weight"].chunk(3), strict=True) if wanted else ()
@@ -171,14 +172,3 @@ def expected_shapes(encoder: Encoder, rank: int, sites: Mapping[str, tuple[str, 
         shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
         shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
     return shapes
-
-
-def check(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Every tensor there, none too many, each of its shape."""
-    missing = sorted(set(expected) - set(tensors))
-    extra = sorted(set(tensors) - set(expected))
-    wrong = sorted(n for n in expected if n in tensors and tuple(tensors[n].shape) != expected[n])
-    if missing or extra or wrong:
-        parts = [("missing", missing), ("not expected", extra), ("of another shape", wrong)]
-        found = "; ".join(f"{len(names)} tensors {what} ({', '.join(names[:3])})" for what, names in parts if names)
-        raise CheckpointError(f"{file}: {found}; this adapter belongs to another encoder or recipe")

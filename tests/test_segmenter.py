@@ -199,6 +199,27 @@ def test_p26_nodata_never_reaches_the_scores(place: Path, tmp_path: Path) -> Non
     assert scores["pixels"] == 64 * 64 - 600
 
 
+def test_evaluate_asks_for_the_same_task_and_tells_another_reading(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    content = recipe_dict(place / "data", place / "encoder", tmp_path / "run")
+    scores = segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val")
+    assert "instead of" not in capsys.readouterr().err
+    content["data"]["modalities"]["rgb"] |= {"bands": [3, 2, 1], "offset": 40.0}
+    other = segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val")
+    assert other["miou"] != scores["miou"]
+    told = capsys.readouterr().err
+    assert "data.modalities.rgb: read with bands = (3, 2, 1) instead of None, offset = 40.0 instead of 0.0" in told
+    renamed = json.loads(json.dumps(content).replace('"rgb"', '"pan"'))
+    renamed["data"]["classes"] = content["data"]["classes"]
+    with pytest.raises(RecipeError, match=r"data\.modalities are pan, but the segmenter needs rgb"):
+        segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", renamed)), "val")
+    content["data"]["classes"] |= {1: "water"}
+    with pytest.raises(RecipeError, match=r"data\.classes are .*water.* knows"):
+        segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val")
+
+
 def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     with pytest.raises(DataError, match="modalities"):

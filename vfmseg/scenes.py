@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from vfmseg.data.split import (
     SceneLike,
@@ -90,6 +91,32 @@ def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
         source = "the encoder's own" if chosen[name] == "encoder" else "the training split's"
         say_once(f"{name}: {bands[name]} bands ({dtypes[name]}), normalised by {source} mean and std")
     return InputFacts(bands, dtypes, {name: statistics[name] for name in by_dataset})
+
+
+def require_same_task(recipe: Recipe, trained: Recipe) -> None:
+    """RecipeError if a segmenter of the recipe `trained` cannot be scored on another; how that reads bands is told."""
+    classes, known = ({i: of.data.classes[i].name for i in sorted(of.data.classes)} for of in (recipe, trained))
+    if classes != known:
+        raise RecipeError(
+            f"{recipe.name}: data.classes are {classes}, but the segmenter knows {known}; evaluate on a recipe with "
+            "the same classes"
+        )
+    bands, before = bands_of(recipe), bands_of(trained)
+    if set(bands) != set(before):
+        raise RecipeError(
+            f"{recipe.name}: data.modalities are {', '.join(bands)}, but the segmenter needs {', '.join(before)}"
+        )
+    for name in before:
+        changed = [
+            f"{'bands' if key == 'indexes' else key} = {value} instead of {was}"
+            for (key, value), was in zip(asdict(bands[name]).items(), asdict(before[name]).values(), strict=True)
+            if value != was
+        ]
+        if changed:
+            say_once(
+                f"data.modalities.{name}: read with {', '.join(changed)} as in training; scores mean "
+                "something only if the values mean the same"
+            )
 
 
 def value_ranges(facts: InputFacts, recipe: Recipe) -> dict[str, float]:

@@ -210,13 +210,13 @@ class Segmenter:
         One confusion matrix over all labelled, valid pixels at the native grid; returns miou, overall_accuracy,
         kappa, per-class iou, f1, precision, recall and support, and the names of absent classes.
         """
-        from vfmseg.scenes import open_split
+        from vfmseg.scenes import open_split, require_same_task
 
         if split not in ("train", "val", "test"):
             raise RecipeError(f"split = {split!r}; expected train, val or test")
         if not isinstance(recipe, Recipe):
             recipe = load_recipe(recipe)
-        self._check_same_task(recipe)
+        require_same_task(recipe, self.recipe)
         confusion = Confusion(len(self.ids))
         scenes = open_split(recipe, split)
         settled = settle(How(), self.recipe)
@@ -305,16 +305,3 @@ class Segmenter:
         return {
             "dtype": str(self.dtype), "device": self.device.type, "compiled": self._compiled, "torch": torch.__version__
         }  # fmt: skip
-
-    def _check_same_task(self, recipe: Recipe) -> None:
-        theirs = {i: recipe.data.classes[i].name for i in sorted(recipe.data.classes)}
-        if self.classes != theirs:
-            raise RecipeError(
-                f"{recipe.name}: data.classes are {theirs}, but the segmenter knows {self.classes}; evaluate on a "
-                "recipe with the same classes"
-            )
-        if set(recipe.data.modalities) != set(self.facts.bands):
-            raise RecipeError(
-                f"{recipe.name}: data.modalities are {', '.join(recipe.data.modalities)}, but the segmenter needs "
-                f"{', '.join(self.facts.bands)}"
-            )

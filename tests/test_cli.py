@@ -264,6 +264,31 @@ def test_p62_errors_of_rights_and_of_other_processes_say_where(
     assert capsys.readouterr().err == ""  # one process tells for all
 
 
+def test_p62_out_of_memory_is_no_traceback_and_a_bug_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from vfmseg.terminal import guarded
+
+    def python() -> None:
+        raise MemoryError
+
+    def cpu() -> None:
+        torch.empty(1 << 58)
+
+    def gpu() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for verb, words in ((python, "out of memory"), (cpu, "out of memory"), (gpu, "the accelerator ran out of memory")):
+        assert guarded(verb) == 3
+        assert f"vfmseg: {words}; try a smaller batch_size" in capsys.readouterr().err.replace(" or tile", "")
+
+    def bug() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        guarded(bug)
+
+
 def test_demo_with_an_encoder_folder(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

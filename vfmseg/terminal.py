@@ -73,10 +73,13 @@ def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
         _complain(f"{error.filename or 'the target'}: {error.strerror}; free some space or choose another folder")
         return 3
     except RuntimeError as error:
-        # torch.OutOfMemoryError is a RuntimeError; named by its class so that torch is not imported for it
-        if type(error).__name__ != "OutOfMemoryError":
+        # told by name and words, so that torch is not imported for it
+        if type(error).__name__ == "OutOfMemoryError":
+            _complain("the accelerator ran out of memory; try a smaller batch_size or tile, or precision fp16/bf16")
+        elif "DefaultCPUAllocator" in str(error):  # torch's MemoryError
+            _complain("out of memory; try a smaller batch_size or tile")
+        else:
             raise
-        _complain("the accelerator ran out of memory; try a smaller batch_size or tile, or precision fp16/bf16")
         return 3
     return 0
 

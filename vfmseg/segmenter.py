@@ -120,11 +120,11 @@ class Segmenter:
     ) -> np.ndarray | Path:
         """Label a scene.
 
-        `scene`: an array (C, H, W) in the units of the training files (NaN = invalid), a path that GDAL can read, or
-        {modality: array or path}. With `output` the labels are streamed into a GeoTIFF and its path is returned;
-        without, class ids (H, W) are returned, `self.nodata` where the scene is invalid. `tile` in pixels, `overlap` as
-        a share of the tile, and so on as in `How`; what is left out is as in the recipe. For other products, a part of
-        a scene, or resuming, see `label`.
+        `scene`: an array (C, H, W) in the units of the training files (NaN = invalid), a path that GDAL can read, the
+        paths of one modality's files, or {modality: one of these}. With `output` the labels are streamed into a GeoTIFF
+        and its path is returned; without, class ids (H, W) are returned, `self.nodata` where the scene is invalid.
+        `tile` in pixels, `overlap` as a share of the tile, and so on as in `How`; what is left out is as in the recipe.
+        For other products, a part of a scene, or resuming, see `label`.
         """
         how = How(tile, overlap, blend, batch_size, tta=tta)
         if output is not None:

@@ -519,6 +519,20 @@ def test_p62_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPat
         label(Endless(100, 64), pointwise, Plan(100, 64, 32, 0.25, True, 2), "hann")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_p60_an_answer_that_is_no_number_is_an_error_never_class_0(value: float) -> None:
+    array = np.ones((1, 100, 64), dtype=np.float32)
+    array[0, 70, 40] = 3e38  # what no nodata value names
+
+    def overflows(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        answer = pointwise(images, valid)
+        answer[(images["x"] > 1e38).any(dim=1)[:, None].expand(answer.shape)] = value
+        return answer
+
+    with pytest.raises(DataError, match=r"row 70, column 40: the model answers NaN or infinity"):
+        label(scene_of(array), overflows, Plan(100, 64, 32, 0.25, True, 2), "hann")
+
+
 @pytest.mark.parametrize("part", ["top", "scattered"])
 def test_p34_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
     """Where tiles are left out for long, rows are finished and written meanwhile, not kept until the end."""

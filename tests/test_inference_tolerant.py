@@ -16,7 +16,9 @@ from torch import Tensor
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.mosaic import mosaic
 from vfmseg.geo.reader import Bands, Chip
+from vfmseg.geo.writer import Layer
 from vfmseg.inference.contracts import Model, Report
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
@@ -101,6 +103,28 @@ def test_p62_only_the_damaged_block_is_nodata_and_all_else_is_as_before(files: t
     (message,) = unreadable.messages
     assert re.search(r"hurt\.tif: rows 192 to 255, columns 256 to 319 cannot be read", message)
     assert report.pixels == HEIGHT * WIDTH
+
+
+def test_p62_a_tile_that_a_vrt_misses_is_nodata_never_a_class(tmp_path: Path) -> None:
+    left, right = Window(0, 0, HEIGHT, 350), Window(0, 350, HEIGHT, 350)
+    pieces = [(f"{window.col}.tif", window) for window in (left, right)]
+    for name, window in pieces:
+        write(tmp_path / name, noise()[:, window.rows, window.cols], **TILED)
+    shown = mosaic(Grid(None, IDENTITY, HEIGHT, WIDTH), Layer("uint8", 0, ("a", "b")), pieces)
+    vrt = tmp_path / "v.vrt"
+    vrt.write_text(re.sub("<NoDataValue>0</NoDataValue>", "", shown))
+    expected, _ = label(str(vrt), None)
+    (tmp_path / "350.tif").unlink()
+    with pytest.raises(DataError, match=r"v\.vrt: rows .* cannot be read"):
+        label(str(vrt), None)
+    unreadable = Unreadable()
+    labels, _ = label(str(vrt), unreadable)
+    lost = {column for block in unreadable.blocks for column in range(block.col, block.col + block.width)}
+    assert lost >= set(range(350, WIDTH))
+    kept = [column for column in range(WIDTH) if column not in lost]
+    assert len(kept) > 200
+    np.testing.assert_array_equal(labels[:, kept], expected[:, kept])
+    assert (labels[:, sorted(lost)] == 255).all()
 
 
 def test_p62_without_leave_the_error_names_file_and_window(files: tuple[str, str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
 from vfmseg.errors import DataError, RecipeError
@@ -186,6 +187,26 @@ def test_p63_resume_sees_what_lies_behind_a_path(place: Path, segmenter: Segment
         with pytest.raises(DataError, match=r"exists already"):
             label(segmenter, name, target, resume=True)
         target.unlink()
+
+
+def test_p63_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    tile = write_raster(tmp_path / "tile.tif", toy_scene(1, 70, 50)[0])
+    shown = mosaic(
+        Grid(None, IDENTITY, 70, 50), Layer("uint8", 0, ("r", "g", "b")), [("tile.tif", Window(0, 0, 70, 50))]
+    )
+    (tmp_path / "m.vrt").write_text(shown)
+    package = tmp_path / "g.gpkg"
+    rasterio.shutil.copy(tile, package, driver="GPKG")
+    before = [path.read_bytes() for path in (tile, package)]
+    with pytest.raises(DataError, match=r"tile\.tif: is the scene itself, or a part of it"):
+        segmenter.predict(tmp_path / "m.vrt", output=tile, overwrite=True)
+    with pytest.raises(DataError, match=r"g\.gpkg: is the scene itself"):
+        predict(segmenter, str(package), {}, tmp_path / "g.tif", How(), Wanted(polygons=".gpkg", overwrite=True))
+    assert [path.read_bytes() for path in (tile, package)] == before
+    segmenter.predict(tile, output=tmp_path / "labels.tif")
+    with pytest.raises(DataError, match=r"labels\.tif: exists already"):
+        segmenter.predict(tile, output=tmp_path / "labels.tif")
+    segmenter.predict(tile, output=tmp_path / "labels.tif", overwrite=True)
 
 
 def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:

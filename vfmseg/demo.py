@@ -44,7 +44,7 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
     segmenter = Segmenter.from_pretrained(recipe.output_dir / "best")
     scores = segmenter.evaluate(recipe, "test")
     labels = output / "labels.tif"
-    segmenter.predict(ASSETS / "images" / f"{SCENE}.tif", output=labels)
+    segmenter.predict(ASSETS / "images" / f"{SCENE}.tif", output=labels, overwrite=overwrite)
     draw_preview(output / "preview.png", recipe, labels)
     result = {"test": scores, "training": trained, "minutes": round((time.perf_counter() - started) / 60, 2)}
     write_json(output / "metrics.json", result)

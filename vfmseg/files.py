@@ -45,9 +45,14 @@ def check_label_file(target: Path, inputs: Iterable[str]) -> None:
         raise DataError(f"{target}: is a folder; expected the name of a GeoTIFF to write")
     if target.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"{target}: labels are written as a GeoTIFF; name it {target.with_suffix('.tif').name}")
+    never_an_input(target, inputs)
+
+
+def never_an_input(target: Path, inputs: Iterable[str]) -> None:
+    """DataError if `target` is one of the files that a scene is read from."""
     for path in inputs:
         if target.exists() and os.path.exists(path) and os.path.samefile(target, path):
-            raise DataError(f"{target}: is the scene itself, which would be lost; choose another output")
+            raise DataError(f"{target}: is the scene itself, or a part of it, and would be lost; choose another output")
 
 
 @contextlib.contextmanager

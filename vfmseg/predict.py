@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vfmseg.errors import DataError, OutsideError, RecipeError
-from vfmseg.files import local_path
+from vfmseg.files import local_path, never_an_input
 from vfmseg.geo.polygons import check_polygons, write_polygons
 from vfmseg.how import How
 from vfmseg.inference.contracts import Report, Tick
@@ -63,7 +63,7 @@ def predict(
         if others:
             raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
         jobs = list(zip(scene, targets_for(scene, output, wanted.extras), strict=True))
-    vectors = [_vector_of(target, wanted) for _, target in jobs]
+    vectors = [_vector_of(target, [path, *others.values()], wanted) for path, target in jobs]
 
     def one(number: int, rank: int, ranks: int) -> dict[str, Any]:
         path, target = jobs[number]
@@ -101,7 +101,7 @@ def _united(parts: Sequence[Mapping[K, V]]) -> dict[K, V]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _vector_of(target: Path, wanted: Wanted) -> Path | None:
+def _vector_of(target: Path, inputs: Sequence[str], wanted: Wanted) -> Path | None:
     """Where the polygons go. What would stop them is found before hours of labelling, not after."""
     if wanted.polygons is None:
         return None
@@ -109,6 +109,7 @@ def _vector_of(target: Path, wanted: Wanted) -> Path | None:
         raise RecipeError(f"--polygons {wanted.polygons}: expected a suffix with its dot, such as .gpkg")
     vector = target.with_suffix(wanted.polygons)
     check_polygons(vector, wanted.min_area, wanted.simplify)
+    never_an_input(vector, inputs)  # a GeoPackage may hold a raster
     if isinstance(wanted.area, str) and vector.resolve() == Path(wanted.area).resolve():
         raise RecipeError(f"{vector}: is the area of interest, which the polygons would replace; choose another output")
     if vector.exists() and not wanted.overwrite and not (wanted.resume and target.exists()):

@@ -115,7 +115,7 @@ class Segmenter:
         blend: str | None = None,
         batch_size: int | None = None,
         tta: str | None = None,
-        overwrite: bool = True,
+        overwrite: bool = False,
         progress: Callable[[Tick], None] | None = None,
     ) -> np.ndarray | Path:
         """Label a scene.
@@ -124,7 +124,8 @@ class Segmenter:
         paths of one modality's files, or {modality: one of these}. With `output` the labels are streamed into a GeoTIFF
         and its path is returned; without, class ids (H, W) are returned, `self.nodata` where the scene is invalid.
         `tile` in pixels, `overlap` as a share of the tile, and so on as in `How`; what is left out is as in the recipe.
-        For other products, a part of a scene, or resuming, see `label`.
+        An existing `output` is refused (DataError) unless `overwrite`. For other products, a part of a scene, or
+        resuming, see `label`.
         """
         how = How(tile, overlap, blend, batch_size, tta=tta)
         if output is not None:
@@ -176,7 +177,7 @@ class Segmenter:
         try:
             files = targets_of(target, ("labels", *extras))
             for file in files.values():
-                check_label_file(file, [path for raster in scenes[0].rasters.values() for path in raster.paths])
+                check_label_file(file, scenes[0].files())
             unreadable = Unreadable()
             products = Products(self.ids, tuple(extras), settled.logits)
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)

@@ -152,7 +152,13 @@ class RasterFile:
         with self._lock, gdal():
             if self._dataset is None:
                 self._dataset = _open(self.path)
-            yield self._dataset
+            try:
+                yield self._dataset
+            except Exception:
+                # of a VRT whose file is missing, the same handle answers the next read with zeros
+                self._dataset.close()
+                self._dataset = None
+                raise
 
 
 def _rasterio_window(window: Window) -> RasterioWindow:

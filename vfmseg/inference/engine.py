@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfmseg.errors import DataError
 from vfmseg.geo.grid import Tile, Window
 from vfmseg.inference.batches import OPEN_BATCHES, Batch, Batcher
 from vfmseg.inference.blend import Band
@@ -247,6 +248,19 @@ def _end_row(work: _Work, band: Band, step: _Step, product: Product, report: Rep
         sums, weights = band.finished(window.height)
         if ((weights <= 0).cpu().numpy() & step.valid).any():
             raise RuntimeError(f"{window}: a tile was lost; please report this")
+        _require_numbers(sums, window)
         work.rows.put((window, product(Finished(sums, weights, step.valid))))
         report.pixels += window.height * window.width
     band.drop(step.top - band.top)
+
+
+def _require_numbers(sums: Tensor, window: Window) -> None:
+    """DataError where the model answers no number: the largest of them would be a class that nothing speaks for."""
+    if torch.isfinite(sums.sum()):  # one pass; only then look where
+        return
+    row, col = (~torch.isfinite(sums)).any(dim=0).nonzero()[0].tolist()
+    raise DataError(
+        f"row {window.row + row}, column {window.col + col}: the model answers NaN or infinity near here; look for "
+        "values in the scene that are no measurements and no nodata value names (such as -3.4e38), or for an overflow "
+        "of half precision (use bf16 or fp32)"
+    )

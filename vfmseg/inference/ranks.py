@@ -42,7 +42,8 @@ def joined() -> Iterator[tuple[int, int]]:
 def meet() -> None:
     """Wait until every process has come here."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        with _together():
+            torch.distributed.barrier()
 
 
 def gather(value: T) -> list[T]:
@@ -50,8 +51,18 @@ def gather(value: T) -> list[T]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values: list[T] = [value] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    with _together():
+        torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Where another process has ended: one line, beside its own message."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MachineError(f"another process has ended ({str(error).splitlines()[0]}); see its message") from None
 
 
 def own_device() -> str:

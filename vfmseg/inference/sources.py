@@ -53,6 +53,11 @@ class OpenScene:
         """Number of bands that are read of each modality."""
         return {name: raster.count for name, raster in self.rasters.items()}
 
+    def files(self) -> list[str]:
+        """Every file that is read, the tiles of a VRT among them."""
+        found = [raster.files for raster in self.rasters.values()]
+        return [name for files in found for path, others in files.items() for name in (path, *others)]
+
     def stored(self) -> Stored:
         """Blocks of the first modality, and the type that holds each without loss."""
         first = next(iter(self.rasters.values()))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def launch(
 
     (On the CPU `accelerate launch` starts one process however many are asked for; on GPUs it starts torchrun itself.)
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if processes > 1:
@@ -289,9 +290,23 @@ def test_p55_the_resume_line_of_a_launch_repeats_overrides(
 
     monkeypatch.setattr(script, "load_recipe", interrupted)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert script.main(["my recipe.yaml", "train.epochs=5", "seed=3", "--overwrite"]) == 130
-    line = "accelerate launch --num_processes 2 vfmseg/finetune.py 'my recipe.yaml' train.epochs=5 seed=3 --resume"
-    assert capsys.readouterr().err.strip().endswith(line)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    line = "vfmseg/finetune.py 'my recipe.yaml' train.epochs=5 seed=3 --resume"
+    for launcher in ("torchrun --nproc_per_node", "accelerate launch --num_processes"):
+        assert script.main(["my recipe.yaml", "train.epochs=5", "seed=3", "--overwrite"]) == 130
+        assert capsys.readouterr().err.strip().endswith(f"{launcher} 2 {line}")
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def test_p49_processes_that_are_not_connected_are_an_error(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would train a model of its own, and all would write it to one place."""
+    monkeypatch.setattr("accelerate.Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MachineError, match="2 processes were started, but accelerate connected 1"):
+        run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_p63_output_of_another_run_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:

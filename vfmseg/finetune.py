@@ -198,7 +198,15 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
     # accelerate keeps its settings for the life of a process; a second run in a notebook may want other ones
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=recipe.train.precision)
+    # on the CPU accelerate connects the processes of torchrun only if it is told that the CPU is meant
+    accelerator = Accelerator(mixed_precision=recipe.train.precision, cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise MachineError(
+            f"{started} processes were started, but accelerate connected {accelerator.num_processes}: each would train "
+            "a model of its own; check the settings of `accelerate config` and the environment"
+        )
+    return accelerator
 
 
 def _parameter_lines(model: SegmentationModel) -> str:
@@ -235,6 +243,16 @@ def _result(recipe: Recipe, model: SegmentationModel, state: RunState, seconds: 
     }
 
 
+def _launcher() -> list[str]:
+    """How this process was started: `accelerate launch` leaves its settings in the environment."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
+        return ["accelerate", "launch"]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return ["accelerate", "launch", "--num_processes", processes]
+    return ["torchrun", "--nproc_per_node", processes]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of this script; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -252,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def verb() -> None:
         finetune(load_recipe(options.recipe, options.overrides), options.resume, options.overwrite)
 
-    processes = os.environ.get("WORLD_SIZE", "1")
-    launch = ["accelerate", "launch", *(["--num_processes", processes] if processes != "1" else [])]
-    again = [*launch, "vfmseg/finetune.py", str(options.recipe), *options.overrides, "--resume"]
+    again = [*_launcher(), "vfmseg/finetune.py", str(options.recipe), *options.overrides, "--resume"]
     return guarded(verb, shlex.join(again))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -153,9 +154,13 @@ def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
 
 
 def test_p63_an_overwritten_run_cannot_be_resumed(
-    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    encoders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Interrupted in its first epoch, the new run must not go on from the old one's state, nor show its results."""
+    """Interrupted in its first epoch, the new run must not go on from the old one's state."""
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     run(tmp_path, content)
     (tmp_path / "run" / "mine.txt").write_text("keep me")
@@ -167,7 +172,12 @@ def test_p63_an_overwritten_run_cannot_be_resumed(
     monkeypatch.setattr(loop.Loop, "_train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, content, overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["mine.txt", "recipe.yaml"]
+    monkeypatch.undo()
+    assert "state.pt" not in {p.name for p in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    run(tmp_path, content, resume=True)
+    assert "starts with the first one" in capsys.readouterr().err
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep me"
 
 
 def test_p55_resume_with_another_recipe_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
@@ -232,11 +242,46 @@ def test_p63_overwrite_never_removes_a_folder_that_is_no_segmenter(
 def test_p37_leftovers_of_a_killed_run_are_removed(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["train"]["epochs"] = 1
-    (tmp_path / "run" / ".best.123.old").mkdir(parents=True)
-    (tmp_path / "run" / ".state.pt.123.partial").write_text("half")
-    (tmp_path / "run" / ".mine.old").write_text("keep me")
-    run(tmp_path, content, overwrite=True)
+    for again in (False, True):
+        (tmp_path / "run" / ".best.123.old").mkdir(parents=True)
+        (tmp_path / "run" / ".state.pt.123.partial").write_text("half")
+        run(tmp_path, content, overwrite=again)  # without a run they are no reason to refuse
+        (tmp_path / "run" / ".mine.old").write_text("keep me")
     assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == [".mine.old"]
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite", ""])
+def test_p63_a_folder_with_the_users_own_files_is_no_run(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path)
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", content))
+    (tmp_path / "metrics.json").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RecipeError, match=r"metrics\.json, recipe\.yaml, but no run"):
+        finetune(recipe, **({how: True} if how else {}))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
+    data: Path, encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    content["train"]["epochs"] = 1
+    broken = copy.deepcopy(content)
+    broken["data"]["train"]["rgb"] = str(tmp_path / "cut" / "*.tif")
+    for image in (data / "train" / "images").iterdir():
+        (tmp_path / "cut").mkdir(exist_ok=True)
+        (tmp_path / "cut" / image.name).write_bytes(image.read_bytes()[:-4000])
+    with pytest.raises(DataError, match="cut short"):
+        run(tmp_path, broken)
+    assert not (tmp_path / "run").exists()
+    run(tmp_path, content)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    del before[tmp_path / "run" / "state.pt"]  # the results stay, but nothing may go on with that run
+    with pytest.raises(DataError, match="cut short"):
+        run(tmp_path, broken, overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(("part", "file"), [("head.safetensors", "best"), ("state.pt", "state.pt")])

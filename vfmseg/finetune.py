@@ -91,10 +91,14 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
         scores = state.records[-1].get("validation")
         progress.epoch(state.step, state.epoch, scores)
         if is_main_process():
+            if state.epoch == 1:
+                _forget_run(output)
             metrics = {"epoch": state.epoch, "validation": scores}
             for folder in RUN_FOLDERS if improved else RUN_FOLDERS[1:]:
                 save_segmenter(output / folder, model, recipe, facts, metrics)
             _write_records(output / "metrics.jsonl", state)
+            with whole_file(output / "recipe.yaml") as aside:
+                aside.write_text(text, encoding="utf-8")
             save_run(output / STATE_FILE, loop, text)
         accelerator.wait_for_everyone()
 
@@ -126,12 +130,9 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     elif resume:
         say(f"{output}: no epoch was finished there, so the run starts with the first one")
     if is_main_process():
-        output.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
-        if overwrite:
-            _remove_run(output)
-        with whole_file(output / "recipe.yaml") as aside:
-            aside.write_text(text, encoding="utf-8")
+        if overwrite:  # the earlier run cannot be gone on with; its results are replaced by those of the first epoch
+            (output / STATE_FILE).unlink(missing_ok=True)
     progress = TrainingProgress(loop.steps_total, section.epochs, loop.state.step)
     started = time.perf_counter()
     try:
@@ -154,38 +155,41 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         found = "may not be written to" if there.is_dir() else "is a file"
         raise RecipeError(f"output_dir = {output}: {there} {found}; expected a folder that can be created")
-    held = sorted(path.name for path in output.iterdir()) if there == output else []
-    if held and not (resume or overwrite):
-        raise RecipeError(
-            f"output_dir = {output} already holds {', '.join(held[:4])}; "
-            "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
-        )
-    if held and resume and "recipe.yaml" not in held and STATE_FILE not in held:
-        raise RecipeError(
-            f"output_dir = {output} holds {', '.join(held[:4])}, but no run to go on with; leave out --resume and "
-            "choose another output_dir"
-        )
     for name in RUN_FOLDERS:
         require_own(output / name, "segmenter.json")
+    held = sorted(set(output.iterdir()) - set(_leftovers(output))) if there == output else []
+    some = ", ".join(path.name for path in held[:4])
+    ours = (output / STATE_FILE).is_file() or any((output / name / "segmenter.json").is_file() for name in RUN_FOLDERS)
+    if held and not ours:
+        raise RecipeError(
+            f"output_dir = {output} holds {some}, but no run to go on with by --resume or to replace by "
+            "--overwrite; choose another output_dir"
+        )
+    if held and not (resume or overwrite):
+        raise RecipeError(
+            f"output_dir = {output} already holds {some}; "
+            "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
+        )
+
+
+def _leftovers(output: Path) -> list[Path]:
+    """What a killed run was just writing beside its files."""
+    names = (f".{name}.*.{kind}" for name in (*RUN_FILES, *RUN_FOLDERS) for kind in ("partial", "old"))
+    return [path for name in names for path in output.glob(name)]
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Remove what a killed run was just writing beside its files."""
-    for name in (*RUN_FILES, *RUN_FOLDERS):
-        for kind in ("partial", "old"):
-            for path in output.glob(f".{name}.*.{kind}"):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+    for path in _leftovers(output):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _remove_run(output: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else: its state must not be resumed under the new recipe."""
+def _forget_run(output: Path) -> None:
+    """Remove the files of an earlier run, now that there is something to replace them."""
     for name in RUN_FILES:
         (output / name).unlink(missing_ok=True)
-    for name in RUN_FOLDERS:
-        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,15 @@ def table(rows: range = range(ROWS)) -> datasets.Dataset:
 
 def open_set(path: object, split: str = "train", labels: str = "mask", rgb: str = "photo", **bands: object) -> list:
     return scenes_from_dataset(str(path), split, {"rgb": rgb}, labels, {"rgb": Bands(**bands)}, LABELS)
+
+
+def test_p30_jpeg_cells_of_labels_are_refused(tmp_path: Path) -> None:
+    encoded = BytesIO()
+    Image.fromarray(classes(0)).save(encoded, "JPEG", quality=100)
+    changed = table().remove_columns("mask").add_column("mask", [{"bytes": encoded.getvalue(), "path": None}] * ROWS)
+    changed.cast_column("mask", datasets.Image()).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"column 'mask'.*is compressed as JPEG"):
+        open_set(tmp_path / "set")[0].read_labels(Window(0, 0, 24, 32))
 
 
 def check(scenes: list, rows: range = range(ROWS)) -> None:

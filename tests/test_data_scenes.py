@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from makers import recipe_dict, toy_folder, write_raster
 
 from vfmseg import terminal
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Window
 from vfmseg.inference.sources import OpenScene
+from vfmseg.model import normalization
 from vfmseg.recipe import Recipe, parse_recipe
 from vfmseg.scenes import bands_of, label_map_of, open_split, open_training
 
@@ -151,4 +153,35 @@ def test_p48_ground_of_another_split_is_told(
     said = capsys.readouterr().err
     # test lies 270 m in val and 10 m in train
     assert "data.test: 1 of 1 scenes lie on ground of data.val (most of all s0_test: 42% is in s0_val)" in said
-    assert "data.train" not in said
+    assert "on ground of data.train" not in said
+
+
+def test_p30_a_class_that_no_label_holds_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks of 0 and 255 with the usual ignore_index 255: all that is wanted is ignored."""
+    recipe = toy_recipe(toy_folder(tmp_path))
+    monkeypatch.setattr(terminal, "_said", set())
+    open_training(recipe)
+    assert "no pixel of class" not in capsys.readouterr().err
+    for path in (tmp_path / "train" / "labels").iterdir():
+        with rasterio.open(path, "r+") as file:
+            labels = file.read()
+            file.write(np.where(labels == 1, 255, labels).astype(labels.dtype))
+    open_training(recipe)
+    said = capsys.readouterr().err
+    assert "data.train: no pixel of class 1 (disc), which so cannot be learned" in said
+    assert "data.ignore_index = 255" in said
+
+
+def test_p21_the_encoders_statistics_for_other_types_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = recipe_dict(toy_folder(tmp_path), None, tmp_path / "run")
+    content["data"]["modalities"]["rgb"] = {"normalize": "encoder"}
+    recipe = parse_recipe(content, tmp_path, "toy.yaml")
+    monkeypatch.setattr(terminal, "_said", set())
+    assert normalization(recipe, {"rgb": 3}, {"rgb": "uint8"}) == {"rgb": "encoder"}
+    assert capsys.readouterr().err == ""
+    assert normalization(recipe, {"rgb": 3}, {"rgb": "uint16"}) == {"rgb": "encoder"}
+    assert "rgb.normalize = encoder takes values as 0 to 255, but the files hold uint16" in capsys.readouterr().err

@@ -55,6 +55,17 @@ def read(path: Path, label_map: LabelMap = BINARY) -> np.ndarray:
     return index
 
 
+@pytest.mark.parametrize("profile", [{"driver": "JPEG"}, {"compress": "jpeg"}, {"compress": "deflate"}])
+def test_p30_labels_that_jpeg_has_changed_are_refused(tmp_path: Path, profile: dict[str, Any]) -> None:
+    labels = np.random.default_rng(0).integers(0, 2, (64, 64)).astype(np.uint8)
+    path = write(tmp_path / "mask.tif", labels, **profile)  # told by content, not by the name
+    if "deflate" in profile.values():
+        np.testing.assert_array_equal(read(path), labels)
+        return
+    with pytest.raises(DataError, match=r"mask\.tif: is compressed as JPEG, which changes class ids"):
+        read(path)
+
+
 # --- the map ------------------------------------------------------------------------------------------------
 
 

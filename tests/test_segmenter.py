@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from vfmseg.checkpoint import load_segmenter
 from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
+from vfmseg.how import How
+from vfmseg.metrics import Confusion
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 
@@ -220,6 +223,53 @@ def test_evaluate_asks_for_the_same_task_and_tells_another_reading(
         segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val")
 
 
+def test_p42_evaluate_labels_as_its_recipe_says(place: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    content = recipe_dict(place / "data", place / "encoder", tmp_path / "run")
+    content["predict"] = {"tta": "d4", "scales": [0.5], "tile": 16}
+    scores = segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val")
+    how = How(tile=16, tta="d4", scales=(0.5,))
+    confusion = Confusion(2)
+    for i in range(2):
+        with rasterio.open(place / "data" / "val" / "labels" / f"s{i}_val.tif") as file:
+            truth = file.read(1).astype(np.int64)
+        probabilities = segmenter.probabilities(str(place / "data" / "val" / "images" / f"s{i}_val.tif"), how)
+        confusion.update(probabilities.argmax(axis=0), truth)
+    assert scores["miou"] == pytest.approx(confusion.scores(["ground", "disc"])["miou"])
+    assert scores["miou"] != segmenter.evaluate(place / "recipe.yaml", "val")["miou"]
+
+
+def test_p21_evaluate_tells_another_stored_type(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfmseg.terminal._said", set())
+    image, labels = toy_scene(7)
+    write_raster(tmp_path / "i" / "a.tif", image.astype(np.uint16) * 40)
+    write_raster(tmp_path / "l" / "a.tif", labels)
+    content = recipe_dict(place / "data", place / "encoder", tmp_path / "run")
+    content["data"]["val"] = {"rgb": f"{tmp_path}/i/*.tif", "labels": f"{tmp_path}/l/*.tif"}
+    Segmenter.from_pretrained(place / "run" / "best").evaluate(
+        load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val"
+    )
+    assert "rgb: this scene holds uint16, the training scenes uint8" in capsys.readouterr().err
+
+
+def test_p30_an_array_with_its_bands_last_is_refused(place: Path) -> None:
+    """With bands = [1, 2, 3] the first three rows would be taken for bands."""
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    image = toy_scene(7, 70, 71)[0]
+    with pytest.raises(DataError, match=r"\(70, 71, 3\), which looks like \(height, width, bands\)"):
+        segmenter.predict(image.transpose(1, 2, 0))
+    assert segmenter.predict(image[:, :, :3]).shape == (70, 3)
+
+
+def test_p13_others_may_read_a_checkpoint(place: Path) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    files = [path for path in (place / "run" / "best").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
 def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     with pytest.raises(DataError, match="modalities"):
@@ -301,8 +351,27 @@ def test_save_pretrained_into_the_current_folder(place: Path, tmp_path: Path, mo
         lambda record: record | {"input": {"rgb": record["input"]["rgb"] | {"bands": 4}}},
         lambda record: record | {"input": {"rgb": record["input"]["rgb"] | {"dtype": "uint16"}}},
         lambda record: record | {"encoder": record["encoder"] | {"stored": True}},
+        lambda record: record | {"encoder": None},
+        lambda record: record | {"encoder": []},
+        lambda record: record | {"encoder": record["encoder"] | {"stored": True, "config": None}},
+        lambda record: (
+            record
+            | {"encoder": record["encoder"] | {"stored": True, "config": {"model_type": "dinov2", "hidden_size": "x"}}}
+        ),
     ],
-    ids=["list", "no input", "no encoder", "modality", "bands", "normalisation", "no encoder config"],
+    ids=[
+        "list",
+        "no input",
+        "no encoder",
+        "modality",
+        "bands",
+        "normalisation",
+        "no encoder config",
+        "null",
+        "list 2",
+        "null config",
+        "wrong config",
+    ],
 )
 def test_p13_a_record_of_another_segmenter_is_refused(copied: Path, change: Any) -> None:
     record = json.loads((copied / "segmenter.json").read_text())
@@ -343,7 +412,7 @@ def test_p62_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="is a Tensor"):
         segmenter.predict(torch.zeros(3, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the array for 'rgb': 8 bands"):
-        segmenter.predict(np.zeros((8, 8, 3), np.uint8))
+        segmenter.predict(np.zeros((8, 8, 8), np.uint8))
     with pytest.raises(RecipeError, match="device = 'gpu'"):
         Segmenter.from_pretrained(place / "run" / "best", device="gpu")
     with pytest.raises(MachineError, match=r"cuda:99.*cpu"):

@@ -205,7 +205,8 @@ def _load_encoder(
 ) -> Encoder:
     section = recipe.model.encoder
     stored = record.get("encoder", {})
-    if not {"name", "id", "sha256", "stored"} <= stored.keys() or (stored["stored"] and "config" not in stored):
+    whole = isinstance(stored, dict) and {"name", "id", "sha256", "stored"} <= stored.keys()
+    if not whole or (stored["stored"] and not isinstance(stored.get("config"), dict)):
         raise CheckpointError(f"{folder / MARK}: does not say which encoder it needs; copy the checkpoint again")
     if stored["name"] != section.name:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vfmseg.errors import RecipeError
-from vfmseg.terminal import guarded, quiet_libraries, say
+from vfmseg.terminal import guarded, is_main_process, quiet_libraries, say
 
 app = typer.Typer(
     name="vfmseg",
@@ -204,7 +204,8 @@ def evaluate(
         segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=encoder)
         with SceneProgress(f"{split} scenes") as progress:
             result = segmenter.evaluate(chosen, split, progress)
-        _show(result, as_json)
+        if is_main_process():
+            _show(result, as_json)
 
     _end(verb)
 

@@ -21,6 +21,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _umask() -> int:
+    """The permissions that new files do not get; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def require_own(target: Path, mark: str) -> None:
     """Refuse to replace what is not ours: a folder of ours is empty or holds the file `mark` (CheckpointError)."""
     if target.is_dir() and ((target / mark).is_file() or not any(target.iterdir())):
@@ -65,8 +72,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        readable = 0o666 & ~_umask()
         for path in aside.rglob("*"):
             if path.is_file():
+                path.chmod(readable)  # safetensors makes files that nobody else may read
                 _flush(path)
         if target.exists():
             target.rename(old)

@@ -91,6 +91,11 @@ def normalization(recipe: Recipe, bands: Mapping[str, int], dtypes: Mapping[str,
                 f"data.modalities.{name}.normalize = encoder needs 3 bands (red, green, blue), but {bands[name]} "
                 "are read; use dataset"
             )
+        if chosen[name] == "encoder" and dtypes[name] != "uint8" and section.scale == 1:
+            say_once(
+                f"data.modalities.{name}.normalize = encoder takes values as 0 to 255, but the files hold "
+                f"{dtypes[name]}: choose a scale that brings them there, or use dataset"
+            )
     return chosen
 
 

@@ -41,7 +41,8 @@ class TrainingProgress:
     def epoch(self, step: int, epoch: int, scores: dict[str, Any] | None) -> None:
         """One epoch and its validation are done."""
         if scores:
-            self.best = f", val mIoU {scores['miou']:.3f}"
+            miou = scores["miou"]
+            self.best = f", val mIoU {'none' if miou is None else f'{miou:.3f}'}"
         if self.bar is None:
             say(self._line(step, epoch))
 

@@ -76,8 +76,16 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     for name, scenes in splits.items():
         _check_alike([splits["train"][0], *scenes], name)
     training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
+    ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
-        require_labels(scenes, name)
+        counts = require_labels(scenes, name, len(ids))
+        absent = [f"{i} ({recipe.data.classes[i].name})" for i, count in zip(ids, counts, strict=True) if not count]
+        if absent and name == "train":
+            ignored = "" if recipe.data.ignore_index is None else f" and data.ignore_index = {recipe.data.ignore_index}"
+            say_once(
+                f"data.train: no pixel of class {', '.join(absent)}, which so cannot be learned; check data.classes"
+                f"{ignored} against the label files"
+            )
     return training
 
 

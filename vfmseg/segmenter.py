@@ -206,11 +206,12 @@ class Segmenter:
     def evaluate(
         self, recipe: str | Path | Recipe, split: str = "test", progress: Callable[[int, int], None] | None = None
     ) -> dict[str, Any]:
-        """Scores of the labels that `predict` would write, over all scenes of a split.
+        """Scores of the labels that `predict` writes if told what `recipe.predict` says, over all scenes of a split.
 
         One confusion matrix over all labelled, valid pixels at the native grid; returns miou, overall_accuracy,
         kappa, per-class iou, f1, precision, recall and support, and the names of absent classes.
         """
+        from vfmseg.inference.sources import tell_types
         from vfmseg.scenes import open_split, require_same_task
 
         if split not in ("train", "val", "test"):
@@ -220,7 +221,9 @@ class Segmenter:
         require_same_task(recipe, self.recipe)
         confusion = Confusion(len(self.ids))
         scenes = open_split(recipe, split)
-        settled = settle(How(), self.recipe)
+        tell_types(scenes[0].dtypes(), self.facts.dtypes)
+        # the tile of the training, unless it is asked for: what is in a tile changes what the model says
+        settled = settle(How(tile=recipe.predict.tile or self.recipe.predict.tile or self.recipe.data.tile), recipe)
         for number, scene in enumerate(scenes, start=1):
             if scene.bands() != self.facts.bands:
                 raise DataError(

@@ -106,6 +106,11 @@ class Rows:
 
         with self._damage(row, column):
             image = self._open(row, column)
+            if label and image.format == "JPEG":
+                raise DataError(
+                    f"{self.where(row, column)}: is compressed as JPEG, which changes class ids; expected labels "
+                    "without loss, such as PNG"
+                )
             if image.mode not in _MODES and not (label and image.mode == "P"):  # palette indexes of labels are classes
                 image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
             array = np.asarray(ImageOps.exif_transpose(image))

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 
+import numpy as np
+
 from vfmseg.data.datasets_source import scenes_from_dataset
 from vfmseg.data.pairing import find, pair
 from vfmseg.data.scene import FileScene, SceneLike
@@ -145,20 +147,33 @@ def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
                     )
 
 
-def require_labels(scenes: Sequence[SceneLike], split: str) -> None:
-    """Read every label once: DataError for an id that is no class, and if not a single pixel of the split is labelled.
+def require_labels(scenes: Sequence[SceneLike], split: str, classes: int) -> list[int]:
+    """Read every label once, and count the pixels of each of `classes` classes.
 
-    Labels are small beside images; a wrong id found here costs seconds, found in the third epoch it costs the run.
+    DataError for an id that is no class, if not a single pixel of the split is labelled, and if the images say nothing
+    at any that is. Labels are small beside images; a wrong id found here costs seconds, found in the third epoch it
+    costs the run.
     """
-    labelled = False
+    counts = np.zeros(classes, dtype=np.int64)
+    seen = False
     for scene in scenes:
         height, width = scene.grid.height, scene.grid.width
         for row in range(0, height, 256):
-            labels = scene.read_labels(Window(row, 0, min(256, height - row), width))
-            labelled = labelled or bool((labels != IGNORE).any())
-    if labelled:
-        return
-    raise DataError(
-        f"data.{split}: every pixel of its {len(scenes)} scenes is ignored (ignore_index or nodata); expected some "
-        "pixels of the classes: check data.ignore_index and data.classes against the label files"
-    )
+            window = Window(row, 0, min(256, height - row), width)
+            labels = scene.read_labels(window)
+            labelled = labels != IGNORE
+            counts += np.bincount(labels[labelled], minlength=classes)
+            if not seen and labelled.any():
+                chips = scene.read(window).values()
+                seen = bool(np.logical_and.reduce([labelled, *(chip.valid for chip in chips)]).any())
+    if not counts.any():
+        raise DataError(
+            f"data.{split}: every pixel of its {len(scenes)} scenes is ignored (ignore_index or nodata); expected some "
+            "pixels of the classes: check data.ignore_index and data.classes against the label files"
+        )
+    if not seen:
+        raise DataError(
+            f"data.{split}: the images are invalid (nodata, NaN, alpha or mask) at every labelled pixel of its "
+            f"{len(scenes)} scenes; expected some valid ones: check data.modalities.NAME.nodata and the files"
+        )
+    return counts.tolist()

@@ -16,7 +16,7 @@ from vfmseg.encoders.dinov2 import DINOV2
 from vfmseg.encoders.published import check_model_type, load_published, quick_imports
 from vfmseg.encoders.sam import SAM
 from vfmseg.encoders.stem import Project, Published, Widen
-from vfmseg.errors import RecipeError, nearest
+from vfmseg.errors import CheckpointError, RecipeError, nearest
 
 ENCODERS: dict[str, Family] = {"sam": SAM, "dinov2": DINOV2, "clip": CLIP, "builtin": BUILTIN}
 
@@ -76,7 +76,7 @@ def build_encoder_from_config(
     family = _family(name)
     statistics = _statistics(family, None, in_channels, mean, std)
     _check_input(in_channels, input, upscale)
-    backbone = _random(family, config, seed, "encoder config")
+    backbone = _random(family, config, seed, "segmenter.json, encoder config")
     base = BaseRecord(name, None, "")
     return _finish(family, backbone, base, in_channels, statistics, layers, upscale, input, gradient_checkpointing)
 
@@ -90,9 +90,14 @@ def _family(name: str) -> Family:
 def _random(family: Family, config: dict[str, Any], seed: int, place: str) -> nn.Module:
     with quick_imports():
         cls = family.model_class(check_model_type(family, config, place))
+    try:
+        settings = cls.config_class.from_dict(config)
+    except Exception as error:  # what transformers raises for a wrong value has no class of its own
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{place}: is no configuration of this encoder ({reason}); copy it again") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = cls(cls.config_class.from_dict(config))
+        model: nn.Module = cls(settings)
     return model
 
 

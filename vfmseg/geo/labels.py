@@ -139,4 +139,9 @@ class LabelRaster:
                 f"{self.path}: has {len(bands)} bands{colours}; expected one band of class ids; "
                 "convert it to one number a class"
             )
+        if info.lossy:
+            raise DataError(
+                f"{self.path}: is compressed as JPEG, which changes class ids; expected labels without loss: "
+                "export them as GeoTIFF or PNG from their source (a conversion does not bring the ids back)"
+            )
         return bands[0]

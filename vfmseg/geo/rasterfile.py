@@ -72,6 +72,7 @@ class FileInfo:
     shared_mask: bool  # one mask band for all bands, inside the file or beside it (.msk)
     own_masks: tuple[int, ...]  # bands that have a mask of their own
     block: tuple[int, int]  # rows and columns of the blocks of the first band
+    lossy: bool  # JPEG: stored numbers are near those that were meant
     others: tuple[str, ...]  # files that belong to it: the tiles of a VRT, a header or a mask beside it
 
     @property
@@ -226,6 +227,7 @@ def _describe(dataset: Any, path: str) -> FileInfo:
         shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
         own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
         block=dataset.block_shapes[0],
+        lossy="JPEG" in (dataset.driver, dataset.compression.name.upper() if dataset.compression else ""),
         others=tuple(sorted(file for file in set(dataset.files) - {path} if not file.endswith(_NO_PIXELS))),
     )
 

@@ -98,10 +98,19 @@ def open_scenes(
             raise DataError(f"'{name}' is a masked array; pass array.astype('float32').filled(numpy.nan) instead")
         if not isinstance(one, str | Path | np.ndarray | list | tuple):
             raise DataError(f"'{name}' is a {type(one).__name__}; expected a path or a numpy array (bands, H, W)")
+        if isinstance(one, np.ndarray) and one.ndim == 3 and one.shape[2] == counts[name] < one.shape[0]:
+            highest = max(bands[name].indexes or (counts[name],))
+            if one.shape[0] > highest:
+                raise DataError(
+                    f"the array for '{name}' has shape {one.shape}, which looks like (height, width, bands); expected "
+                    "(bands, height, width): pass array.transpose(2, 0, 1)"
+                )
     arrays = [name for name, one in given.items() if isinstance(one, np.ndarray)]
     inputs = {name: given[name] for name in bands}
     opened = [OpenScene(inputs, bands) for _ in range(1 if arrays else threads)]
-    _tell(opened[0], types, files=next(iter(bands)) not in arrays)
+    tell_types({name: raster.dtype for name, raster in opened[0].rasters.items()}, types)
+    if next(iter(bands)) not in arrays and not opened[0].grid.georeferenced:
+        say_once("the scene carries no CRS: its labels will have none either")
     for name, expected in counts.items():
         if opened[0].bands()[name] != expected:
             place = f"the array for '{name}'" if name in arrays else opened[0].rasters[name].path
@@ -112,14 +121,11 @@ def open_scenes(
     return opened
 
 
-def _tell(scene: OpenScene, types: Mapping[str, str], files: bool) -> None:
-    """What is allowed but seldom meant, said once: another stored type than in training, a file without a CRS."""
-    for name, trained in types.items():
-        given = scene.rasters[name].dtype
-        if given != trained:
+def tell_types(found: Mapping[str, str], trained: Mapping[str, str]) -> None:
+    """Say once where stored types {modality: name} are others than in training: allowed, but seldom meant."""
+    for name, dtype in trained.items():
+        if found[name] != dtype:
             say_once(
-                f"{name}: this scene holds {given}, the training scenes {trained}; its values are taken as they are, "
-                "so they must be in the same units"
+                f"{name}: this scene holds {found[name]}, the training scenes {dtype}; its values are taken as they "
+                "are, so they must be in the same units"
             )
-    if files and not scene.grid.georeferenced:
-        say_once("the scene carries no CRS: its labels will have none either")

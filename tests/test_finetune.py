@@ -251,6 +251,27 @@ def test_p37_leftovers_of_a_killed_run_are_removed(data: Path, encoders: dict[st
     assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == [".mine.old"]
 
 
+def test_p63_the_results_of_an_earlier_run_go_when_its_segmenter_goes(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    run(tmp_path, content)
+    from vfmseg import loop
+
+    honest = loop.Loop._train_epoch
+
+    def interrupted(self: loop.Loop, epoch: int) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        honest(self, epoch)
+
+    monkeypatch.setattr(loop.Loop, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, content, overwrite=True)
+    names = ["best", "last", "metrics.jsonl", "recipe.yaml", "state.pt"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == names
+
+
 @pytest.mark.parametrize("how", ["resume", "overwrite", ""])
 def test_p63_a_folder_with_the_users_own_files_is_no_run(
     data: Path, encoders: dict[str, Path], tmp_path: Path, how: str

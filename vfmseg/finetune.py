@@ -91,8 +91,8 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
         scores = state.records[-1].get("validation")
         progress.epoch(state.step, state.epoch, scores)
         if is_main_process():
-            if state.epoch == 1:
-                _forget_run(output)
+            if state.epoch == 1:  # of an earlier run, whose segmenter is replaced now
+                (output / "metrics.json").unlink(missing_ok=True)
             metrics = {"epoch": state.epoch, "validation": scores}
             for folder in RUN_FOLDERS if improved else RUN_FOLDERS[1:]:
                 save_segmenter(output / folder, model, recipe, facts, metrics)
@@ -184,12 +184,6 @@ def _remove_leftovers(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _forget_run(output: Path) -> None:
-    """Remove the files of an earlier run, now that there is something to replace them."""
-    for name in RUN_FILES:
-        (output / name).unlink(missing_ok=True)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:

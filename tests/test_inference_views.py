@@ -139,18 +139,58 @@ def test_votes_are_the_mean_over_views_and_scales() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.5, 2.0])
-def test_p26_a_resized_pixel_that_holds_any_of_a_hole_is_invalid(scale: float) -> None:
-    """Pixels are 1, the hole is a million: whoever is marked as valid holds none of it."""
+@pytest.mark.parametrize("fill", [1e6, float("nan"), float("inf")])
+def test_p26_a_resized_pixel_holds_nothing_of_a_hole(scale: float, fill: float) -> None:
+    """Pixels are 1, the hole is anything: whoever is marked as valid is 1, and others hold no number of the hole's."""
     valid = {"x": torch.ones(1, 16, 16, dtype=torch.bool)}
-    valid["x"][0, 5:8, 9] = False
-    images = {"x": torch.where(valid["x"][:, None], 1.0, 1e6)}
+    valid["x"][0, 5:9, 9:12] = False
+    images = {"x": torch.where(valid["x"][:, None], 1.0, fill)}
 
     def spy(seen: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
-        assert 0 < int((~masks["x"]).sum()) < masks["x"].numel() / 3
-        assert (seen["x"][:, 0][masks["x"]] < 101).all()  # a hundred millionths of the hole at most
+        assert 0 < int((~masks["x"]).sum()) < masks["x"].numel() / 10
+        torch.testing.assert_close(seen["x"], masks["x"][:, None].float())
         return seen["x"]
 
     averaged(spy, "none", (scale,))(images, valid)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 2.0])
+def test_p26_stripes_of_nodata_leave_a_reduced_tile_to_look_at(scale: float) -> None:
+    """With every fourth row missing, most of the ground is there at every scale."""
+    valid = {"x": torch.ones(2, 32, 32, dtype=torch.bool)}
+    valid["x"][:, ::4] = False
+    images = {"x": torch.where(valid["x"][:, None], 7.0, 0.0)}
+    share = []
+
+    def spy(seen: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+        share.append(masks["x"].float().mean().item())
+        assert torch.equal(seen["x"][:, 0] > 6.9, masks["x"])
+        return seen["x"]
+
+    averaged(spy, "none", (scale,))(images, valid)
+    assert min(share) > 0.7
+
+
+def test_p26_a_view_that_shows_nothing_has_no_vote_beside_others() -> None:
+    """One pixel of four in a row: half the size shows none of them. The other sample of the batch keeps both views."""
+    valid = {name: torch.ones(2, 8, 8, dtype=torch.bool) for name in ("x", "y")}
+    for mask in valid.values():
+        mask[0] = False
+        mask[0, ::4, ::4] = True
+    images = {name: torch.ones(2, 1, 8, 8) for name in valid}
+
+    def by_size(seen: dict[str, Tensor], _: dict[str, Tensor]) -> Tensor:
+        return torch.full_like(seen["x"], float(seen["x"].shape[-1]))
+
+    def mean(scales: tuple[float, ...]) -> list[float]:
+        answer = averaged(by_size, "flips", scales)(images, valid)
+        torch.testing.assert_close(answer, answer[:, :, :1, :1].expand_as(answer))
+        return answer[:, 0, 0, 0].tolist()
+
+    assert mean((1.0, 0.5)) == pytest.approx([8, 6], abs=1e-4)
+    assert mean((0.5, 0.25)) == pytest.approx([3, 3], abs=1e-4)  # no view shows any of the first: all have a vote
+    valid["y"][0] = True
+    assert mean((1.0, 0.5)) == pytest.approx([6, 6], abs=1e-4)  # one modality is enough to see
 
 
 def test_the_engine_labels_through_views() -> None:

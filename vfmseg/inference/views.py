@@ -18,27 +18,45 @@ VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
 """(quarter turns, mirrored left-right) of each view; d4 are the eight symmetries of the square."""
 
 
+BLIND = 1e-6
+"""Weight of a view that shows nothing valid: none beside views that do, and where no view does all count alike."""
+
+
 def averaged(vote: Predictor, views: str, scales: Sequence[float]) -> Predictor:
-    """A predictor that averages `vote` over views and scales, turned back onto the tile."""
+    """A predictor that averages `vote` over views and scales, turned back onto the tile.
+
+    At a scale that leaves a tile no valid pixel the model sees nothing, and its answer is not counted.
+    """
     chosen = VIEWS[views]
     if chosen == VIEWS["none"] and tuple(scales) == (1.0,):
         return vote
 
     def predict(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+        side = next(iter(images.values())).shape[-2:]
         total: Tensor | None = None
+        weights = torch.zeros(())
         for scale in scales:
+            resized = {name: _resize(image, valid[name], scale) for name, image in images.items()}
+            weight = _weight([mask for _, mask in resized.values()])
             for turns, mirror in chosen:
-                seen = {name: _turn(_resize(image, scale), turns, mirror) for name, image in images.items()}
-                masks = {name: _turn(_resize_mask(mask, scale), turns, mirror) for name, mask in valid.items()}
+                seen = {name: _turn(image, turns, mirror) for name, (image, _) in resized.items()}
+                masks = {name: _turn(mask, turns, mirror) for name, (_, mask) in resized.items()}
                 answer = _turn_back(vote(seen, masks), turns, mirror)
-                side = next(iter(images.values())).shape[-2:]
                 if answer.shape[-2:] != side:
                     answer = F.interpolate(answer, size=side, mode="bilinear", antialias=scale > 1)
+                answer = answer * weight.to(answer.device)
                 total = answer if total is None else total + answer
+                weights = weights + weight
         assert total is not None
-        return total / (len(scales) * len(chosen))
+        return total / weights.to(total.device)
 
     return predict
+
+
+def _weight(masks: Sequence[Tensor]) -> Tensor:
+    """What the answer to each sample counts (B, 1, 1, 1): 1 where any modality (B, h, w) has a valid pixel."""
+    sees = torch.stack([mask.flatten(1).any(dim=1) for mask in masks]).any(dim=0)
+    return torch.where(sees, 1.0, BLIND)[:, None, None, None]
 
 
 def _turn(x: Tensor, turns: int, mirror: bool) -> Tensor:
@@ -50,19 +68,15 @@ def _turn_back(x: Tensor, turns: int, mirror: bool) -> Tensor:
     return torch.rot90(x.flip(-1) if mirror else x, -turns, dims=(-2, -1))
 
 
-def _resize(image: Tensor, scale: float) -> Tensor:
+def _resize(image: Tensor, valid: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Image (B, C, h, w) and mask (B, h, w) at a scale: means of valid pixels, where these are more than a half."""
     if scale == 1:
-        return image
-    return F.interpolate(image, size=_sides(image, scale), mode="bilinear", antialias=scale < 1)
-
-
-def _resize_mask(mask: Tensor, scale: float) -> Tensor:
-    if scale == 1:
-        return mask
-    # valid where all that an enlarged or reduced pixel is made of is valid
-    share = F.interpolate(mask[:, None].float(), size=_sides(mask, scale), mode="bilinear", antialias=scale < 1)
-    return share[:, 0] > 1 - 1e-4
-
-
-def _sides(x: Tensor, scale: float) -> list[int]:
-    return [max(1, round(side * scale)) for side in x.shape[-2:]]
+        return image, valid
+    sides = [max(1, round(side * scale)) for side in image.shape[-2:]]
+    # what is invalid may hold NaN, which times 0 is no 0
+    kept = torch.where(valid[:, None], image, 0.0)
+    sums, share = (
+        F.interpolate(x, size=sides, mode="bilinear", antialias=scale < 1) for x in (kept, valid[:, None].float())
+    )
+    enough = share > 0.5
+    return torch.where(enough, sums / share, 0.0), enough[:, 0]

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio.features import geometry_mask
+from rasterio.transform import Affine
 from rasterio.warp import transform
 
+import vfmseg.geo.area as area_module
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.area import Polygons, read_area
 from vfmseg.geo.grid import IDENTITY, Affine6, Grid, Window
@@ -179,6 +182,94 @@ def test_touches_asks_for_pixels_not_for_boxes(tmp_path: Path) -> None:
     area = read_area(write(tmp_path / "a.geojson", utm(polygon(on(UTM, corner)))), UTM)
     assert area.touches(Window(0, 0, 50, 50))
     assert not area.touches(Window(250, 350, 50, 50))
+
+
+# --- many points --------------------------------------------------------------------------------------------
+
+
+def off_the_edges(rings: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Bool (height, width): pixels whose centre is farther than a millionth of a pixel from every edge."""
+    rows, cols = np.indices((height, width), dtype=np.float64) + 0.5
+    clear = np.ones((height, width), dtype=bool)
+    for ring in rings:
+        for (y, x), (v, u) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+            length = np.hypot(u - x, v - y) or np.inf  # two points in one place are no edge
+            along = ((cols - x) * (u - x) + (rows - y) * (v - y)) / length
+            across = ((cols - x) * (v - y) - (rows - y) * (u - x)) / length
+            clear &= (length == np.inf) | (np.abs(across) > 1e-6) | (along < -1e-6) | (along > length + 1e-6)
+    return clear
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    polygons=st.integers(1, 3),
+    rings=st.integers(1, 3),
+    points=st.integers(4, 20),
+    spread=st.sampled_from([3, 30, 300]),
+    unit=st.sampled_from([0.0, 0.5, 1.0]),
+    turned=st.booleans(),
+)
+def test_what_is_left_out_of_a_polygon_changes_no_pixel(
+    seed: int, polygons: int, rings: int, points: int, spread: int, unit: float, turned: bool
+) -> None:
+    """Against the whole polygon: in each square to the last bit, in one piece where no edge meets a centre.
+
+    Rings lie around a corner of squares, cross themselves and each other, and reach beyond the scene.
+    """
+    random = np.random.default_rng(seed)
+    grid = Grid("EPSG:32633", TURNED.transform if turned else UTM.transform, 300, 560)
+    area_of = [[random.normal(256, spread, (points, 2)) for _ in range(rings)] for _ in range(polygons)]
+    for outline, *holes in area_of:
+        for hole in holes:
+            np.clip(hole, outline.min(axis=0), outline.max(axis=0), out=hole)  # beyond, they are none
+    if unit:  # centres on edges
+        area_of = [[np.round(ring / unit) * unit for ring in one] for one in area_of]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(area_module, "_FEW", 0)
+        try:
+            area = Polygons([[np.stack(grid.point(*ring.T), axis=1) for ring in one] for one in area_of], grid, "a")
+        except DataError:
+            return
+        mask = area.mask(whole(grid))
+    placed = [[np.stack(grid.pixel(*grid.point(*ring.T)), axis=1) for ring in one] for one in area_of]
+    shapes = [polygon(*[np.concatenate([r, r[:1]])[:, ::-1].tolist() for r in one]) for one in placed]
+    for row in range(0, 300, 256):
+        for col in range(0, 560, 256):
+            one = geometry_mask(shapes, (256, 256), Affine(1, 0, col, 0, 1, row), invert=True)
+            found = mask[row : row + 256, col : col + 256]
+            np.testing.assert_array_equal(found, one[: found.shape[0], : found.shape[1]])
+    at_once = geometry_mask(shapes, (300, 560), Affine.identity(), invert=True)
+    clear = off_the_edges([ring for one in placed for ring in one], 300, 560)
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(mask[clear], at_once[clear])
+
+
+def test_a_square_costs_its_own_part_of_an_outline_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[int] = []
+    searched: list[int] = []
+    burn, thin = area_module.geometry_mask, area_module._thinned
+
+    def burnt(shapes: Any, *args: Any, **options: Any) -> np.ndarray:
+        handed.append(sum(len(ring) for shape in shapes for ring in shape["coordinates"]))
+        mask: np.ndarray = burn(shapes, *args, **options)
+        return mask
+
+    def thinned(rings: Any, box: np.ndarray) -> Any:
+        searched.append(sum(map(len, rings)))
+        return thin(rings, box)
+
+    monkeypatch.setattr(area_module, "geometry_mask", burnt)
+    monkeypatch.setattr(area_module, "_thinned", thinned)
+    angle = np.linspace(0, 2 * np.pi, 50000, endpoint=False)
+    radius = 1000 * np.random.default_rng(0).uniform(0.99, 1, 50000)
+    ring = 1024 + radius[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1)
+    grid = Grid(None, IDENTITY, 2048, 2048)
+    area = Polygons([[np.stack(grid.point(*ring.T), axis=1)]], grid, "ring")
+    assert area.mask(whole(grid)).mean() == pytest.approx(np.pi / 4, abs=0.05)
+    assert max(handed) < 50000 / 8  # a square holds a 16th of the outline or less, and edges that jump around it
+    assert sum(handed) < 2 * 50000
+    assert searched.count(50000) == 8  # once for each row of squares
 
 
 # --- coordinate reference systems ---------------------------------------------------------------------------

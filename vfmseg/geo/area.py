@@ -30,6 +30,15 @@ _BLOCK = 256
 _KEPT = 512
 """Squares that are kept, of 64 KiB each: some rows of tiles of a strip."""
 
+_BANDS = 8
+"""Rows of squares for which the parts of the polygons are kept."""
+
+_MARGIN = 2
+"""Pixels around a square in which its polygons are left as they are."""
+
+_FEW = 64
+"""Rings of so few points are burnt as they are: looking for the part that matters would take longer."""
+
 _PIECES = 100
 """Edges longer than this part of the scene are split before they are projected: straight lines become curves."""
 
@@ -43,13 +52,13 @@ class Polygons:
     def __init__(self, polygons: Sequence[Rings], grid: Grid, name: str) -> None:
         self._grid = grid
         self._burnt = lru_cache(_KEPT)(self._burn)  # readers and tiles ask for a square many times
-        self._shapes: list[dict[str, Any]] = []  # GeoJSON in pixels: x is the column, y the row
+        self._band = lru_cache(_BANDS)(self._cut)
+        self._placed: list[Rings] = []  # in pixels: row, column
         self._boxes = np.empty((len(polygons), 4))  # top, left, bottom, right
         for i, rings in enumerate(polygons):
             placed = [np.stack(grid.pixel(*ring.T), axis=1) for ring in rings]
             self._boxes[i] = [*placed[0].min(axis=0), *placed[0].max(axis=0)]
-            coordinates = [np.concatenate([ring, ring[:1]])[:, ::-1].tolist() for ring in placed]
-            self._shapes.append({"type": "Polygon", "coordinates": coordinates})
+            self._placed.append(placed)
         if not any(block.any() for _, _, block in self._blocks(Window(0, 0, grid.height, grid.width))):
             raise OutsideError(
                 f"{name}: none of its polygons holds the centre of a pixel of the scene; check the area's place, size "
@@ -95,9 +104,47 @@ class Polygons:
                     yield row, col, block[: self._grid.height - row, : self._grid.width - col]
 
     def _burn(self, row: int, col: int, near: tuple[int, ...]) -> np.ndarray:
+        """One square. GDAL looks at every point it is given, so it gets those that matter here."""
+        box = _around(row, col, col + _BLOCK)
+        band = self._band(row)
+        shapes = [_geometry(rings) for i in near if (rings := _thinned(band[i], box))]
+        if not shapes:
+            return np.zeros((_BLOCK, _BLOCK), dtype=bool)
         with in_pixels():
-            place = Affine(1, 0, col, 0, 1, row)
-            return geometry_mask([self._shapes[i] for i in near], (_BLOCK, _BLOCK), place, invert=True)
+            return geometry_mask(shapes, (_BLOCK, _BLOCK), Affine(1, 0, col, 0, 1, row), invert=True)
+
+    def _cut(self, row: int) -> dict[int, Rings]:
+        """{number of a polygon: what matters of it} in a row of squares, of which each square takes its part."""
+        top, _, bottom, _ = self._boxes.T
+        level = np.flatnonzero((top < row + _BLOCK) & (bottom > row))
+        box = _around(row, 0, self._grid.width)
+        return {i: _thinned(self._placed[i], box) for i in level.tolist()}
+
+
+def _around(row: int, left: int, right: int) -> np.ndarray:
+    """Upper left and lower right corner (2, 2) of part of a row of squares, with a margin."""
+    return np.array([(row - _MARGIN, left - _MARGIN), (row + _BLOCK + _MARGIN, right + _MARGIN)], dtype=np.float64)
+
+
+def _thinned(rings: Rings, box: np.ndarray) -> Rings:
+    """Rings that hold the same points of a box, to the last bit: no edge that meets it is changed.
+
+    Of points that follow each other beyond one side, the first and last stay: what they enclose lies beyond as well.
+    """
+    thinned = []
+    for ring in rings:
+        for side, sign in ((0, 1.0), (1, -1.0)) if len(ring) > _FEW else ():
+            for axis in (0, 1):
+                beyond = sign * (ring[:, axis] - box[side, axis]) < 0
+                ring = ring[~(beyond & np.roll(beyond, 1) & np.roll(beyond, -1))]
+        if len(ring):
+            thinned.append(ring)
+    return thinned
+
+
+def _geometry(rings: Rings) -> dict[str, Any]:
+    """GeoJSON, x the column and y the row, of rings in pixels."""
+    return {"type": "Polygon", "coordinates": [np.concatenate([r, r[:1]])[:, ::-1].tolist() for r in rings]}
 
 
 def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:

@@ -193,9 +193,9 @@ class MapWriter:
         return dataset
 
     def _flush(self, count: int) -> None:
-        rows = self._rows[:, :count]
+        rows = np.ascontiguousarray(self._rows[:, :count])  # no copy but of the last rows of several bands
         window = Window(self._next - count, self._col, count, rows.shape[2])
-        self._sums[window] = zlib.crc32(rows.tobytes())
+        self._sums[window] = zlib.crc32(rows.data)
         with self._machine(), gdal():
             self._dataset.write(rows, window=_place(window))
 
@@ -238,7 +238,7 @@ class MapWriter:
             complete = stored.nodata == self.layer.nodata and self.layer.tags.items() <= stored.tags().items()
             for window, expected in self._sums.items():
                 rows = stored.read(window=_place(window))
-                complete = complete and zlib.crc32(rows.tobytes()) == expected
+                complete = complete and zlib.crc32(rows.data) == expected
         if not complete:
             raise MachineError(self._lost("what the disk holds differs from what was written"))
 

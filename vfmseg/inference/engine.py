@@ -10,10 +10,12 @@ chunks of c rows, batches of B (`prepare` in job.py adds them up):
 
     band      4 (K + 1) t W          weighted sums and weights, on the model's device
     chunks    (t + 4 c) W (C s + 1)  read and not yet used, and being read
-    rows      3 t W (p + 1)          finished and not yet written, p bytes of products a pixel, and 12 t W on the way
+    rows      3 t W (p + 1)          finished and not yet written, p bytes of products a pixel, and 4 t W of masks
+    products  9 r W (K + 3)          r rows of shares while they become products (products.py), on the model's device
+    written   2 b W p                b rows that wait until a row of the file's blocks is full, and are read back
     batches   4 B t^2 (5 C + 3 K)    filled, waiting and in the model
 
-Nothing depends on the height of the scene.
+Nothing depends on the height of the scene. Files are joined when all this is free again, in 3 x 16 MiB (shards.py).
 """
 
 from __future__ import annotations

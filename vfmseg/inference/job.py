@@ -11,10 +11,11 @@ import numpy as np
 
 from vfmseg.errors import MachineError, VfmsegError
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.writer import Layer
+from vfmseg.geo.writer import BLOCK, Layer
 from vfmseg.inference.contracts import Area, Model, Product, Report, Sink, Tick
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.plan import WIDEST_STRIP, Plan, Run, share_of
+from vfmseg.inference.products import ROWS
 from vfmseg.inference.ranks import meet
 from vfmseg.inference.reading import SceneSource, Stored, chunk_rows
 from vfmseg.inference.shards import Parts, RunSink
@@ -100,8 +101,10 @@ def _memory(
     chunk = chunk_rows(stored.block[0], tile)
     fixed = 4 * batch * tile**2 * (5 * channels + 3 * classes)
     chunks = (tile + 4 * chunk) * (channels * size + len(bands))
-    column = 4 * (classes + 1) * tile + chunks + 3 * tile * (product_bytes + 1) + 12 * tile
-    return fixed, column
+    rows = 3 * tile * (product_bytes + 1) + 4 * tile
+    products = 9 * ROWS * (classes + 3)
+    written = 2 * BLOCK * product_bytes
+    return fixed, 4 * (classes + 1) * tile + chunks + rows + products + written
 
 
 @dataclass

@@ -18,6 +18,9 @@ from vfmseg.inference.contracts import Finished
 
 STEPS = 254
 NODATA = 255
+ROWS = 8
+"""Rows that are turned into products at a time: shares of all classes in float32 take far more than what is stored."""
+
 EXTRAS = ("confidence", "uncertainty", "probabilities")
 
 
@@ -32,16 +35,25 @@ class Products:
     def __call__(self, finished: Finished) -> dict[str, np.ndarray]:
         """labels (1, h, w) in the smallest type of the ids; extras uint8 (1, h, w), probabilities (K, h, w)."""
         dtype, nodata = label_type(self.ids)
-        # division by the weights changes no order between classes; argmax along this axis is five times slower
-        index = finished.sums.max(dim=0).indices.to(torch.int32).cpu().numpy()
-        labels = np.array(self.ids, dtype=dtype)[index]
-        labels[~finished.valid] = nodata
-        arrays = {"labels": labels[None]}
-        if self.extras:
-            shares = self.shares(finished)
-            for name in self.extras:
-                arrays[name] = _stored(_measure(name, shares), finished.valid)
+        shape = finished.valid.shape
+        arrays = {"labels": np.empty((1, *shape), dtype=dtype)}
+        for name in self.extras:
+            arrays[name] = np.empty((len(self.ids) if name == "probabilities" else 1, *shape), dtype=np.uint8)
+        for top in range(0, shape[0], ROWS):
+            rows = slice(top, top + ROWS)
+            part = Finished(finished.sums[:, rows], finished.weights[rows], finished.valid[rows])
+            # division by the weights changes no order between classes; argmax along this axis is five times slower
+            index = part.sums.max(dim=0).indices.to(torch.int32).cpu().numpy()
+            arrays["labels"][0, rows] = np.where(part.valid, np.array(self.ids, dtype=dtype)[index], nodata)
+            if self.extras:
+                self._measure({name: arrays[name][:, rows] for name in self.extras}, part)
         return arrays
+
+    def _measure(self, into: Mapping[str, np.ndarray], part: Finished) -> None:
+        """Fill {extra: uint8 (bands, h, w)}. Shares end with the call: no two parts have theirs at the same time."""
+        shares = self.shares(part)
+        for name, rows in into.items():
+            rows[:] = _stored(_measure(name, shares), part.valid)
 
     @property
     def bytes_a_pixel(self) -> int:
@@ -72,12 +84,12 @@ def _measure(name: str, shares: Tensor) -> Tensor:
         return shares.amax(dim=0, keepdim=True)
     if name == "uncertainty":
         # entropy over log K: 0 = one class is certain, 1 = all are equally likely
-        entropy = torch.special.entr(shares.clamp(min=0)).sum(dim=0, keepdim=True)
+        kept = shares.clamp(min=0)
+        entropy = torch.special.entr(kept, out=kept).sum(dim=0, keepdim=True)
         return entropy / math.log(max(2, len(shares)))
     return shares
 
 
 def _stored(values: Tensor, valid: np.ndarray) -> np.ndarray:
-    stored: np.ndarray = (values * STEPS).round().clamp(0, STEPS).to(torch.uint8).cpu().numpy()
-    stored[:, ~valid] = NODATA
-    return stored
+    stored = (values * STEPS).round_().clamp_(0, STEPS).to(torch.uint8).cpu().numpy()
+    return np.where(valid, stored, np.uint8(NODATA))

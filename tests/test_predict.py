@@ -340,3 +340,18 @@ def test_p37_polygons_that_an_interruption_has_cost_are_made_by_resume(
     (tmp_path / "labels.gpkg").unlink()
     label(segmenter, place / "scene.tif", tmp_path / "labels.tif", polygons=".gpkg", resume=True)
     assert names_in(tmp_path) == ["labels.gpkg", "labels.tif"]
+
+
+def test_p63_resume_makes_the_polygons_of_a_finished_map_anew(
+    place: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    pyogrio = pytest.importorskip("pyogrio")
+
+    def polygons(**wanted: Any) -> int:
+        (record,) = label(segmenter, place / "scene.tif", tmp_path / "labels.tif", polygons=".gpkg", **wanted)
+        return int(pyogrio.read_info(record["files"]["polygons"])["features"])
+
+    assert polygons() > 0
+    before = (tmp_path / "labels.tif").stat().st_mtime_ns
+    assert polygons(resume=True, min_area=1e9) == 0
+    assert (tmp_path / "labels.tif").stat().st_mtime_ns == before

@@ -156,7 +156,7 @@ def _one(
         say(f"{target} is there already")
     files = {name: str(file) for name, file in labelled.files.items()}
     if vector is not None:
-        if rank == 0 and not (labelled.before and vector.exists() and not wanted.overwrite):
+        if rank == 0:  # also of a map that was there: older polygons may be of another scene or other options
             write_polygons(target, vector, min_area=wanted.min_area, simplify=wanted.simplify)
         files["polygons"] = str(vector)
     report, lost = labelled.report, labelled.unreadable.blocks

@@ -18,12 +18,13 @@ import rasterio
 import rasterio.shutil
 from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
-from vfmseg.errors import DataError, RecipeError
+from vfmseg.errors import DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.mosaic import mosaic
 from vfmseg.geo.writer import Layer
 from vfmseg.how import How
+from vfmseg.inference.shards import Parts
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.predict import Wanted, predict
 from vfmseg.recipe import load_recipe
@@ -187,6 +188,37 @@ def test_p63_resume_sees_what_lies_behind_a_path(place: Path, segmenter: Segment
         with pytest.raises(DataError, match=r"exists already"):
             label(segmenter, name, target, resume=True)
         target.unlink()
+
+
+def test_p63_a_finished_map_of_another_form_is_not_taken_for_the_one_wanted(
+    place: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
+    label(segmenter, scene, tmp_path / "labels.tif")
+    with pytest.raises(DataError, match=r"labels\.tif: exists already"):
+        label(segmenter, scene, tmp_path / "labels.tif", cog=True, resume=True)
+    label(segmenter, scene, tmp_path / "labels.tif", cog=True, overwrite=True)
+    (record,) = label(segmenter, scene, tmp_path / "labels.tif", cog=True, resume=True)
+    assert record["pixels"] == 0
+
+
+def test_pieces_may_be_resumed_into_files_of_another_form(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
+
+    def full(parts: Parts, *_: Any) -> None:
+        raise MachineError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "assemble", full)
+        with pytest.raises(MachineError, match="are done and kept"):
+            label(segmenter, scene, tmp_path / "labels.tif")
+    for _ in range(2):  # the second finds what the first has finished
+        (record,) = label(segmenter, scene, tmp_path / "labels.tif", cog=True, resume=True)
+        assert record["pixels"] == 0
+    with rasterio.open(tmp_path / "labels.tif") as labels:
+        assert labels.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
 
 
 def test_p63_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:

@@ -59,9 +59,12 @@ def work_of(
     }
 
 
-def mark_of(work: Mapping[str, Any]) -> dict[str, str]:
-    """The tag that names a work. Strips are left out: how it was cut changes no byte."""
-    named = {key: value for key, value in work.items() if key != "strips"}
+def mark_of(work: Mapping[str, Any], form: dict[str, Any]) -> dict[str, str]:
+    """The tag that names a work and the `form` of its files, which pieces do not have: they may end in any.
+
+    Strips are left out: how it was cut changes no byte.
+    """
+    named = {key: value for key, value in work.items() if key != "strips"} | form
     return {WORK_TAG: hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]}
 
 

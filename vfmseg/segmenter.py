@@ -166,7 +166,7 @@ class Segmenter:
         cloud-optimised files with overviews. `skip_unreadable`: damaged blocks become nodata instead of an error.
         `rank`, `ranks`: this process and the number of processes that label this scene together. `planned` is told the
         job, and the pixels that this process has to label, before it starts. With `resume`, files that the same work
-        has finished before are left as they are.
+        has finished before, in the same form, are left as they are.
         """
         target = local_path(output)
         unknown = [name for name in extras if name not in EXTRAS]
@@ -183,7 +183,7 @@ class Segmenter:
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)
             tags = tags_of(self.recipe, self.record, self.folder)
             work = tags | work_of(scenes[0], job, settled, products.extras, area, skip_unreadable) | self._runs_on()
-            mark = mark_of(work)
+            mark = mark_of(work, {"cog": cog})
             done = finished_before(files.values(), mark) if resume else set()
             if done == set(files.values()):
                 if rank == 0:

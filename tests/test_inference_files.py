@@ -219,6 +219,21 @@ def test_p37_full_disk_in_a_piece_or_at_the_end_leaves_no_target(
     assert files["labels"].read_bytes() == undisturbed["labels"]
 
 
+def test_what_killed_processes_have_left_goes_when_the_target_is_complete(scene: Path, tmp_path: Path) -> None:
+    names = [
+        ".labels.tif.12.partial", ".labels.tif.13.partial.cog", ".labels.tif.14.partial.aux.xml",
+        ".labels.tif.15.partial.cog.ovr.tmp", ".labels_confidence.tif.12.partial",
+    ]  # fmt: skip
+    others = [".labels.tif.mine.partial", ".labels.tif.12.partially", ".other.tif.12.partial"]
+    for name in [*names, *others]:
+        (tmp_path / name).touch()
+    with pytest.raises(ArithmeticError):
+        label(scene, tmp_path / "labels.tif", vote=Breaks(40, ArithmeticError()))
+    assert {*names, *others} <= {*names_in(tmp_path)}  # not before
+    label(scene, tmp_path / "labels.tif", resume=True)
+    assert names_in(tmp_path) == sorted([*others, "labels.tif", "labels_confidence.tif"])
+
+
 def test_an_error_before_the_first_piece_leaves_nothing(scene: Path, tmp_path: Path) -> None:
     def breaks(images: Any, valid: Any) -> Any:
         raise ArithmeticError("broke")

@@ -244,6 +244,7 @@ def test_p63_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter:
 def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     label(segmenter, place / "scene.tif", tmp_path / "labels.tif")
     (tmp_path / ".labels.tif.parts").mkdir()
+    (tmp_path / ".labels.tif.12.partial").touch()
     (record,) = label(segmenter, place / "scene.tif", tmp_path / "labels.tif", resume=True)
     assert record["pixels"] == record["tiles_run"] == 0
     assert names_in(tmp_path) == ["labels.tif"]

@@ -187,7 +187,7 @@ class Segmenter:
             done = finished_before(files.values(), mark) if resume else set()
             if done == set(files.values()):
                 if rank == 0:
-                    forget_pieces(target)  # of a run that was killed after its very last step but one
+                    forget_pieces(target, done)  # of a run that was killed after its very last step but one
                 return Labelled(files, Report(), unreadable, before=True)
             for file in files.values():
                 if file.exists() and not overwrite and file not in done:

@@ -8,7 +8,9 @@ take the target's name; any error or interruption removes it.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -272,6 +274,14 @@ class MapWriter:
             f"{self.path}: could not be written ({reason}); free space there: {free}; nothing half "
             "written was left behind: make room or choose another disk, then run again"
         )
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the temporary files that killed processes have left beside a target; to be called when it is complete."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial*"):
+        # GDAL's own beside them (.cog.ovr.tmp, .aux.xml) are named after them
+        if re.fullmatch(r"\d+\.partial(\..+)?", path.name[len(target.name) + 2 :]):
+            path.unlink(missing_ok=True)
 
 
 def label_type(ids: Sequence[int]) -> tuple[str, int]:

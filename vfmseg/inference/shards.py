@@ -21,7 +21,7 @@ from vfmseg.errors import DataError
 from vfmseg.files import whole_file, write_json
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.mosaic import mosaic, read_map
-from vfmseg.geo.writer import BLOCK, Layer, MapWriter
+from vfmseg.geo.writer import BLOCK, Layer, MapWriter, remove_leftovers
 from vfmseg.inference.plan import Plan, Run, Shard
 
 JOINED = 16 * 2**20
@@ -33,8 +33,10 @@ def pieces_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.parts")
 
 
-def forget_pieces(target: Path) -> None:
-    """Remove the pieces of a target, if there are any."""
+def forget_pieces(target: Path, complete: Iterable[Path] = ()) -> None:
+    """Remove the pieces of a target, if there are any; and what killed processes have left beside `complete` files."""
+    for file in complete:
+        remove_leftovers(file)
     shutil.rmtree(pieces_folder(target), ignore_errors=True)
 
 
@@ -105,6 +107,7 @@ class Parts:
             with MapWriter(targets[name], self.grid, self.layers[name], cog=cog) as writer:
                 for window in self._windows(self.layers[name]):
                     writer.write(window.row, self._joined(name, window), window.col)
+            remove_leftovers(targets[name])
         shutil.rmtree(self.folder)
 
     def _windows(self, layer: Layer) -> Iterator[Window]:

@@ -187,6 +187,24 @@ def test_p63_pieces_without_their_plan_are_of_unknown_work(
     assert files["labels"].read_bytes() == undisturbed["labels"]
 
 
+@pytest.mark.parametrize("content", [b"", b'{"tile": 1', b"[]", b"\xff\xfe"])
+def test_p62_a_damaged_plan_is_named(scene: Path, tmp_path: Path, content: bytes) -> None:
+    plan = tmp_path / ".labels.tif.parts" / "plan.json"
+    plan.parent.mkdir()
+    plan.write_bytes(content)
+    with pytest.raises(DataError, match=r"plan\.json: is damaged.*start anew with --overwrite"):
+        label(scene, tmp_path / "labels.tif", resume=True)
+    label(scene, tmp_path / "labels.tif", overwrite=True)
+
+
+def test_p62_a_folder_that_cannot_be_made_is_named(scene: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "folder")
+    for folder in ("file", "file/x", "nowhere"):
+        with pytest.raises(DataError, match=rf"{folder}/labels\.tif: cannot be created \("):
+            label(scene, tmp_path / folder / "labels.tif")
+
+
 def test_p37_an_error_says_that_pieces_are_kept(scene: Path, tmp_path: Path) -> None:
     target = tmp_path / "labels.tif"
     with pytest.raises(MachineError, match=r"(?s)no room.*\d+ of \d+ pieces are done and kept: go on with --resume"):

@@ -68,6 +68,7 @@ WRONG = {
     "predict.overlap=64": "predict.overlap = 64 must be below 0.9; the default is 0.25",
     "predict.overlap=0.9": "predict.overlap = 0.9 must be below 0.9; the default is 0.25",
     "predict.overlap=-0.1": "predict.overlap = -0.1 must be at least 0; the default is 0.25",
+    "predict.scales=[9]": "predict.scales.0 = 9 must be at most 8; the default is [1.0]",
     "data.tile=0": "data.tile = 0 must be at least 1; the default is 256",
     "data.tile=99999999999999999999": "data.tile = 99999999999999999999 must be at most 65536; the default is 256",
     "predict.tile=65537": "predict.tile = 65537 must be at most 65536; for example 512",

@@ -405,6 +405,12 @@ def test_p62_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> Non
         segmenter.predict(image, blend="hanm")
     with pytest.raises(RecipeError, match="tile = 0"):
         segmenter.predict(image, tile=0)
+    for scales in ((), (0.0,), (float("nan"),), (float("inf"),), (1.0, 1e9)):
+        with pytest.raises(RecipeError, match=r"scales = .*expected numbers above 0 and at most 8"):
+            segmenter.probabilities(image, How(scales=scales))
+    for tile in (True, 32.0, "32", np.float64(32)):
+        with pytest.raises(RecipeError, match=rf"tile = {tile}; expected a whole number"):
+            segmenter.predict(image, tile=tile)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="batch_size = 0"):
         segmenter.predict(image, batch_size=0)
     with pytest.raises(RecipeError, match="split = 'tests'"):
@@ -417,6 +423,13 @@ def test_p62_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> Non
         Segmenter.from_pretrained(place / "run" / "best", device="gpu")
     with pytest.raises(MachineError, match=r"cuda:99.*cpu"):
         Segmenter.from_pretrained(place / "run" / "best", device="cuda:99")
+
+
+def test_numbers_of_numpy_are_numbers(place: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    how = How(tile=np.int64(32), overlap=np.float32(0.25), scales=(np.float32(1),))  # type: ignore[arg-type]
+    segmenter.label(toy_scene(7)[0], tmp_path / "labels.tif", how)
+    assert segmenter.predict(toy_scene(7)[0], tile=np.uint8(32)).shape == toy_scene(7)[0].shape[1:]
 
 
 def test_p26_a_masked_array_does_not_lose_its_mask(place: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from vfmseg.errors import RecipeError, nearest
 from vfmseg.inference.job import MEBI, Settings
 from vfmseg.recipe import Recipe
-from vfmseg.recipe.train import PredictSection
+from vfmseg.recipe.train import LARGEST_SCALE, PredictSection
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ def settle(how: How, recipe: Recipe) -> Settled:
     if not 0 <= overlap < 1:
         raise RecipeError(f"overlap = {overlap}; expected a share of the tile, at least 0 and below 1, such as 0.25")
     scales = section.scales if how.scales is None else how.scales
-    if not scales or min(scales) <= 0:
-        raise RecipeError(f"scales = {list(scales)}; expected numbers above 0, such as 0.75, 1, 1.5")
+    if not scales or not all(0 < scale <= LARGEST_SCALE for scale in scales):  # NaN is neither
+        expected = f"expected numbers above 0 and at most {LARGEST_SCALE:g}, such as 0.75, 1, 1.5"
+        raise RecipeError(f"scales = {list(scales)}; {expected}")
     settings = Settings(
         tile=_positive("tile", how.tile, section.tile or recipe.data.tile),
-        overlap=overlap,
+        overlap=float(overlap),
         blend=_known("blend", how.blend, section),
         batch_size=_positive("batch_size", how.batch_size, section.batch_size),
         memory_limit=_positive("memory_limit", how.memory_limit, section.memory_limit) * MEBI,
@@ -62,7 +64,7 @@ def settle(how: How, recipe: Recipe) -> Settled:
         settings,
         _known("average", how.average, section) == "logits",
         _known("tta", how.tta, section),
-        tuple(scales),
+        tuple(float(scale) for scale in scales),  # a NumPy number cannot be written as JSON
         _positive("readers", how.readers, section.readers),
     )
 
@@ -78,6 +80,10 @@ def _known(name: str, value: str | None, section: PredictSection) -> str:
 
 def _positive(name: str, value: Any, otherwise: int) -> int:
     chosen = otherwise if value is None else value
-    if not isinstance(chosen, int) or chosen < 1:
+    try:
+        number = 0 if isinstance(chosen, bool) else operator.index(chosen)  # whole numbers of NumPy are some as well
+    except TypeError:
+        number = 0
+    if number < 1:
         raise RecipeError(f"{name} = {chosen}; expected a whole number of at least 1")
-    return chosen
+    return number

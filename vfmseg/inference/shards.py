@@ -63,9 +63,15 @@ class Parts:
                 )
             shutil.rmtree(self.folder)
         if known.is_file():
-            self._same_work(json.loads(known.read_text(encoding="utf-8")), fingerprint)
+            self._same_work(_plan_in(known), fingerprint)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise DataError(
+                f"{self.target}: cannot be created ({error.strerror}: {error.filename}); choose a folder where you may "
+                "write"
+            ) from error
         write_json(known, dict(fingerprint))
 
     def _same_work(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -130,6 +136,19 @@ class Parts:
                 part = Window(window.row - place.row, first - place.col, window.height, last - first)
                 pieces.append(read_map(self.path(name, shard), part))
         return np.concatenate(pieces, axis=2)
+
+
+def _plan_in(known: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(known.read_text(encoding="utf-8"))
+    except ValueError:  # no text, or no JSON
+        before = None
+    if not isinstance(before, dict):
+        raise DataError(
+            f"{known}: is damaged; expected the plan of an interrupted labelling, without which nobody knows of what "
+            "work its pieces are: start anew with --overwrite instead of --resume"
+        )
+    return before
 
 
 class RunSink:

@@ -11,6 +11,7 @@ from vfmseg.recipe.base import Flag, Number, Problem, Section, Whole
 from vfmseg.recipe.data import ClassId, TileSide
 
 LossName = Literal["cross_entropy", "dice", "focal", "lovasz"]
+LARGEST_SCALE = 8.0  # of a tile at prediction: it then takes 64 times the memory
 Share = Annotated[Number, Field(ge=0, le=1)]
 
 
@@ -120,7 +121,7 @@ class PredictSection(Section):
     """Tiles in one call of the model."""
     tta: Literal["none", "flips", "d4"] = "none"
     """Test-time augmentation: the mean over 1, 4 or all 8 symmetries of the square."""
-    scales: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+    scales: Annotated[tuple[Annotated[Number, Field(gt=0, le=LARGEST_SCALE)], ...], Field(min_length=1)] = (1.0,)
     """Sizes of the tile, relative to itself, at which the model looks; the mean over all."""
     readers: Annotated[Whole, Field(ge=1)] = 2
     """Threads that read files."""

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from xml.etree import ElementTree as xml
 
 import numpy as np
-from rasterio.errors import RasterioError
 from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.rasterfile import gdal, open_dataset
+from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset
 from vfmseg.geo.writer import Layer
 
 _TYPES = {"uint8": "Byte", "uint16": "UInt16", "int16": "Int16", "int32": "Int32"}
@@ -26,10 +25,8 @@ def read_map(path: str | os.PathLike[str], window: Window) -> np.ndarray:
             place = RasterioWindow(window.col, window.row, window.width, window.height)
             stored: np.ndarray = dataset.read(window=place)
             return stored
-    except RasterioError as error:
-        raise DataError(
-            f"{path}: {window} cannot be read ({error.__cause__ or error}); delete this file and go on with --resume"
-        ) from error
+    except GDAL_ERRORS as error:
+        raise DataError(f"{path}: {window} cannot be read: the map is damaged ({error.__cause__ or error})") from error
 
 
 def map_tags(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -37,7 +34,7 @@ def map_tags(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         with gdal(), contextlib.closing(open_dataset(os.fspath(path))) as dataset:
             return dict(dataset.tags())
-    except RasterioError:
+    except GDAL_ERRORS:
         return {}
 
 

@@ -134,8 +134,17 @@ class Parts:
             first, last = max(window.col, place.col), min(right, place.col + place.width)
             if first < last and place.row <= window.row < place.row + place.height:
                 part = Window(window.row - place.row, first - place.col, window.height, last - first)
-                pieces.append(read_map(self.path(name, shard), part))
+                pieces.append(self._piece(name, shard, part))
         return np.concatenate(pieces, axis=2)
+
+    def _piece(self, name: str, shard: Shard, part: Window) -> np.ndarray:
+        """Stored numbers of a part of a piece. One that is damaged is removed, so that it counts as missing."""
+        path = self.path(name, shard)
+        try:
+            return read_map(path, part)
+        except DataError as error:
+            path.unlink(missing_ok=True)
+            raise DataError(f"{error}; it was removed, so that --resume labels it anew") from error
 
 
 def _plan_in(known: Path) -> dict[str, Any]:

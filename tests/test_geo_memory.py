@@ -52,6 +52,20 @@ def test_arrays_have_no_place_and_are_released_when_closed() -> None:
     other.close()
 
 
+def test_p63_arrays_are_told_apart_by_what_they_hold() -> None:
+    one = np.arange(24).reshape(2, 3, 4).astype(np.uint16)
+    other = one.copy()
+    other[1, 2, 3] += 1
+    turned = np.asfortranarray(one)  # the same numbers, stored in another order
+    arrays = [one, one.copy(), turned, other, one.astype("u4"), one.astype(">u2"), one.reshape(2, 4, 3), one * 1.0]
+    said = []
+    for array in arrays:
+        with ArrayRaster(array, Bands(), "rgb") as raster:
+            said += raster.files
+    assert said[0] == said[1] == said[2]
+    assert len(set(said)) == len(arrays) - 2
+
+
 @pytest.mark.parametrize(
     ("array", "said"),
     [

@@ -80,6 +80,10 @@ def label(
     return predict(segmenter, scenes_of(str(scene)) or str(scene), {}, output, how or How(), Wanted(**wanted))
 
 
+def broken(*_: Any) -> None:
+    raise MachineError("no room")
+
+
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -206,12 +210,8 @@ def test_pieces_may_be_resumed_into_files_of_another_form(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
-
-    def full(parts: Parts, *_: Any) -> None:
-        raise MachineError("no room")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "assemble", full)
+        patch.setattr(Parts, "assemble", broken)
         with pytest.raises(MachineError, match="are done and kept"):
             label(segmenter, scene, tmp_path / "labels.tif")
     for _ in range(2):  # the second finds what the first has finished
@@ -219,6 +219,25 @@ def test_pieces_may_be_resumed_into_files_of_another_form(
         assert record["pixels"] == 0
     with rasterio.open(tmp_path / "labels.tif") as labels:
         assert labels.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+
+
+def test_p63_an_array_is_resumed_with_the_same_array_alone(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = toy_scene(1, 70, 50)[0]
+    other = array.copy()
+    other[0, 0, 0] ^= 1
+    target = tmp_path / "labels.tif"
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "assemble", broken)
+        with pytest.raises(MachineError, match="are done and kept"):
+            segmenter.label(array, target)
+    with pytest.raises(DataError, match=r"other work \(scene was .*array of 3 x 70 x 50 \|u1 "):
+        segmenter.label(other, target, resume=True)
+    assert segmenter.label(array.copy(), target, resume=True).report.pixels == 0
+    assert segmenter.label(array, target, resume=True).before
+    with pytest.raises(DataError, match="exists already"):
+        segmenter.label(other, target, resume=True)
 
 
 def test_p63_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:

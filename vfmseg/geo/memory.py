@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
+
 import numpy as np
 from rasterio.io import MemoryFile
 
@@ -34,7 +37,21 @@ class ArrayRaster(Raster):
                 photometric="MINISBLACK", interleave="band", BIGTIFF="IF_SAFER",
             ) as target:  # fmt: skip
                 target.write(stored)
+        self._array = array
         super().__init__(self._memory.name, bands)
+
+    @property
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """No file: in its place what tells this array from another one, also in another process."""
+        return {self._content: ()}
+
+    @cached_property
+    def _content(self) -> str:
+        digest = hashlib.sha256()
+        for band in self._array:
+            digest.update(np.ascontiguousarray(band).data)
+        shape = " x ".join(map(str, self._array.shape))
+        return f"array of {shape} {self._array.dtype.str} ({digest.hexdigest()[:16]})"
 
     def close(self) -> None:
         """Release the memory."""

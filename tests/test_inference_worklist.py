@@ -178,6 +178,16 @@ def test_p62_empty_lists_are_errors(tmp_path: Path) -> None:
     assert ".tif" in IMAGES
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "in/a.tif", "~nobody-here.tif")
+    assert names(scenes_of("~/in"), tmp_path) == names(scenes_of("~/in/*.tif"), tmp_path) == ["in/a.tif"]
+    (tmp_path / "list.txt").write_text("~/in/a.tif\nin/a.tif\n")
+    assert names(scenes_of(str(tmp_path / "list.txt")), tmp_path) == ["in/a.tif"] * 2
+    monkeypatch.chdir(tmp_path)
+    assert scenes_of("~nobody-here.tif") is None
+
+
 # --- targets --------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +195,14 @@ def test_targets_are_named_after_their_scenes(tmp_path: Path) -> None:
     scenes = ["q/a.tif", "/x/b.v2.jp2", "https://x.org/c.tif?sig=a/b.d", "/vsizip/z.zip/inside/e.png"]
     assert [t.name for t in targets_for(scenes, tmp_path)] == ["a.tif", "b.v2.tif", "c.tif", "e.tif"]
     assert {t.parent for t in targets_for(scenes, tmp_path)} == {tmp_path}
+
+
+def test_p63_a_list_is_not_written_into_a_folder_called_like_a_file(tmp_path: Path) -> None:
+    for name in ("lab.tif", "lab.TIFF"):
+        with pytest.raises(DataError, match=rf"{name}: 2 scenes are a list, which is written into a folder"):
+            targets_for(["q/a.tif", "q/b.tif"], tmp_path / name)
+    (tmp_path / "lab.tif").mkdir()
+    assert targets_for(["q/a.tif"], tmp_path / "lab.tif") == [tmp_path / "lab.tif" / "a.tif"]
 
 
 def test_p63_two_scenes_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -166,8 +166,9 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
     records = label(segmenter, tmp_path / "in", tmp_path / "out", resume=True)
     assert [r["pixels"] for r in records] == [0, 3500]  # of this run
     assert (tmp_path / "out" / "s1.tif").stat().st_mtime_ns == before
-    with pytest.raises(DataError, match=r"s1\.tif: exists already"):  # finished, but as other work
-        label(segmenter, tmp_path / "in", tmp_path / "out", How(overlap=0.5), resume=True)
+    records = label(segmenter, tmp_path / "in", tmp_path / "out", How(overlap=0.5), resume=True)
+    assert all("exists already" in r["error"] for r in records)  # finished, but as other work
+    assert (tmp_path / "out" / "s1.tif").stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match="goes with one scene"):
         predict(segmenter, [str(tmp_path / "in" / "s1.tif")], {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
 
@@ -333,6 +334,73 @@ def test_a_list_over_processes_needs_no_meeting_between_scenes(place: Path, tmp_
         assert names_in(tmp_path / "out") == ["s1.tif", "s2.tif", "s3.tif"]
         (tmp_path / "out" / "s1.tif").unlink()
         again = ["--resume"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_p62_a_scene_that_cannot_be_labelled_does_not_stop_a_list(place: Path, tmp_path: Path, processes: int) -> None:
+    for seed in (1, 2, 3):
+        write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])
+    (tmp_path / "in" / "s2.tif").write_bytes(b"no raster")  # of two processes, the second one's
+    arguments = [tmp_path / "in", "-o", tmp_path / "out", "--json", "--resume"]
+
+    def end() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(place, *arguments, processes=processes), capture_output=True, text=True, timeout=200,
+            env=ENVIRONMENT, check=False,
+        )  # fmt: skip
+
+    done = end()
+    assert done.returncode == (2 if processes == 1 else 1), done.stderr  # 1: the launcher's own
+    assert "s2.tif: not labelled: " in done.stderr
+    assert "vfmseg: 1 of 3 scenes could not be labelled, see above; mend them and go on with --resume" in done.stderr
+    first, second, third = json.loads(done.stdout)["scenes"]
+    assert {*second} == {"scene", "error"}
+    assert "is not a raster" in second["error"]
+    assert first["pixels"] == third["pixels"] == 3500
+    assert names_in(tmp_path / "out") == ["s1.tif", "s3.tif"]
+    if processes == 1:
+        write_raster(tmp_path / "in" / "s2.tif", toy_scene(2, 70, 50)[0])
+        done = end()
+        assert done.returncode == 0, done.stderr
+        assert [r["pixels"] for r in json.loads(done.stdout)["scenes"]] == [0, 3500, 0]
+
+
+def test_p63_what_exists_is_found_before_the_first_scene_of_a_list(segmenter: Segmenter, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "s2_confidence.tif").write_text("precious")
+    with pytest.raises(DataError, match=r"s2_confidence\.tif: exists already"):
+        label(segmenter, tmp_path / "in", tmp_path / "out", extras=("confidence",))
+    assert names_in(tmp_path / "out") == ["s2_confidence.tif"]
+
+
+def test_a_tilde_is_the_home_folder(
+    place: Path, segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(place)
+    write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
+    (record,) = predict(segmenter, "~/scene.tif", {}, "~/labels.tif", How(), Wanted())
+    assert record["output"] == str(tmp_path / "labels.tif")
+    assert names_in(tmp_path) == ["labels.tif", "scene.tif"]
+
+
+def test_a_tilde_in_other_options_is_the_home_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from vfmseg.cli import app
+
+    def told(self: Segmenter, inputs: dict[str, str], *_: Any, area: str, **__: Any) -> None:
+        raise DataError(f"{inputs['dem']} {area}")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(Segmenter, "label", told)
+    arguments = [place / "scene.tif", "-o", tmp_path / "x.tif", "--modality", "dem=~/dem.tif", "--area", "~/a.gpkg"]
+    done = CliRunner().invoke(app, [*command(place, *arguments)[3:]])
+    assert f"{tmp_path}/dem.tif {tmp_path}/a.gpkg" in done.stderr
 
 
 def test_scenes_outside_the_area_are_left_out_of_a_list(

@@ -125,7 +125,7 @@ def predict(
         gc.disable()
         from vfmseg.how import How
         from vfmseg.inference.worklist import scenes_of
-        from vfmseg.predict import Wanted, summary
+        from vfmseg.predict import Wanted, require_all, summary
         from vfmseg.predict import predict as label
         from vfmseg.segmenter import Segmenter
 
@@ -136,7 +136,7 @@ def predict(
         how = How(tile, overlap, blend, batch_size, average, tta, _numbers("--scales", scales), readers, memory_limit)
         wanted = Wanted(
             extras=tuple(name for name, on in chosen.items() if on),
-            area=area or _numbers("--bounds", bounds, 4),
+            area=os.path.expanduser(area) if area else _numbers("--bounds", bounds, 4),
             cog=cog, polygons=polygons, min_area=min_area, simplify=simplify,
             resume=resume, overwrite=overwrite, skip_unreadable=skip_unreadable,
         )  # fmt: skip
@@ -146,6 +146,7 @@ def predict(
             print(json.dumps({"scenes": records} if scenes else records[0]))
         elif records:
             say(summary(records))
+        require_all(records, len(scenes or [scene]))
 
     _end(verb, _resumed())
 

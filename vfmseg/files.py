@@ -43,7 +43,13 @@ def local_path(output: str | Path) -> Path:
     """Where something is written: on a disk of this machine (DataError for an address or a path of GDAL's own)."""
     if "://" in str(output) or str(output).startswith("/vsi"):
         raise DataError(f"{output}: labels are written to a disk of this machine; name a local path, and copy it then")
-    return Path(output)
+    return Path(os.path.expanduser(output))
+
+
+def require_new(target: Path) -> None:
+    """DataError if something is there already."""
+    if target.exists():
+        raise DataError(f"{target}: exists already; choose another name, or allow overwriting (--overwrite)")
 
 
 def check_label_file(target: Path, inputs: Iterable[str]) -> None:

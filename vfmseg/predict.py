@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vfmseg.errors import DataError, OutsideError, RecipeError
-from vfmseg.files import local_path, never_an_input
+from vfmseg.files import local_path, never_an_input, require_new
 from vfmseg.geo.polygons import check_polygons, write_polygons
 from vfmseg.how import How
 from vfmseg.inference.contracts import Report, Tick
-from vfmseg.inference.job import Job
+from vfmseg.inference.job import Job, targets_of
 from vfmseg.inference.ranks import gather, joined
 from vfmseg.inference.worklist import targets_for
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.segmenter import Segmenter
-from vfmseg.terminal import say
+from vfmseg.terminal import complain, say
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -51,18 +52,21 @@ def predict(
 
     `others` {modality: path} of a single scene. Processes share the scenes of a list that has at least as many as there
     are processes, and the pieces of each scene otherwise. Returns a record for each scene to the first process, and
-    none to the others.
+    none to the others. Where a process has scenes of its own, a DataError of one does not stop the list: it is told,
+    and its record is {"scene": path, "error": message}.
     """
     output = local_path(output)
     first = next(iter(segmenter.facts.bands))
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
     if isinstance(scene, str):
-        jobs = [(scene, output)]
+        jobs = [(os.path.expanduser(scene), output)]
+        others = {name: os.path.expanduser(path) for name, path in others.items()}
     else:
         if others:
             raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
         jobs = list(zip(scene, targets_for(scene, output, wanted.extras), strict=True))
+        _require_new([target for _, target in jobs], wanted)
     vectors = [_vector_of(target, [path, *others.values()], wanted) for path, target in jobs]
 
     def one(number: int, rank: int, ranks: int) -> dict[str, Any]:
@@ -73,11 +77,19 @@ def predict(
         return _shared(one, [path for path, _ in jobs], rank, ranks)
 
 
+def _require_new(targets: Sequence[Path], wanted: Wanted) -> None:
+    """Find what exists already before the first of many scenes is labelled, not in the middle of the list."""
+    if not wanted.resume and not wanted.overwrite:
+        for target in targets:
+            for file in targets_of(target, ("labels", *wanted.extras)).values():
+                require_new(file)
+
+
 def _shared(
     one: Callable[[int, int, int], dict[str, Any]], paths: Sequence[str], rank: int, ranks: int
 ) -> list[dict[str, Any]]:
     """Do `one` (number of the scene, rank, ranks) for all scenes; the records, on the first process."""
-    alone = len(paths) >= ranks > 1
+    alone = len(paths) >= ranks  # a process labels scenes of its own
     records: dict[int, dict[str, Any]] = {}
     outside: dict[int, str] = {}
     for number in range(rank, len(paths), ranks) if alone else range(len(paths)):
@@ -87,6 +99,11 @@ def _shared(
             if len(paths) == 1:
                 raise
             outside[number] = f"{paths[number]}: left out: {error}"
+        except DataError as error:
+            if len(paths) == 1 or not alone:
+                raise
+            complain(f"{paths[number]}: not labelled: {error}")
+            records[number] = {"scene": paths[number], "error": str(error)}
     if alone:  # else every process has the same
         records, outside = _united(gather(records)), _united(gather(outside))
     for number in sorted(outside):
@@ -112,8 +129,8 @@ def _vector_of(target: Path, inputs: Sequence[str], wanted: Wanted) -> Path | No
     never_an_input(vector, inputs)  # a GeoPackage may hold a raster
     if isinstance(wanted.area, str) and vector.resolve() == Path(wanted.area).resolve():
         raise RecipeError(f"{vector}: is the area of interest, which the polygons would replace; choose another output")
-    if vector.exists() and not wanted.overwrite and not (wanted.resume and target.exists()):
-        raise DataError(f"{vector}: exists already; choose another name, or allow overwriting (--overwrite)")
+    if not wanted.overwrite and not (wanted.resume and target.exists()):
+        require_new(vector)
     return vector
 
 
@@ -194,8 +211,18 @@ def _record(path: str, files: dict[str, str], report: Report, lost: int, seconds
 
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
     """A line for people."""
-    if len(records) == 1:
-        (one,) = records
+    done = [record for record in records if "error" not in record]
+    if len(done) == 1:
+        (one,) = done
         return f"labels written to {one['output']} in {one['seconds']} s ({one['mpx_per_second']} Mpx/s)"
-    pixels, seconds = sum(r["pixels"] for r in records), sum(r["seconds"] for r in records)
-    return f"{len(records)} scenes labelled in {seconds:.1f} s ({pixels / 1e6 / max(seconds, 1e-9):.2f} Mpx/s)"
+    pixels, seconds = sum(r["pixels"] for r in done), sum(r["seconds"] for r in done)
+    return f"{len(done)} scenes labelled in {seconds:.1f} s ({pixels / 1e6 / max(seconds, 1e-9):.2f} Mpx/s)"
+
+
+def require_all(records: Sequence[Mapping[str, Any]], scenes: int) -> None:
+    """DataError if some of so many scenes could not be labelled."""
+    failed = sum("error" in record for record in records)
+    if failed:
+        raise DataError(
+            f"{failed} of {scenes} scenes could not be labelled, see above; mend them and go on with --resume"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vfmseg.checkpoint import Loaded, load_segmenter, segmenter_folder
 from vfmseg.errors import CheckpointError, DataError, RecipeError
-from vfmseg.files import check_label_file, local_path
+from vfmseg.files import check_label_file, local_path, require_new
 from vfmseg.geo.area import read_area
 from vfmseg.geo.writer import label_type
 from vfmseg.how import How, Settled, settle
@@ -190,8 +190,8 @@ class Segmenter:
                     forget_pieces(target, done)  # of a run that was killed after its very last step but one
                 return Labelled(files, Report(), unreadable, before=True)
             for file in files.values():
-                if file.exists() and not overwrite and file not in done:
-                    raise DataError(f"{file}: exists already; choose another name, or allow overwriting (--overwrite)")
+                if not overwrite and file not in done:
+                    require_new(file)
             classes = [self.recipe.data.classes[i] for i in self.ids]
             layers = products.layers([c.name for c in classes], [c.color for c in classes], tags | mark)
             report = into_files(

@@ -53,31 +53,31 @@ def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
         with _termination_unwinds():
             verb()
     except VfmsegError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
         if is_main_process():  # all of them were interrupted
             what = "terminated" if terminated else "interrupted"
-            _complain(what + (f"; go on with: {resume_line}" if resume_line else ""))
+            complain(what + (f"; go on with: {resume_line}" if resume_line else ""))
         return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except MemoryError:
-        _complain("out of memory; try a smaller batch_size or tile")
+        complain("out of memory; try a smaller batch_size or tile")
         return 3
     except (PermissionError, NotADirectoryError) as error:
-        _complain(f"{error.filename}: {error.strerror}; check the path, and whether you may read and write there")
+        complain(f"{error.filename}: {error.strerror}; check the path, and whether you may read and write there")
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        _complain(f"{error.filename or 'the target'}: {error.strerror}; free some space or choose another folder")
+        complain(f"{error.filename or 'the target'}: {error.strerror}; free some space or choose another folder")
         return 3
     except RuntimeError as error:
         # told by name and words, so that torch is not imported for it
         if type(error).__name__ == "OutOfMemoryError":
-            _complain("the accelerator ran out of memory; try a smaller batch_size or tile, or precision fp16/bf16")
+            complain("the accelerator ran out of memory; try a smaller batch_size or tile, or precision fp16/bf16")
         elif "DefaultCPUAllocator" in str(error):  # torch's MemoryError
-            _complain("out of memory; try a smaller batch_size or tile")
+            complain("out of memory; try a smaller batch_size or tile")
         else:
             raise
         return 3
@@ -109,7 +109,8 @@ def _termination_unwinds() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _complain(message: str) -> None:
+def complain(message: str) -> None:
+    """A message on stderr from whatever process, which says its number."""
     who = "vfmseg" if is_main_process() else f"vfmseg, process {os.environ['RANK']}"
     # one write: the lines of several processes must not mix, and `print` writes the end of a line by itself
     sys.stderr.write(f"{who}: {message}\n")

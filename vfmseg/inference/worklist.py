@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def scenes_of(given: str) -> list[str] | None:
 
     DataError if it names none.
     """
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.is_dir() and path.suffix.upper() != ".SAFE":
         found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith("."))
         return _some(found, f"{given}: the folder holds no image ({', '.join(IMAGES)})")
@@ -39,6 +40,8 @@ def targets_for(scenes: Sequence[str], folder: Path, products: Sequence[str] = (
 
     `products`: what else is written beside the labels, under their name and its own.
     """
+    if folder.suffix.lower() in (".tif", ".tiff") and not folder.is_dir():
+        raise DataError(f"{folder}: {len(scenes)} scenes are a list, which is written into a folder; name one")
     # an address may end with a question (a signature)
     targets = [folder / f"{Path(scene.split('?')[0] if '://' in scene else scene).stem}.tif" for scene in scenes]
     seen: dict[Path, str] = {}
@@ -70,6 +73,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _from(folder: Path, name: str) -> str:
+    name = os.path.expanduser(name)
     remote = "://" in name or name.startswith("/vsi")
     return name if remote or Path(name).is_absolute() else str(folder / name)
 

@@ -27,6 +27,7 @@ from vfmseg.how import How
 from vfmseg.inference.shards import Parts
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.predict import Wanted, predict
+from vfmseg.progress import LabelProgress
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 
@@ -93,6 +94,7 @@ def test_two_processes_write_the_bytes_of_one(place: Path, segmenter: Segmenter,
     arguments = (place / "scene.tif", "-o", tmp_path / "two.tif", "--confidence", "--json")
     record = json.loads(run(place, *arguments, processes=2))  # from the first process alone
     assert record["pixels"] == 300 * 260
+    assert 0 <= record["queue_fill"] <= 1
     for end in ("", "_confidence"):
         assert (tmp_path / f"one{end}.tif").read_bytes() == (tmp_path / f"two{end}.tif").read_bytes()
 
@@ -140,6 +142,29 @@ def test_an_area_and_polygons(place: Path, segmenter: Segmenter, tmp_path: Path)
     meta = pyogrio.read_info(record["files"]["polygons"])
     assert meta["features"] >= 1
     assert "32633" in meta["crs"]
+
+
+def test_the_plan_and_the_record_say_tiles_and_the_fill_of_the_queue(
+    segmenter: Segmenter, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
+    seen = []
+    honest = LabelProgress.add
+
+    def add(self: LabelProgress, pixels: int, busy: Any, queued: int) -> None:
+        queued = len(seen) % 3
+        seen.append(queued)
+        honest(self, pixels, busy, queued)
+
+    monkeypatch.setattr(LabelProgress, "add", add)
+    (record,) = label(segmenter, scene, tmp_path / "labels.tif")
+    assert record["queue_fill"] == pytest.approx(np.mean(seen) / 2, abs=1e-3)
+    assert len(seen) > 2
+    assert "70 x 50 px, 6 tiles of" in capsys.readouterr().err
+    (record,) = label(segmenter, scene, tmp_path / "labels.tif", resume=True)
+    assert record["queue_fill"] is None
+    label(segmenter, scene, tmp_path / "a.tif", area=(500000.0, 4999900.0, 500100.0, 5000000.0))
+    assert "70 x 50 px, at most 6 tiles of" in capsys.readouterr().err
 
 
 def test_p60_bfloat16_labels_alike(place: Path, segmenter: Segmenter) -> None:

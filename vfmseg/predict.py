@@ -151,8 +151,9 @@ def _one(
     def planned(job: Job, pixels: int) -> None:
         tiles = sum(job.plan.tiles_in(run) for run in job.plan.runs(job.plan.shards))
         grid, count = job.grid, len(job.plan.strips)
+        most = "" if job.area is None else "at most "
         say(
-            f"{path}: {grid.height} x {grid.width} px, {tiles} tiles of {job.settings.tile} px in "
+            f"{path}: {grid.height} x {grid.width} px, {most}{tiles} tiles of {job.settings.tile} px in "
             f"{count} strip{'s' * (count > 1)}, about {job.memory / 2**20:.0f} MiB beside the model"
         )
         shown.append(LabelProgress(Path(path).name, pixels))
@@ -176,14 +177,16 @@ def _one(
         if rank == 0:  # also of a map that was there: older polygons may be of another scene or other options
             write_polygons(target, vector, min_area=wanted.min_area, simplify=wanted.simplify)
         files["polygons"] = str(vector)
-    report, lost = labelled.report, labelled.unreadable.blocks
+    report, lost, fills = labelled.report, labelled.unreadable.blocks, [bar.queue_fill for bar in shown]
     if ranks > 1:
         report = Report()
         for one in gather(labelled.report):
             report.add(one)
         lost = _united(gather(lost))
+        fills = [fill for part in gather(fills) for fill in part]
     _tell_unreadable(list(lost.values()))
-    return _record(path, files, report, sum(b.height * b.width for b in lost), time.perf_counter() - started)
+    lost_pixels = sum(block.height * block.width for block in lost)
+    return _record(path, files, report, fills, lost_pixels, time.perf_counter() - started)
 
 
 def _tell_unreadable(messages: Sequence[str]) -> None:
@@ -193,8 +196,14 @@ def _tell_unreadable(messages: Sequence[str]) -> None:
         say(f"... and {len(messages) - 5} more blocks that cannot be read")
 
 
-def _record(path: str, files: dict[str, str], report: Report, lost: int, seconds: float) -> dict[str, Any]:
-    """What is told of a scene; pixels and tiles are those of this run, without what an earlier one had finished."""
+def _record(
+    path: str, files: dict[str, str], report: Report, fills: Sequence[float | None], lost: int, seconds: float
+) -> dict[str, Any]:
+    """What is told of a scene; pixels and tiles are those of this run, without what an earlier one had finished.
+
+    `fills`: of the queue before the model, of each process that had something to do.
+    """
+    known = [fill for fill in fills if fill is not None]
     return {
         "scene": path,
         "output": files["labels"],
@@ -206,6 +215,7 @@ def _record(path: str, files: dict[str, str], report: Report, lost: int, seconds
         "tiles_left_out": report.skipped,
         "unreadable_pixels": lost,
         "stage_shares": {name: round(share, 3) for name, share in stage_shares(report.stages).items()},
+        "queue_fill": round(sum(known) / len(known), 3) if known else None,
     }
 
 

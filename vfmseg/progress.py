@@ -9,6 +9,9 @@ from typing import Any
 
 from vfmseg.terminal import is_main_process, say
 
+QUEUE = 2
+"""Batches that may wait for the model (engine.py)."""
+
 
 class TrainingProgress:
     """Shows loss, validation mIoU, images a second and the time left of a training run."""
@@ -100,6 +103,8 @@ class LabelProgress:
         self.name = name
         self.pixels = pixels
         self.done = 0
+        self.ticks = 0
+        self.queued = 0  # batches at all ticks together
         self.started = time.perf_counter()
         self.bar: Any = None
         if is_main_process() and sys.stderr.isatty():
@@ -113,8 +118,15 @@ class LabelProgress:
     def add(self, pixels: int, busy: Mapping[str, float], queued: int) -> None:
         """More pixels are done; `busy`: seconds by stage, `queued`: batches that wait for the model."""
         self.done += pixels
+        self.ticks += 1
+        self.queued += queued
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, description=self._line(busy, queued))
+
+    @property
+    def queue_fill(self) -> float | None:
+        """How full the queue before the model was in the mean, 0 to 1; None before anything was done."""
+        return self.queued / self.ticks / QUEUE if self.ticks else None
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -125,7 +137,9 @@ class LabelProgress:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         left = seconds / max(1, self.done) * (self.pixels - self.done)
         shares = " ".join(f"{name} {share:.0%}" for name, share in stage_shares(busy).items())
-        return f"{self.name}: {self.done / seconds / 1e6:.2f} Mpx/s, {shares}, queue {queued}/2, {clock(left)} left"
+        return (
+            f"{self.name}: {self.done / seconds / 1e6:.2f} Mpx/s, {shares}, queue {queued}/{QUEUE}, {clock(left)} left"
+        )
 
 
 def stage_shares(busy: Mapping[str, float]) -> dict[str, float]:

@@ -86,6 +86,10 @@ WRONG = {
     "data.classes.x=ice": "data.classes has the key 'x', which must be a whole number; "
     "for example {0: 'land', 1: 'water'}",
     "data.classes.1=land": "data.classes.1 = 'land' is already the name of class 0; give every class its own name",
+    'data.classes.1="w\\tx"': r"data.classes.1 = 'w\tx' holds a control character; write the name without it",
+    'data.classes.1={name: "w\\0x"}': r"data.classes.1 = 'w\x00x' holds a control character; "
+    "write the name without it",
+    'data.classes.1="w\\nx"': r"data.classes.1.name = 'w\nx' must be one line of text without blanks at its ends",
     "data.classes.1={name: w, color: [0, 0, 300]}": "data.classes.1.color.2 = 300 must be at most 255; "
     "for example [230, 80, 60]",
     "data.ignore_index=1": "data.ignore_index = 1 must not be a class id (0, 1); try 255, or drop the class",

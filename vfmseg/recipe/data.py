@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import difflib
 import keyword
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -149,6 +150,10 @@ class DataSection(Section):
             )
         names: dict[str, int] = {}
         for number, spec in self.classes.items():
+            if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in spec.name):  # no map file could carry it
+                yield Problem(
+                    f"classes.{number}", f"= {spec.name!r} holds a control character; write the name without it"
+                )
             if spec.name in names:
                 yield Problem(
                     f"classes.{number}",

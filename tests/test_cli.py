@@ -221,6 +221,8 @@ def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, se
         (["-o", "x.tif", "--area", "a.geojson", "--bounds", "0,0,1,1"], "exclude each other"),
         (["-o", "x.tif", "--bounds", "0,0,1"], "expected 4 numbers"),
         (["-o", "x.tif", "--min-area", "9"], "add --polygons"),
+        (["-o", "x.tif", "--compress", "zst"], "compress = 'zst'; did you mean 'zstd'?"),
+        (["-o", "x.tif", "--scales", "nan"], "expected numbers above 0 and at most 8"),
     ],
 )
 def test_p62_wrong_predict_arguments_are_one_message(

@@ -20,8 +20,10 @@ from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
-from vfmseg.errors import DataError, MachineError, VfmsegError
+from vfmseg.errors import DataError, MachineError, RecipeError, VfmsegError
+from vfmseg.geo import compression as compression_module
 from vfmseg.geo import writer as writer_module
+from vfmseg.geo.compression import COMPRESSIONS
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
 from vfmseg.geo.mosaic import mosaic, read_map
@@ -376,6 +378,43 @@ def test_p36_cog_holds_what_the_plain_map_holds(tmp_path: Path, grid: Grid) -> N
             assert two.colormap(1) == one.colormap(1)
             np.testing.assert_array_equal(two.read(), one.read())
             assert bool(two.overviews(1)) == (max(grid.height, grid.width) > 512)
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS)
+@pytest.mark.parametrize("cog", [False, True], ids=["plain", "cog"])
+def test_p36_every_compression_holds_the_same_numbers(tmp_path: Path, compress: str, cog: bool) -> None:
+    labels = labels_for(LARGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sizes = []
+        for level in (1, 9):
+            path = save(tmp_path / "a.tif", labels, LARGE, level=level, cog=cog, compress=compress)
+            sizes.append(path.stat().st_size)
+    assert (sizes[0] > sizes[1]) == (compress != "lzw")
+    with rasterio.open(path) as source:
+        assert source.tags(ns="IMAGE_STRUCTURE")["COMPRESSION"] == compress.upper()
+        np.testing.assert_array_equal(source.read(), as_ids(labels))
+
+
+def test_p62_a_compression_that_gdal_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="compress = 'zst'; did you mean 'zstd'"):
+        save(tmp_path / "a.tif", labels_for(UTM), compress="zst")
+    monkeypatch.setattr(compression_module, "_works", lambda name: name != "zstd")
+    with pytest.raises(MachineError, match="compress = zstd: the GDAL of this machine was built without it"):
+        save(tmp_path / "a.tif", labels_for(UTM), compress="zstd")
+    assert names_in(tmp_path) == []
+
+
+def test_whether_gdal_has_a_compression_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = compression_module._works.__wrapped__
+    assert all(tried(name) for name in COMPRESSIONS)
+    assert not tried("nonsense")  # GDAL would leave it out without an error
+
+    def refuse() -> None:
+        raise RasterioIOError("Cannot create TIFF file due to missing codec for ZSTD.")
+
+    monkeypatch.setattr(compression_module, "MemoryFile", refuse)
+    assert not tried("zstd")
 
 
 @pytest.mark.parametrize("ids", [IDS, (-5, 7, 1000)], ids=["colours", "no colours"])

@@ -230,6 +230,16 @@ def test_p63_a_finished_map_of_another_form_is_not_taken_for_the_one_wanted(
     label(segmenter, scene, tmp_path / "labels.tif", cog=True, overwrite=True)
     (record,) = label(segmenter, scene, tmp_path / "labels.tif", cog=True, resume=True)
     assert record["pixels"] == 0
+    with pytest.raises(DataError, match=r"labels\.tif: exists already"):
+        label(segmenter, scene, tmp_path / "labels.tif", cog=True, compress="zstd", resume=True)
+
+
+def test_p62_a_compression_that_cannot_be_is_found_before_labelling(
+    place: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="compress = 'zst'"):
+        label(segmenter, place / "scene.tif", tmp_path / "labels.tif", compress="zst")
+    assert names_in(tmp_path) == []
 
 
 def test_pieces_may_be_resumed_into_files_of_another_form(
@@ -241,10 +251,11 @@ def test_pieces_may_be_resumed_into_files_of_another_form(
         with pytest.raises(MachineError, match="are done and kept"):
             label(segmenter, scene, tmp_path / "labels.tif")
     for _ in range(2):  # the second finds what the first has finished
-        (record,) = label(segmenter, scene, tmp_path / "labels.tif", cog=True, resume=True)
+        (record,) = label(segmenter, scene, tmp_path / "labels.tif", cog=True, compress="zstd", resume=True)
         assert record["pixels"] == 0
     with rasterio.open(tmp_path / "labels.tif") as labels:
-        assert labels.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        structure = labels.tags(ns="IMAGE_STRUCTURE")
+        assert (structure["LAYOUT"], structure["COMPRESSION"]) == ("COG", "ZSTD")
 
 
 def test_p63_an_array_is_resumed_with_the_same_array_alone(

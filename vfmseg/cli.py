@@ -89,6 +89,7 @@ def predict(
     uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write the entropy.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write all probabilities.")] = False,
     cog: Annotated[bool, typer.Option("--cog", help="Write cloud-optimised GeoTIFFs with overviews.")] = False,
+    compress: Annotated[str, typer.Option(help="Compression of the maps: deflate, zstd or lzw.")] = "deflate",
     polygons: Annotated[
         str | None, typer.Option(help="Also write polygons: .gpkg, .geojson or .fgb (needs vfmseg[vector]).")
     ] = None,
@@ -137,7 +138,7 @@ def predict(
         wanted = Wanted(
             extras=tuple(name for name, on in chosen.items() if on),
             area=os.path.expanduser(area) if area else _numbers("--bounds", bounds, 4),
-            cog=cog, polygons=polygons, min_area=min_area, simplify=simplify,
+            cog=cog, compress=compress, polygons=polygons, min_area=min_area, simplify=simplify,
             resume=resume, overwrite=overwrite, skip_unreadable=skip_unreadable,
         )  # fmt: skip
         scenes = scenes_of(scene)

@@ -32,6 +32,7 @@ class Wanted:
     extras: tuple[str, ...] = ()
     area: str | tuple[float, ...] | None = None
     cog: bool = False
+    compress: str = "deflate"
     polygons: str | None = None  # such as ".gpkg"
     min_area: float = 0.0
     simplify: float = 0.0
@@ -163,9 +164,9 @@ def _one(
 
     try:
         labelled = segmenter.label(
-            inputs, target, how, extras=wanted.extras, area=wanted.area, cog=wanted.cog, resume=wanted.resume,
-            overwrite=wanted.overwrite, skip_unreadable=wanted.skip_unreadable, rank=rank, ranks=ranks,
-            planned=planned, progress=tick,
+            inputs, target, how, extras=wanted.extras, area=wanted.area, cog=wanted.cog, compress=wanted.compress,
+            resume=wanted.resume, overwrite=wanted.overwrite, skip_unreadable=wanted.skip_unreadable,
+            rank=rank, ranks=ranks, planned=planned, progress=tick,
         )  # fmt: skip
     finally:
         for bar in shown:

@@ -16,6 +16,7 @@ from vfmseg.checkpoint import Loaded, load_segmenter, segmenter_folder
 from vfmseg.errors import CheckpointError, DataError, RecipeError
 from vfmseg.files import check_label_file, local_path, require_new
 from vfmseg.geo.area import read_area
+from vfmseg.geo.compression import check_compression
 from vfmseg.geo.writer import label_type
 from vfmseg.how import How, Settled, settle
 from vfmseg.hub import local_segmenter
@@ -151,6 +152,7 @@ class Segmenter:
         extras: Sequence[str] = (),
         area: str | Path | Sequence[float] | None = None,
         cog: bool = False,
+        compress: str = "deflate",
         resume: bool = False,
         overwrite: bool = False,
         skip_unreadable: bool = False,
@@ -163,12 +165,14 @@ class Segmenter:
 
         `output`: a GeoTIFF of class ids; `extras` (confidence, uncertainty, probabilities) are written beside it.
         `area`: polygons (a vector file) or bounds in the CRS of the scene; only that is labelled. `cog`: write
-        cloud-optimised files with overviews. `skip_unreadable`: damaged blocks become nodata instead of an error.
+        cloud-optimised files with overviews. `compress`: the files by deflate, zstd or lzw (MachineError where GDAL
+        lacks it). `skip_unreadable`: damaged blocks become nodata instead of an error.
         `rank`, `ranks`: this process and the number of processes that label this scene together. `planned` is told the
         job, and the pixels that this process has to label, before it starts. With `resume`, files that the same work
         has finished before, in the same form, are left as they are.
         """
         target = local_path(output)
+        check_compression(compress)
         unknown = [name for name in extras if name not in EXTRAS]
         if unknown:
             raise RecipeError(f"extras = {', '.join(unknown)}: not known; expected some of {', '.join(EXTRAS)}")
@@ -183,7 +187,7 @@ class Segmenter:
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)
             tags = tags_of(self.recipe, self.record, self.folder)
             work = tags | work_of(scenes[0], job, settled, products.extras, area, skip_unreadable) | self._runs_on()
-            mark = mark_of(work, {"cog": cog})
+            mark = mark_of(work, {"cog": cog, "compress": compress})
             done = finished_before(files.values(), mark) if resume else set()
             if done == set(files.values()):
                 if rank == 0:
@@ -196,7 +200,7 @@ class Segmenter:
             layers = products.layers([c.name for c in classes], [c.color for c in classes], tags | mark)
             report = into_files(
                 job, target, layers, work, rank=rank, ranks=ranks,
-                resume=resume, overwrite=overwrite, cog=cog, planned=planned, progress=progress,
+                resume=resume, overwrite=overwrite, cog=cog, compress=compress, planned=planned, progress=progress,
             )  # fmt: skip
         finally:
             for one in scenes:

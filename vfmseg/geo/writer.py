@@ -25,6 +25,7 @@ from rasterio.transform import Affine
 from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError, MachineError
+from vfmseg.geo.compression import check_compression, cog_options, geotiff_options
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset
 
@@ -85,19 +86,27 @@ class MapWriter:
 
     Missing folders are made; an existing file is replaced at the end. DataError: it cannot be created. MachineError:
     the disk is full or broken. `level`: of the compression, 1 (fast) to 9 (small). `cog`: a cloud-optimised GeoTIFF
-    with overviews, made of the finished rows.
+    with overviews, made of the finished rows. `compress`: deflate, zstd or lzw.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], grid: Grid, layer: Layer, level: int = 6, cog: bool = False
+        self,
+        path: str | os.PathLike[str],
+        grid: Grid,
+        layer: Layer,
+        level: int = 6,
+        cog: bool = False,
+        compress: str = "deflate",
     ) -> None:
         if os.fspath(path).startswith("/vsi") or "://" in os.fspath(path):  # Path would make folders of these names
             raise DataError(f"{os.fspath(path)}: maps are written to this machine's disks only; choose a path there")
         self.path = Path(path)
         if self.path.is_dir():
             raise DataError(f"{self.path}: is a folder; expected the name of a GeoTIFF to write")
+        check_compression(compress)
         self.grid = grid
         self.layer = layer
+        self._compress = compress
         self._level = level
         self._cog = cog
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
@@ -177,11 +186,10 @@ class MapWriter:
             tiled=True,
             blockxsize=BLOCK,
             blockysize=BLOCK,
-            compress="deflate",
-            zlevel=self._level,
             interleave="band",
             num_threads="all_cpus",
             BIGTIFF="IF_SAFER",
+            **geotiff_options(self._compress, self._level),
             **options,
         )
         # before the first pixel: later GDAL would put them into a second file beside this one
@@ -226,9 +234,9 @@ class MapWriter:
         copy = self._partial.with_name(self._partial.name + ".cog")
         try:
             rasterio.shutil.copy(
-                str(self._partial), str(copy), driver="COG", compress="DEFLATE", level=self._level, bigtiff="IF_SAFER",
+                str(self._partial), str(copy), driver="COG", bigtiff="IF_SAFER",
                 overview_resampling="NEAREST" if self.layer.colors or self.layer.scale == 1 else "AVERAGE",
-                num_threads="ALL_CPUS",
+                num_threads="ALL_CPUS", **cog_options(self._compress, self._level),
             )  # fmt: skip
             os.replace(copy, self._partial)
         finally:

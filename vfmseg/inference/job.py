@@ -142,6 +142,7 @@ def into_files(
     resume: bool = False,
     overwrite: bool = False,
     cog: bool = False,
+    compress: str = "deflate",
     planned: Callable[[Job, int], None] | None = None,
     progress: Callable[[Tick], None] | None = None,
 ) -> Report:
@@ -170,7 +171,7 @@ def into_files(
                 report.add(_label(job, run, sink, progress))
         together()
         if rank == 0:
-            parts.assemble(targets_of(target, layers), cog)
+            parts.assemble(targets_of(target, layers), cog, compress)
     except BaseException as error:
         done, pieces = len(parts.finished()), len(job.plan.shards)
         if not done and ranks == 1:

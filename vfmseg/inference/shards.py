@@ -107,10 +107,10 @@ class Parts:
             with whole_file(self.folder / f"{name}.vrt") as aside:
                 aside.write_text(mosaic(self.grid, layer, pieces), encoding="utf-8")
 
-    def assemble(self, targets: Mapping[str, Path], cog: bool) -> None:
+    def assemble(self, targets: Mapping[str, Path], cog: bool, compress: str) -> None:
         """Join the pieces into the targets and remove the folder. Other products first, the labels last."""
         for name in sorted(self.layers, key=lambda n: n == "labels"):
-            with MapWriter(targets[name], self.grid, self.layers[name], cog=cog) as writer:
+            with MapWriter(targets[name], self.grid, self.layers[name], cog=cog, compress=compress) as writer:
                 for window in self._windows(self.layers[name]):
                     writer.write(window.row, self._joined(name, window), window.col)
             remove_leftovers(targets[name])

@@ -219,6 +219,7 @@ def _why_not_opened(path: str, error: Exception) -> str:
 
 def _describe(dataset: Any, path: str) -> FileInfo:
     flags = dataset.mask_flag_enums
+    compression = dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") or "NONE"
     return FileInfo(
         grid=Grid(_crs_text(dataset.crs, path), tuple(dataset.transform)[:6], dataset.height, dataset.width),
         dtypes=tuple(str(dtype) for dtype in dataset.dtypes),
@@ -227,7 +228,7 @@ def _describe(dataset: Any, path: str) -> FileInfo:
         shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
         own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
         block=dataset.block_shapes[0],
-        lossy="JPEG" in (dataset.driver, dataset.compression.name.upper() if dataset.compression else ""),
+        lossy="JPEG" in (dataset.driver, compression.split()[-1]),  # such as "YCbCr JPEG"
         others=tuple(sorted(file for file in set(dataset.files) - {path} if not file.endswith(_NO_PIXELS))),
     )
 

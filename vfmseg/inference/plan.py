@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from vfmseg.geo.grid import Span, Tile, Window, spans, tile_of
 
-WIDEST_STRIP = 16384
+WIDEST_STRIP = 12288
 """Pixels; wider strips would save less than one tile in forty and cost memory."""
 
 SHARD_ROWS = 1024

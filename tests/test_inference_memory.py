@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.reader import Chip
+from vfmseg.inference import job as job_module
 from vfmseg.inference.contracts import Finished, Model
-from vfmseg.inference.job import Settings, into_files, prepare
+from vfmseg.inference.job import Arrays, Settings, into, into_files, prepare
+from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import EXTRAS, Products
 from vfmseg.inference.reading import Stored
 
@@ -98,3 +104,37 @@ def test_p34_memory_stays_below_the_estimate_with_every_product_and_many_classes
     finally:
         tracemalloc.stop()
     assert peak + live.peak < job.memory
+
+
+HOLES = """
+import numpy as np, psutil
+from vfmseg.inference.job import _give_back
+one = np.ones(16 * 2**20, np.uint8)
+del one  # from now on glibc takes blocks of up to this size from its heap
+blocks = [np.ones(2**20, np.uint8) for _ in range(200)]
+above = np.ones(2**20, np.uint8)  # keeps the heap from shrinking
+del blocks
+before = psutil.Process().memory_info().rss
+_give_back()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="about glibc's heap")
+def test_p34_what_a_strip_has_freed_goes_back_to_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150 * 2**20
+    calls = []
+    monkeypatch.setattr(job_module, "_give_back", lambda: calls.append(1))
+    scene, products = Endless(64, 400), Products((0, 1))
+    job = prepare([scene], Stored(), {"x": 1}, Model(two, 2), products, 1, Settings(32))
+    job = replace(job, plan=Plan(64, 400, 32, 0.25, True, 4, 100))
+    assert len(job.plan.strips) > 2
+    into(job, Arrays(64, 400))
+    assert len(calls) == len(job.plan.strips)
+
+
+def two(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    """A model of two classes."""
+    batch, _, height, width = images["x"].shape
+    return torch.full((batch, 2, height, width), 0.5)

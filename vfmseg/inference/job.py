@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,7 +201,17 @@ def _nothing() -> None:
 
 
 def _label(job: Job, run: Run, sink: Sink, progress: Callable[[Tick], None] | None) -> Report:
-    return label_run(
-        job.scenes, job.stored, job.plan, run, job.model, job.settings.blend, job.product, sink,
-        area=job.area, progress=progress,
-    )  # fmt: skip
+    try:
+        return label_run(
+            job.scenes, job.stored, job.plan, run, job.model, job.settings.blend, job.product, sink,
+            area=job.area, progress=progress,
+        )  # fmt: skip
+    finally:
+        _give_back()
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system: the next strip has another width, and does not fit into the holes."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from pathlib import Path
 
@@ -111,6 +112,11 @@ def recipe_dict(data: Path, encoder: Path | None, output: Path, family: str = "d
         "train": {"epochs": 2, "batch_size": 4, "optimizer": {"lr": 0.01}},
         "output_dir": str(output),
     }
+
+
+def hear_ctrl_c() -> None:
+    """For a child process: background jobs of a shell ignore Ctrl-C, and so would all that the tests start there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def write_recipe(path: Path, content: dict) -> Path:  # type: ignore[type-arg]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from makers import hear_ctrl_c, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -194,7 +194,7 @@ def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, se
     """The line is typed as it stands, and the run ends as it would have: same recipe, overrides included."""
     recipe = write_recipe(tmp_path / "my recipe.yaml", content(place, tmp_path / "run"))
     command = [sys.executable, "-m", "vfmseg.cli", "finetune", str(recipe), "train.epochs=20", "seed=3"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("epoch 2"):

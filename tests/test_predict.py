@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
-from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from makers import hear_ctrl_c, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
 from vfmseg.errors import DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
@@ -341,7 +341,9 @@ def test_p37_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, se
     image, _ = toy_scene(3, 1500, 600)
     write_raster(tmp_path / "scene.tif", image)
     arguments = (tmp_path / "scene.tif", "-o", tmp_path / "labels.tif", "--overlap", "0.6", "--batch-size", "2")
-    running = subprocess.Popen(command(place, *arguments), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    running = subprocess.Popen(
+        command(place, *arguments), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=hear_ctrl_c
+    )
     parts = tmp_path / ".labels.tif.parts"
     while running.poll() is None and not (parts.is_dir() and list(parts.glob("labels_*.tif"))):
         time.sleep(0.05)

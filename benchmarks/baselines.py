@@ -342,7 +342,7 @@ def run(
 
 
 def measure(
-    baseline: str, recipe: str | Path, overrides: Sequence[str], seed: int, seconds: float = SECONDS
+    baseline: str, recipe: str | Path, overrides: Sequence[str], seed: int, seconds: float
 ) -> tuple[dict[str, Any], int | None]:
     """Test scores and trainable parameters (None: not counted) of a baseline on the data of a recipe; `seconds` is
     the U-Net's."""

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +61,24 @@ def launch(
         [*command, str(script), *arguments],
         capture_output=True, text=True, env=environment, timeout=240, check=False,
     )  # fmt: skip
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, epoch: int) -> Iterator[None]:
+    """The training started in this block is interrupted when it begins this epoch, counted from 0."""
+    from vfmseg import loop
+
+    honest = loop.Loop._train_epoch
+
+    def until(self: loop.Loop, number: int) -> None:
+        if number == epoch:
+            raise KeyboardInterrupt
+        honest(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_train_epoch", until)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def records(run_folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -129,19 +149,8 @@ def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
     content["train"]["epochs"] = 3
     run(tmp_path, content)
     content["output_dir"] = str(tmp_path / "cut")
-    from vfmseg import loop
-
-    honest = loop.Loop._train_epoch
-
-    def stops_in_second_epoch(self: loop.Loop, epoch: int) -> None:
-        if epoch == 1:
-            raise KeyboardInterrupt
-        honest(self, epoch)
-
-    monkeypatch.setattr(loop.Loop, "_train_epoch", stops_in_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, epoch=1):
         run(tmp_path, content)
-    monkeypatch.setattr(loop.Loop, "_train_epoch", honest)
     Segmenter.from_pretrained(tmp_path / "cut" / "last")  # every finished epoch leaves one that can be used
     run(tmp_path, content, resume=True)
     whole, cut = trained_tensors(tmp_path / "whole"), trained_tensors(tmp_path / "cut")
@@ -165,15 +174,8 @@ def test_p63_an_overwritten_run_cannot_be_resumed(
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     run(tmp_path, content)
     (tmp_path / "run" / "mine.txt").write_text("keep me")
-    from vfmseg import loop
-
-    def interrupted(self: loop.Loop, epoch: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.Loop, "_train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, epoch=0):
         run(tmp_path, content, overwrite=True)
-    monkeypatch.undo()
     assert "state.pt" not in {p.name for p in (tmp_path / "run").iterdir()}
     capsys.readouterr()
     run(tmp_path, content, resume=True)
@@ -256,17 +258,7 @@ def test_p63_the_results_of_an_earlier_run_go_when_its_segmenter_goes(
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     run(tmp_path, content)
-    from vfmseg import loop
-
-    honest = loop.Loop._train_epoch
-
-    def interrupted(self: loop.Loop, epoch: int) -> None:
-        if epoch == 1:
-            raise KeyboardInterrupt
-        honest(self, epoch)
-
-    monkeypatch.setattr(loop.Loop, "_train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, epoch=1):
         run(tmp_path, content, overwrite=True)
     names = ["best", "last", "metrics.jsonl", "recipe.yaml", "state.pt"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == names

@@ -27,9 +27,10 @@ shapely = pytest.importorskip("shapely")
 from vfmseg.errors import DataError, MachineError  # noqa: E402
 from vfmseg.geo import polygons as module  # noqa: E402
 from vfmseg.geo.grid import IDENTITY, Grid  # noqa: E402
+from vfmseg.geo.layer import Layer, label_layer  # noqa: E402
 from vfmseg.geo.polygons import write_polygons  # noqa: E402
 from vfmseg.geo.tracing import trace  # noqa: E402
-from vfmseg.geo.writer import Layer, MapWriter, label_layer  # noqa: E402
+from vfmseg.geo.writer import MapWriter  # noqa: E402
 
 TURN = (0.6, 0.5, 700.0, 0.8, -0.7, 300.0)
 UTM = (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0)

@@ -26,8 +26,9 @@ from vfmseg.geo import writer as writer_module
 from vfmseg.geo.compression import COMPRESSIONS
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
+from vfmseg.geo.layer import Layer, label_layer, label_type
 from vfmseg.geo.mosaic import mosaic, read_map
-from vfmseg.geo.writer import Layer, MapWriter, label_layer, label_type
+from vfmseg.geo.writer import MapWriter
 
 UTM = Grid("EPSG:32633", (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 300, 400)
 IDS = (10, 30, 100)
@@ -229,7 +230,8 @@ import sys
 import numpy as np
 from vfmseg.errors import VfmsegError
 from vfmseg.geo.grid import IDENTITY, Grid
-from vfmseg.geo.writer import MapWriter, label_layer
+from vfmseg.geo.layer import label_layer
+from vfmseg.geo.writer import MapWriter
 
 def save(path, height, width=300, cog=False):
     rows = np.random.default_rng(0).integers(0, 200, (1, height, width), dtype=np.uint8)

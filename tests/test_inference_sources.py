@@ -26,9 +26,10 @@ from torch import Tensor
 from vfmseg.errors import DataError
 from vfmseg.geo import warp as warp_module
 from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.reader import Bands, Chip, Raster
-from vfmseg.geo.writer import Layer, MapWriter
+from vfmseg.geo.writer import MapWriter
 from vfmseg.inference.contracts import Area, Model
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
 from vfmseg.geo.reader import Bands, Chip
-from vfmseg.geo.writer import Layer
 from vfmseg.inference.contracts import Model, Report
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays

@@ -21,8 +21,8 @@ from makers import hear_ctrl_c, recipe_dict, save_encoder, toy_folder, toy_scene
 from vfmseg.errors import DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
-from vfmseg.geo.writer import Layer
 from vfmseg.how import How
 from vfmseg.inference.shards import Parts
 from vfmseg.inference.worklist import scenes_of

@@ -13,7 +13,7 @@ from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.files import local_path, never_an_input, require_new
 from vfmseg.geo.polygons import check_polygons, write_polygons
 from vfmseg.how import How
-from vfmseg.inference.contracts import Report, Tick
+from vfmseg.inference.contracts import WAITING, Report, Tick
 from vfmseg.inference.job import Job, targets_of
 from vfmseg.inference.ranks import gather, joined
 from vfmseg.inference.worklist import targets_for
@@ -157,7 +157,7 @@ def _one(
             f"{path}: {grid.height} x {grid.width} px, {most}{tiles} tiles of {job.settings.tile} px in "
             f"{count} strip{'s' * (count > 1)}, about {job.memory / 2**20:.0f} MiB beside the model"
         )
-        shown.append(LabelProgress(Path(path).name, pixels))
+        shown.append(LabelProgress(Path(path).name, pixels, WAITING))
 
     def tick(done: Tick) -> None:
         shown[0].add(done.pixels, done.busy, done.queued)

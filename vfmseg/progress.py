@@ -9,9 +9,6 @@ from typing import Any
 
 from vfmseg.terminal import is_main_process, say
 
-QUEUE = 2
-"""Batches that may wait for the model (engine.py)."""
-
 
 class TrainingProgress:
     """Shows loss, validation mIoU, images a second and the time left of a training run."""
@@ -99,9 +96,11 @@ class SceneProgress:
 class LabelProgress:
     """Shows Mpx/s, the share of time of each stage and the time left of a labelling; silent without a terminal."""
 
-    def __init__(self, name: str, pixels: int) -> None:
+    def __init__(self, name: str, pixels: int, queue: int) -> None:
+        """`pixels`: to be labelled; `queue`: batches that may wait for the model."""
         self.name = name
         self.pixels = pixels
+        self.queue = queue
         self.done = 0
         self.ticks = 0
         self.queued = 0  # batches at all ticks together
@@ -126,7 +125,7 @@ class LabelProgress:
     @property
     def queue_fill(self) -> float | None:
         """How full the queue before the model was in the mean, 0 to 1; None before anything was done."""
-        return self.queued / self.ticks / QUEUE if self.ticks else None
+        return self.queued / self.ticks / self.queue if self.ticks else None
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -137,9 +136,8 @@ class LabelProgress:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         left = seconds / max(1, self.done) * (self.pixels - self.done)
         shares = " ".join(f"{name} {share:.0%}" for name, share in stage_shares(busy).items())
-        return (
-            f"{self.name}: {self.done / seconds / 1e6:.2f} Mpx/s, {shares}, queue {queued}/{QUEUE}, {clock(left)} left"
-        )
+        speed = self.done / seconds / 1e6
+        return f"{self.name}: {speed:.2f} Mpx/s, {shares}, queue {queued}/{self.queue}, {clock(left)} left"
 
 
 def stage_shares(busy: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from vfmseg.errors import CheckpointError, DataError, RecipeError
 from vfmseg.files import check_label_file, local_path, require_new
 from vfmseg.geo.area import read_area
 from vfmseg.geo.compression import check_compression
-from vfmseg.geo.writer import label_type
+from vfmseg.geo.layer import label_type
 from vfmseg.how import How, Settled, settle
 from vfmseg.hub import local_segmenter
 from vfmseg.inference.contracts import Area, Finished, Model, Predictor, Product, Report, Tick
@@ -27,7 +27,7 @@ from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
 from vfmseg.inference.shards import forget_pieces
-from vfmseg.inference.sources import Input, OpenScene, open_scenes
+from vfmseg.inference.sources import Input, OpenScene, open_scenes, tell_types
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
@@ -215,7 +215,6 @@ class Segmenter:
         One confusion matrix over all labelled, valid pixels at the native grid; returns miou, overall_accuracy,
         kappa, per-class iou, f1, precision, recall and support, and the names of absent classes.
         """
-        from vfmseg.inference.sources import tell_types
         from vfmseg.scenes import open_split, require_same_task
 
         if split not in ("train", "val", "test"):

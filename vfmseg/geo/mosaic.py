@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from xml.etree import ElementTree as xml
 
 import numpy as np
-from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset
-from vfmseg.geo.writer import Layer
+from vfmseg.geo.layer import Layer
+from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset, rasterio_window
 
 _TYPES = {"uint8": "Byte", "uint16": "UInt16", "int16": "Int16", "int32": "Int32"}
 
@@ -22,8 +21,7 @@ def read_map(path: str | os.PathLike[str], window: Window) -> np.ndarray:
     """Stored numbers (bands, h, w) of a window inside a map file; DataError if the file is damaged."""
     try:
         with gdal(), contextlib.closing(open_dataset(os.fspath(path))) as dataset:
-            place = RasterioWindow(window.col, window.row, window.width, window.height)
-            stored: np.ndarray = dataset.read(window=place)
+            stored: np.ndarray = dataset.read(window=rasterio_window(window))
             return stored
     except GDAL_ERRORS as error:
         raise DataError(f"{path}: {window} cannot be read: the map is damaged ({error.__cause__ or error})") from error

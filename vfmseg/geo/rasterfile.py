@@ -115,7 +115,7 @@ class RasterFile:
     def read(self, bands: Sequence[int], window: Window) -> np.ndarray:
         """Stored numbers (len(bands), height, width) of a window inside the file, in the file's own dtype."""
         with self._handle() as dataset, _damage(self.path, window):
-            return dataset.read(list(bands), window=_rasterio_window(window))
+            return dataset.read(list(bands), window=rasterio_window(window))
 
     def read_shown(self, bands: Sequence[int], window: Window) -> np.ndarray:
         """Bool (height, width): False where the mask bands or the alpha band hide the pixel.
@@ -130,7 +130,7 @@ class RasterFile:
         if not masks and not alphas:
             return shown
         with self._handle() as dataset, _damage(self.path, window):
-            place = _rasterio_window(window)
+            place = rasterio_window(window)
             for band in masks:
                 shown &= dataset.read_masks(band, window=place) != 0
             for band in alphas:
@@ -162,7 +162,8 @@ class RasterFile:
                 raise
 
 
-def _rasterio_window(window: Window) -> RasterioWindow:
+def rasterio_window(window: Window) -> RasterioWindow:
+    """A window as rasterio takes it."""
     return RasterioWindow(window.col, window.row, window.width, window.height)
 
 

@@ -13,8 +13,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,63 +21,18 @@ from typing import Any
 import numpy as np
 import rasterio.shutil
 from rasterio.transform import Affine
-from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.compression import check_compression, cog_options, geotiff_options
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset
+from vfmseg.geo.layer import Layer
+from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset, rasterio_window
 
 BLOCK = 256
 """Height and width of the GeoTIFF's tiles in pixels; rows are collected until a row of tiles is full."""
 
-_TYPES = (
-    # type, smallest and largest class id, nodata; colour tables exist for unsigned types only
-    ("uint8", 0, 254, 255),
-    ("uint16", 0, 65534, 65535),
-    ("int16", -32767, 32767, -32768),
-    ("int32", -(2**31) + 1, 2**31 - 1, -(2**31)),
-)
-
 _SIDECARS = (".aux.xml", ".ovr", ".msk")
 """What GIS programs keep beside a raster; of an overwritten map they would show the old pixels."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What the bands of a map file hold.
-
-    A stored number times `scale` is the value; `nodata` is a stored number. names: what each band is called.
-    colors {stored number: (red, green, blue)}: a colour table, only for one unsigned band.
-    """
-
-    dtype: str
-    nodata: int
-    names: tuple[str, ...] = ("",)
-    scale: float = 1.0
-    tags: Mapping[str, str] = field(default_factory=dict)
-    colors: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
-
-
-def label_layer(
-    ids: Sequence[int],
-    names: Sequence[str],
-    colors: Sequence[tuple[int, int, int]],
-    tags: Mapping[str, str] | None = None,
-) -> Layer:
-    """A map of class ids with class names (tags CLASS_<id>) and colours; nodata is no class id.
-
-    ids, names and colors (0..255) belong together. Ids below 0 get a signed type, which has no colour table.
-    """
-    if not len(ids) == len(names) == len(colors):
-        raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(colors)} colors: expected as many of each")
-    dtype, nodata = label_type(ids)
-    return Layer(
-        dtype,
-        nodata,
-        tags={**(tags or {}), **{f"CLASS_{i}": name for i, name in zip(ids, names, strict=True)}},
-        colors=dict(zip(ids, colors, strict=True)) if dtype.startswith("uint") else {},
-    )
 
 
 class MapWriter:
@@ -207,7 +161,7 @@ class MapWriter:
         window = Window(self._next - count, self._col, count, rows.shape[2])
         self._sums[window] = zlib.crc32(rows.data)
         with self._machine(), gdal():
-            self._dataset.write(rows, window=_place(window))
+            self._dataset.write(rows, window=rasterio_window(window))
 
     def _finish(self) -> None:
         right = self._col + self._rows.shape[2]
@@ -247,7 +201,7 @@ class MapWriter:
         with gdal(), contextlib.closing(open_dataset(str(self._partial))) as stored:
             complete = stored.nodata == self.layer.nodata and self.layer.tags.items() <= stored.tags().items()
             for window, expected in self._sums.items():
-                rows = stored.read(window=_place(window))
+                rows = stored.read(window=rasterio_window(window))
                 complete = complete and zlib.crc32(rows.data) == expected
         if not complete:
             raise MachineError(self._lost("what the disk holds differs from what was written"))
@@ -290,18 +244,6 @@ def remove_leftovers(target: Path) -> None:
         # GDAL's own beside them (.cog.ovr.tmp, .aux.xml) are named after them
         if re.fullmatch(r"\d+\.partial(\..+)?", path.name[len(target.name) + 2 :]):
             path.unlink(missing_ok=True)
-
-
-def label_type(ids: Sequence[int]) -> tuple[str, int]:
-    """The smallest integer type that holds these class ids, and its nodata value, which is none of them."""
-    for dtype, smallest, largest, nodata in _TYPES:
-        if min(ids) >= smallest and max(ids) <= largest:
-            return dtype, nodata
-    raise DataError(f"class ids {min(ids)} to {max(ids)} do not fit 32 bits; choose smaller ones")
-
-
-def _place(window: Window) -> RasterioWindow:
-    return RasterioWindow(window.col, window.row, window.width, window.height)
 
 
 def _sync(path: Path) -> None:

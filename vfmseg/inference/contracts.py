@@ -55,9 +55,13 @@ class Report:
             self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 
+WAITING = 2
+"""Whole batches that may wait for the model."""
+
+
 @dataclass(frozen=True)
 class Tick:
-    """Pixels done since the last tick. busy: seconds by stage in this run; queued: whole batches."""
+    """Pixels done since the last tick. busy: seconds by stage in this run; queued: whole batches, at most WAITING."""
 
     pixels: int
     busy: Mapping[str, float]

@@ -33,7 +33,7 @@ from vfmseg.errors import DataError
 from vfmseg.geo.grid import Tile, Window
 from vfmseg.inference.batches import OPEN_BATCHES, Batch, Batcher
 from vfmseg.inference.blend import Band
-from vfmseg.inference.contracts import Area, Finished, Model, Predictor, Product, Report, Sink, Tick
+from vfmseg.inference.contracts import WAITING, Area, Finished, Model, Predictor, Product, Report, Sink, Tick
 from vfmseg.inference.plan import Plan, Run
 from vfmseg.inference.reading import Chunk, Readers, Rows, SceneSource, Stored, chunk_rows
 from vfmseg.inference.stages import Pipe, Stages
@@ -111,7 +111,7 @@ class _Work:
         self.chunk_height = chunk_rows(stored.block[0], plan.tile)
         self.chunks: Pipe[Chunk] = Pipe(stages, 1)
         self.queue: Pipe[Batch | _Step | None] = Pipe(stages, 4 * len(self.tile_cols) + 4)
-        self.waiting: Pipe[None] = Pipe(stages, 2)  # a token for each whole batch in the queue
+        self.waiting: Pipe[None] = Pipe(stages, WAITING)  # a token for each whole batch in the queue
         self.rows: Pipe[tuple[Window, dict[str, np.ndarray]] | None] = Pipe(stages, 2)
         self.written: Pipe[None] = Pipe(stages, 1)
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from vfmseg.errors import MachineError, VfmsegError
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.writer import BLOCK, Layer
+from vfmseg.geo.layer import Layer
+from vfmseg.geo.writer import BLOCK
 from vfmseg.inference.contracts import Area, Model, Product, Report, Sink, Tick
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.plan import WIDEST_STRIP, Plan, Run, share_of

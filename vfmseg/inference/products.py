@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfmseg.geo.writer import Layer, label_layer, label_type
+from vfmseg.geo.layer import Layer, label_layer, label_type
 from vfmseg.inference.contracts import Finished
 
 STEPS = 254

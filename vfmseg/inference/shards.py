@@ -20,8 +20,9 @@ import numpy as np
 from vfmseg.errors import DataError
 from vfmseg.files import whole_file, write_json
 from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
-from vfmseg.geo.writer import BLOCK, Layer, MapWriter, remove_leftovers
+from vfmseg.geo.writer import BLOCK, MapWriter, remove_leftovers
 from vfmseg.inference.plan import Plan, Run, Shard
 
 JOINED = 16 * 2**20

@@ -62,7 +62,7 @@ def test_help_answers_within_a_second_and_shows_examples() -> None:
         assert f"vfmseg {verb}" in vfmseg(verb, "--help").stdout.split("Example:")[1]
 
 
-def test_finetune_evaluate_predict(place: Path, tmp_path: Path) -> None:
+def test_finetune_evaluate_predict(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", content(place, tmp_path / "run"))
     done = vfmseg("finetune", recipe, "train.epochs=1")
     assert done.returncode == 0, done.stderr
@@ -71,6 +71,10 @@ def test_finetune_evaluate_predict(place: Path, tmp_path: Path) -> None:
     assert scored.returncode == 0, scored.stderr
     assert 0 <= json.loads(scored.stdout)["miou"] <= 1
     assert "mean IoU" in vfmseg("evaluate", tmp_path / "run" / "best", recipe).stdout
+    with monkeypatch.context() as patch:  # of several processes one prints
+        patch.setenv("RANK", "1")
+        silent = vfmseg("evaluate", tmp_path / "run" / "best", recipe, "--json")
+        assert (silent.returncode, silent.stdout) == (0, "")
     image, _ = toy_scene(5)
     scene = write_raster(tmp_path / "scene.tif", image, crs=None)
     started = time.perf_counter()
@@ -264,6 +268,33 @@ def test_p62_errors_of_rights_and_of_other_processes_say_where(
     assert "vfmseg, process 1: runs/locked" in capsys.readouterr().err
     assert guarded(interrupted, "again") == 130
     assert capsys.readouterr().err == ""  # one process tells for all
+
+
+def test_p62_another_process_that_has_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from vfmseg.errors import MachineError
+    from vfmseg.inference import ranks
+
+    def closed(*_: object) -> None:
+        raise torch.distributed.DistBackendError("Connection closed by peer\nGLHF!")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", closed)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", closed)
+    for wait in (ranks.meet, lambda: ranks.gather(1)):
+        with pytest.raises(MachineError, match=r"another process has ended \(Connection closed by peer\); see its"):
+            wait()
+
+
+def test_a_validation_without_a_score_is_shown_as_none(capsys: pytest.CaptureFixture[str]) -> None:
+    from vfmseg.progress import TrainingProgress
+
+    progress = TrainingProgress(2, 1)
+    progress.epoch(1, 1, {"miou": 0.5})
+    progress.epoch(2, 1, {"miou": None})
+    assert re.findall(r"val mIoU [^,]+", capsys.readouterr().err) == ["val mIoU 0.500", "val mIoU none"]
 
 
 def test_p62_out_of_memory_is_no_traceback_and_a_bug_is_one(capsys: pytest.CaptureFixture[str]) -> None:

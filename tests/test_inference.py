@@ -124,6 +124,7 @@ def random_array(height: int, width: int, holes: bool) -> np.ndarray:
     batch=st.integers(1, 5),
     holes=st.booleans(),
 )
+@example(17, 35, 10, 0.9, "gaussian", 1, False)  # a hundred tiles at a pixel: 1.2e-6 in float32
 def test_p45_tiled_labels_equal_whole_scene_labels(
     height: int, width: int, tile: int, overlap: float, blend: str, batch: int, holes: bool
 ) -> None:
@@ -429,6 +430,17 @@ def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
     kept = Arrays(300, 16000)
     into(wide, kept)
     assert (kept.kept["labels"] == 1).all()
+
+
+def test_p34_sums_of_many_tiles_are_larger_and_counted() -> None:
+    def memory(overlap: float, blend: str) -> int:
+        scene = Endless(100, 1000)
+        settings = Settings(32, overlap, blend)
+        return prepare([scene], Stored(), {"x": 1}, Model(pointwise, 3), everything, 8, settings).memory
+
+    band = 4 * (3 + 1) * 32 * 1000
+    assert memory(0.7, "hann") == memory(0.6, "hann") + band
+    assert memory(0.7, "none") == memory(0.6, "none")
 
 
 def test_a_tile_is_no_larger_than_the_scene() -> None:

@@ -34,20 +34,30 @@ def profile(blend: str, tile: int) -> np.ndarray:
 
 
 class Band:
-    """The rows in flight of one strip: weighted sums float32 (K, tile, W) and weights (tile, W), on one device.
+    """The rows in flight of one strip: weighted sums (K, tile, W) and weights (tile, W) of one type, on one device.
 
     Tiles are added in the order of the grid, row by row, so every pixel sums its votes in the same order whatever the
     strip is. `left`, `width`: the strip in pixels; what a tile holds beyond it belongs to another strip.
     """
 
-    def __init__(self, classes: int, tile: int, left: int, width: int, top: int, blend: str, device: str) -> None:
-        self.sums = torch.zeros((classes, tile, width), dtype=torch.float32, device=device)
-        self.weights = torch.zeros((tile, width), dtype=torch.float32, device=device)
+    def __init__(
+        self,
+        classes: int,
+        tile: int,
+        left: int,
+        width: int,
+        top: int,
+        blend: str,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sums = torch.zeros((classes, tile, width), dtype=dtype, device=device)
+        self.weights = torch.zeros((tile, width), dtype=dtype, device=device)
         self.top = top  # row of the scene that the first row of the band holds
         self.left = left
         self.width = width
         self.blended = blend != "none"
-        line = torch.from_numpy(profile(blend, tile)).to(device)
+        line = torch.from_numpy(profile(blend, tile)).to(device, dtype)
         self.tile_weights = torch.outer(line, line)  # (tile, tile)
 
     def add(self, tile: Tile, votes: Tensor) -> None:
@@ -65,7 +75,7 @@ class Band:
             slice(left - tile.window.col, right - tile.window.col),
         )
         weights = self.tile_weights[of_tile]
-        self.sums[(slice(None), *here)].addcmul_(votes[(slice(None), *of_tile)], weights)
+        self.sums[(slice(None), *here)].addcmul_(votes[(slice(None), *of_tile)].to(weights.dtype), weights)
         self.weights[here] += weights
 
     def finished(self, rows: int) -> tuple[Tensor, Tensor]:

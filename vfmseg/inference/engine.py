@@ -8,7 +8,8 @@
 Memory beyond the model's own, in bytes, for a strip of W pixels (as read), tiles of t, K classes, C bands of s bytes,
 chunks of c rows, batches of B (`prepare` in job.py adds them up):
 
-    band      4 (K + 1) t W          weighted sums and weights, on the model's device
+    band      4 (K + 1) t W          weighted sums and weights, on the model's device; twice that where more than three
+                                     tiles meet along an axis, which are summed in float64
     chunks    (t + 4 c) W (C s + 1)  read and not yet used, and being read
     rows      3 t W (p + 1)          finished and not yet written, p bytes of products a pixel, and 4 t W of masks
     products  9 r W (K + 3)          r rows of shares while they become products (products.py), on the model's device
@@ -77,7 +78,9 @@ def label_run(
         stages.start("reader", work.read)
         stages.start("batcher", work.cut)
         stages.start("sink", lambda: work.write(sink))
-        band = Band(model.classes, plan.tile, work.left, work.width, work.tile_top, blend, model.device)
+        # float64 is not known to every accelerator
+        dtype = torch.float64 if plan.deep and not model.device.startswith("mps") else torch.float32
+        band = Band(model.classes, plan.tile, work.left, work.width, work.tile_top, blend, model.device, dtype)
         _consume(work, model.vote, product, band, report, progress)
         work.finish()
     report.stages = dict(stages.busy)

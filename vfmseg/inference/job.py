@@ -18,7 +18,7 @@ from vfmseg.geo.layer import Layer
 from vfmseg.geo.writer import BLOCK
 from vfmseg.inference.contracts import Area, Model, Product, Report, Sink, Tick
 from vfmseg.inference.engine import label_run
-from vfmseg.inference.plan import WIDEST_STRIP, Plan, Run, share_of
+from vfmseg.inference.plan import WIDEST_STRIP, Plan, Run, many_meet, share_of
 from vfmseg.inference.products import ROWS
 from vfmseg.inference.ranks import meet
 from vfmseg.inference.reading import SceneSource, Stored, chunk_rows
@@ -108,7 +108,9 @@ def _memory(
     rows = 3 * tile * (product_bytes + 1) + 4 * tile
     products = 9 * ROWS * (classes + 3)
     written = 2 * BLOCK * product_bytes
-    return fixed, 4 * (classes + 1) * tile + chunks + rows + products + written
+    deep = settings.blend != "none" and many_meet(tile, settings.overlap)
+    band = (8 if deep else 4) * (classes + 1) * tile
+    return fixed, band + chunks + rows + products + written
 
 
 @dataclass

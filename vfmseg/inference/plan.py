@@ -112,6 +112,7 @@ class Plan:
     ) -> None:
         """`overlap`: share of a tile, 0 <= overlap < 1. `shard_rows`: pixel rows of a shard, None = by the height."""
         self.tile = tile
+        self.deep = blended and many_meet(tile, overlap)
         self.rows = axis(height, tile, int(tile * overlap), blended)
         self.cols = axis(width, tile, int(tile * overlap), blended)
         # a scene of one tile needs no batch of four; a function of the scene, so the same on every process
@@ -177,6 +178,11 @@ class Plan:
         """Number of tiles of a run, those beside its edges counted in."""
         first, end = run.shards[0].rows[0], run.shards[-1].rows[1]
         return len(self.rows.tiles_of(first, end)) * len(self.tile_columns(run.strip))
+
+
+def many_meet(tile: int, overlap: float) -> bool:
+    """Whether more than three tiles meet along each axis: too many for float32 to sum their votes to 1e-6."""
+    return tile > 3 * (tile - int(tile * overlap))
 
 
 def _strips(cols: Axis, widest: int) -> tuple[tuple[int, int], ...]:

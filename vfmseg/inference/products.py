@@ -63,7 +63,7 @@ class Products:
 
     def shares(self, finished: Finished) -> Tensor:
         """Class probabilities float32 (K, h, w) of finished rows; any number where no tile was run."""
-        means = finished.sums / torch.where(finished.weights > 0, finished.weights, 1.0)
+        means = (finished.sums / torch.where(finished.weights > 0, finished.weights, 1.0)).float()
         return means.softmax(dim=0) if self.logits else means
 
     def layers(

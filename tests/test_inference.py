@@ -424,7 +424,7 @@ def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
     assert len(narrow.plan.strips) == 1
     assert len(wide.plan.strips) > 2
     assert wide.memory <= 6 * 2**20
-    assert job(100000, 1024).plan.strip_columns(0)[1] <= 12288
+    assert job(100000, 1024).plan.strip_columns(0)[1] <= 10240
     with pytest.raises(MachineError, match=r"memory_limit = 1 MiB is too little for tiles of 64 px"):
         job(1000, 1)
     kept = Arrays(300, 16000)

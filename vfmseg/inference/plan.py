@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from vfmseg.geo.grid import Span, Tile, Window, spans, tile_of
 
-WIDEST_STRIP = 12288
-"""Pixels; wider strips would save less than one tile in forty and cost memory."""
+WIDEST_STRIP = 10240
+"""Pixels; wider strips would save less than one tile in fifty of 224 px and cost memory."""
 
 SHARD_ROWS = 1024
 """Pixel rows of a shard, about: what an interruption may cost at most, for each process."""

@@ -11,8 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+settings.register_profile("same_examples", derandomize=True)
+settings.load_profile("same_examples")  # others each time: pytest --hypothesis-profile=default
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,151 @@
+"""Which pixels of a scene lie in an area, burnt square by square so that each answer is the same in every window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from rasterio.features import geometry_mask
+from rasterio.transform import Affine
+
+from vfmseg.errors import OutsideError
+from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.rasterfile import in_pixels
+
+Rings = list[np.ndarray]
+"""A polygon: its outline, then its holes, each float64 (points, 2) of x and y; the last point may repeat the first."""
+
+_BLOCK = 256
+"""Height and width in pixels of the fixed squares that polygons are burnt in."""
+
+_KEPT = 512
+"""Squares that are kept, of 64 KiB each: some rows of tiles of a strip."""
+
+_BANDS = 8
+"""Rows of squares for which the parts of the polygons are kept."""
+
+_MARGIN = 2
+"""Pixels around a square in which its polygons are left as they are."""
+
+_NUDGE = 2.0**-20
+"""Pixels by which a point at the height of a row's centres is moved up."""
+
+_FEW = 64
+"""Rings of so few points are burnt as they are: looking for the part that matters would take longer."""
+
+
+class Polygons:
+    """Which pixels of a grid lie in any of some polygons: those whose centre does.
+
+    A centre on an edge belongs to the side below it or left of it: areas that share an edge share no pixel.
+    polygons: in the CRS of the grid; name: where they are from. DataError if they hold the centre of no pixel.
+    """
+
+    def __init__(self, polygons: Sequence[Rings], grid: Grid, name: str) -> None:
+        self._grid = grid
+        self._burnt = lru_cache(_KEPT)(self._burn)  # readers and tiles ask for a square many times
+        self._band = lru_cache(_BANDS)(self._cut)
+        self._placed: list[Rings] = []  # in pixels: row, column
+        self._boxes = np.empty((len(polygons), 4))  # top, left, bottom, right
+        for i, rings in enumerate(polygons):
+            placed = [_off_centres(np.stack(grid.pixel(*ring.T), axis=1)) for ring in rings]
+            self._boxes[i] = [*placed[0].min(axis=0), *placed[0].max(axis=0)]
+            self._placed.append(placed)
+        if not any(block.any() for _, _, block in self._blocks(Window(0, 0, grid.height, grid.width))):
+            raise OutsideError(
+                f"{name}: none of its polygons holds the centre of a pixel of the scene; check the area's place, size "
+                "and coordinate reference system"
+            )
+
+    def mask(self, window: Window) -> np.ndarray:
+        """Bool (h, w): True inside. A pixel's answer is the same in every window; beyond the scene it is False."""
+        inside = np.zeros(window.shape, dtype=bool)
+        seen = window.clip(self._grid.height, self._grid.width)
+        top, left = seen.row // _BLOCK * _BLOCK, seen.col // _BLOCK * _BLOCK
+        blocks = np.zeros((seen.row + seen.height + _BLOCK - top, seen.col + seen.width + _BLOCK - left), dtype=bool)
+        for row, col, block in self._blocks(seen):
+            place = Window(row - top, col - left, *block.shape)
+            blocks[place.rows, place.cols] = block
+        within = Window(seen.row - window.row, seen.col - window.col, *seen.shape)
+        origin = Window(seen.row - top, seen.col - left, *seen.shape)
+        inside[within.rows, within.cols] = blocks[origin.rows, origin.cols]
+        return inside
+
+    def touches(self, window: Window) -> bool:
+        """Whether any pixel of a window lies inside."""
+        seen = window.clip(self._grid.height, self._grid.width)
+        for row, col, block in self._blocks(seen):
+            shared = Window(seen.row - row, seen.col - col, *seen.shape).clip(*block.shape)
+            if block[shared.rows, shared.cols].any():
+                return True
+        return False
+
+    def _blocks(self, window: Window) -> Iterator[tuple[int, int, np.ndarray]]:
+        """First row and column and mask, cropped to the scene, of the squares that meet a window and a polygon's box.
+
+        GDAL's answer for a centre that lies on an edge hangs on rounding, and so on where the raster begins: burnt
+        window by window, the area would have flaws along the windows' seams.
+        """
+        top, left, bottom, right = self._boxes.T
+        for row in range(window.row // _BLOCK * _BLOCK, window.row + window.height, _BLOCK):
+            level = (top < row + _BLOCK) & (bottom > row)
+            for col in range(window.col // _BLOCK * _BLOCK, window.col + window.width, _BLOCK) if level.any() else ():
+                near = np.flatnonzero(level & (left < col + _BLOCK) & (right > col))
+                if near.size:
+                    block = self._burnt(row, col, tuple(near.tolist()))
+                    yield row, col, block[: self._grid.height - row, : self._grid.width - col]
+
+    def _burn(self, row: int, col: int, near: tuple[int, ...]) -> np.ndarray:
+        """One square. GDAL looks at every point it is given, so it gets those that matter here."""
+        box = _around(row, col, col + _BLOCK)
+        band = self._band(row)
+        shapes = [_geometry(rings) for i in near if (rings := _thinned(band[i], box))]
+        if not shapes:
+            return np.zeros((_BLOCK, _BLOCK), dtype=bool)
+        with in_pixels():
+            return geometry_mask(shapes, (_BLOCK, _BLOCK), Affine(1, 0, col, 0, 1, row), invert=True)
+
+    def _cut(self, row: int) -> dict[int, Rings]:
+        """{number of a polygon: what matters of it} in a row of squares, of which each square takes its part."""
+        top, _, bottom, _ = self._boxes.T
+        level = np.flatnonzero((top < row + _BLOCK) & (bottom > row))
+        box = _around(row, 0, self._grid.width)
+        return {i: _thinned(self._placed[i], box) for i in level.tolist()}
+
+
+def _off_centres(ring: np.ndarray) -> np.ndarray:
+    """A ring in pixels with no point at the height of a row's centres.
+
+    GDAL fills an edge that runs along them or not by the turn of the ring at its lowest point, wherever that is; in a
+    ring that crosses itself it says nothing of the edge.
+    """
+    rows, cols = ring.T
+    return np.stack([np.where(rows % 1 == 0.5, rows - _NUDGE, rows), cols], axis=1)
+
+
+def _around(row: int, left: int, right: int) -> np.ndarray:
+    """Upper left and lower right corner (2, 2) of part of a row of squares, with a margin."""
+    return np.array([(row - _MARGIN, left - _MARGIN), (row + _BLOCK + _MARGIN, right + _MARGIN)], dtype=np.float64)
+
+
+def _thinned(rings: Rings, box: np.ndarray) -> Rings:
+    """Rings that hold the same points of a box, to the last bit: no edge that meets it is changed.
+
+    Of points that follow each other beyond one side, the first and last stay: what they enclose lies beyond as well.
+    """
+    thinned = []
+    for ring in rings:
+        for side, sign in ((0, 1.0), (1, -1.0)) if len(ring) > _FEW else ():
+            for axis in (0, 1):
+                beyond = sign * (ring[:, axis] - box[side, axis]) < 0
+                ring = ring[~(beyond & np.roll(beyond, 1) & np.roll(beyond, -1))]
+        if len(ring):
+            thinned.append(ring)
+    return thinned
+
+
+def _geometry(rings: Rings) -> dict[str, Any]:
+    """GeoJSON, x the column and y the row, of rings in pixels."""
+    return {"type": "Polygon", "coordinates": [np.concatenate([r, r[:1]])[:, ::-1].tolist() for r in rings]}

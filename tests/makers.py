@@ -114,6 +114,18 @@ def recipe_dict(data: Path, encoder: Path | None, output: Path, family: str = "d
     }
 
 
+def finished_run(folder: Path) -> Path:
+    """`folder`, with toy scenes in data/, an encoder in encoder/ and a finished run in run/."""
+    from vfmseg.finetune import finetune
+    from vfmseg.recipe import load_recipe
+
+    toy_folder(folder / "data")
+    save_encoder(folder / "encoder", "dinov2")
+    recipe = recipe_dict(folder / "data", folder / "encoder", folder / "run")
+    finetune(load_recipe(write_recipe(folder / "r.yaml", recipe)))
+    return folder
+
+
 def hear_ctrl_c() -> None:
     """For a child process: background jobs of a shell ignore Ctrl-C, and so would all that the tests start there."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -61,7 +61,7 @@ def test_p63_arrays_are_told_apart_by_what_they_hold() -> None:
     said = []
     for array in arrays:
         with ArrayRaster(array, Bands(), "rgb") as raster:
-            said += raster.files
+            said += raster.infos
     assert said[0] == said[1] == said[2]
     assert len(set(said)) == len(arrays) - 2
 

@@ -18,6 +18,7 @@ import pytest
 import rasterio
 import torch
 from makers import DATA
+from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform
@@ -36,7 +37,7 @@ from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
 from vfmseg.inference.reading import Stored
-from vfmseg.inference.sources import OpenScene
+from vfmseg.inference.sources import OpenScene, open_scenes
 
 OPTICAL = Grid("EPSG:32633", (0.1, 0.0, 500010.0, 0.0, -0.1, 4999990.0), 150, 210)
 """21 x 15 m at 0.1 m."""
@@ -515,3 +516,19 @@ def test_p33_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_f
 def test_p62_a_file_that_a_server_does_not_have_is_named(server: str) -> None:
     with pytest.raises(DataError, match=r"none\.tif: cannot be opened \(.*404"):
         labels_of(f"/vsicurl/{server}/none.tif")
+
+
+def test_p62_ground_control_points_are_not_used_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfmseg.terminal._said", set())
+    points = [GroundControlPoint(row, col, 10 + col / 8, 50 - row / 8) for row in (0, 8) for col in (0, 8)]
+    path = tmp_path / "raw.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", count=1, height=8, width=8, dtype="uint8", gcps=points, crs="EPSG:4326"
+    ) as target:
+        target.write(np.ones((1, 8, 8), dtype=np.uint8))
+    open_scenes(str(path), {"image": Bands()}, {"image": 1}, {"image": "uint8"}, 1)
+    said = capsys.readouterr().err
+    assert said.count("no CRS") == 1
+    assert "4 ground control points" in said

@@ -14,7 +14,7 @@ import torch
 from rasterio.transform import Affine
 from torch import Tensor
 
-from vfmseg.errors import DataError
+from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
@@ -194,7 +194,7 @@ def test_damage_in_a_modality_on_another_grid_hides_the_ground_below_it(tmp_path
 def test_p32_what_threads_give_up_is_counted_whole_and_once() -> None:
     unreadable = Unreadable()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: unreadable.add(DataError(str(i)), Window(i % 1000, 0, 2, 3)), range(2000)))
+        list(pool.map(lambda i: unreadable.add(DamagedError(str(i)), Window(i % 1000, 0, 2, 3)), range(2000)))
     assert (len(unreadable.messages), unreadable.pixels) == (1000, 6000)
 
 
@@ -207,7 +207,7 @@ def test_p62_what_is_lost_does_not_depend_on_the_window(window: Window) -> None:
 
         def read(self, window: Window) -> dict[str, Chip]:
             if window.row < 120 and window.row + window.height > 110:
-                raise DataError(f"{window} cannot be read")
+                raise DamagedError(f"{window} cannot be read")
             return {"x": Chip(np.ones((1, *window.shape), np.float32), np.ones(window.shape, bool))}
 
     lost = Unreadable()

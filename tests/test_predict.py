@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
-from makers import hear_ctrl_c, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from makers import finished_run, hear_ctrl_c, toy_scene, write_raster
 
 from vfmseg.errors import DataError, MachineError, RecipeError
-from vfmseg.finetune import finetune
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
@@ -28,7 +27,6 @@ from vfmseg.inference.shards import Parts
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.predict import Wanted, predict
 from vfmseg.progress import LabelProgress
-from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 
 ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
@@ -37,12 +35,7 @@ ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in run/ and a scene of 300 x 260 px with a hole."""
-    folder = tmp_path_factory.mktemp("place")
-    toy_folder(folder / "data")
-    save_encoder(folder / "encoder", "dinov2")
-    finetune(
-        load_recipe(write_recipe(folder / "r.yaml", recipe_dict(folder / "data", folder / "encoder", folder / "run")))
-    )
+    folder = finished_run(tmp_path_factory.mktemp("place"))
     image, _ = toy_scene(7, 300, 260)
     image[:, 100:180, 60:150] = 0
     write_raster(folder / "scene.tif", image, nodata=0)
@@ -458,16 +451,19 @@ def test_scenes_outside_the_area_are_left_out_of_a_list(
 def test_what_stops_polygons_is_found_before_labelling(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     town = tmp_path / "town.geojson"
     town.write_text("precious")
+    nowhere = write_raster(tmp_path / "nowhere.tif", toy_scene(1, 70, 50)[0], crs=None)
     for suffix, message, wanted in (
         ("gpkg", "expected a suffix with its dot", {}),
         (".shp", "polygons cannot be written as", {}),
         (".gpkg", "min_area -1", {"min_area": -1.0}),
         (".geojson", "is the area of interest", {"area": str(town)}),
         (".geojson", r"town\.geojson: exists already", {}),
+        (".geojson", "has no coordinate reference system, but town.geojson needs one", {"overwrite": True}),
     ):
+        scene = nowhere if "reference" in message else place / "scene.tif"
         with pytest.raises((DataError, RecipeError), match=message):
-            label(segmenter, place / "scene.tif", tmp_path / "town.tif", polygons=suffix, **wanted)
-    assert names_in(tmp_path) == ["town.geojson"]
+            label(segmenter, scene, tmp_path / "town.tif", polygons=suffix, **wanted)
+    assert names_in(tmp_path) == ["nowhere.tif", "town.geojson"]
     assert town.read_text() == "precious"
 
 

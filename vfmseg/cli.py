@@ -137,7 +137,7 @@ def predict(
         how = How(tile, overlap, blend, batch_size, average, tta, _numbers("--scales", scales), readers, memory_limit)
         wanted = Wanted(
             extras=tuple(name for name, on in chosen.items() if on),
-            area=os.path.expanduser(area) if area else _numbers("--bounds", bounds, 4),
+            area=_numbers("--bounds", bounds, 4) if area is None else os.path.expanduser(area),
             cog=cog, compress=compress, polygons=polygons, min_area=min_area, simplify=simplify,
             resume=resume, overwrite=overwrite, skip_unreadable=skip_unreadable,
         )  # fmt: skip

@@ -24,6 +24,10 @@ class DataError(VfmsegError):
     """Images or labels are missing, unreadable or do not fit together."""
 
 
+class DamagedError(DataError):
+    """Part of a file cannot be read, though the file can be opened; it may be asked to leave the part out."""
+
+
 class OutsideError(DataError):
     """An area of interest holds nothing of a scene; in a list of scenes it is left out."""
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.files import local_path, never_an_input, require_new
-from vfmseg.geo.polygons import check_polygons, write_polygons
+from vfmseg.geo.polygons import check_place, check_polygons, is_ours, write_polygons
+from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.how import How
 from vfmseg.inference.contracts import WAITING, Report, Tick
 from vfmseg.inference.job import Job, targets_of
@@ -57,6 +58,10 @@ def predict(
     and its record is {"scene": path, "error": message}.
     """
     output = local_path(output)
+    if not output.name:
+        raise DataError(
+            f"{output}: is a folder; expected the name of a GeoTIFF to write, or of a new folder for a list"
+        )
     first = next(iter(segmenter.facts.bands))
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
@@ -130,7 +135,7 @@ def _vector_of(target: Path, inputs: Sequence[str], wanted: Wanted) -> Path | No
     never_an_input(vector, inputs)  # a GeoPackage may hold a raster
     if isinstance(wanted.area, str) and vector.resolve() == Path(wanted.area).resolve():
         raise RecipeError(f"{vector}: is the area of interest, which the polygons would replace; choose another output")
-    if not wanted.overwrite and not (wanted.resume and target.exists()):
+    if not wanted.overwrite and not (wanted.resume and target.exists() and vector.is_file() and is_ours(vector)):
         require_new(vector)
     return vector
 
@@ -147,6 +152,8 @@ def _one(
     ranks: int,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    if vector is not None:
+        check_place(vector, RasterFile(path).info.grid, path)
     shown: list[LabelProgress] = []
 
     def planned(job: Job, pixels: int) -> None:
@@ -185,16 +192,17 @@ def _one(
             report.add(one)
         lost = _united(gather(lost))
         fills = [fill for part in gather(fills) for fill in part]
-    _tell_unreadable(list(lost.values()))
+    if rank == 0:  # of a scene, that is: where each process has its own, each is the first one of its scene
+        _tell_unreadable(list(lost.values()))
     lost_pixels = sum(block.height * block.width for block in lost)
     return _record(path, files, report, fills, lost_pixels, time.perf_counter() - started)
 
 
 def _tell_unreadable(messages: Sequence[str]) -> None:
     for message in messages[:5]:
-        say(f"left out as nodata: {message}")
+        complain(f"left out as nodata: {message}")
     if len(messages) > 5:
-        say(f"... and {len(messages) - 5} more blocks that cannot be read")
+        complain(f"... and {len(messages) - 5} more blocks that cannot be read")
 
 
 def _record(

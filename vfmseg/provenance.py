@@ -7,11 +7,16 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vfmseg.checkpoint import fingerprint_of, versions
+from vfmseg.errors import DamagedError
+from vfmseg.geo.grid import Window
 from vfmseg.geo.mosaic import map_tags
+from vfmseg.geo.rasterfile import FileInfo, is_remote
+from vfmseg.geo.reader import Raster
 from vfmseg.how import Settled
 from vfmseg.inference.job import Job
 from vfmseg.inference.sources import OpenScene
@@ -42,7 +47,7 @@ def work_of(
     """What is labelled, and how: with another of these, finished pieces are of no use."""
     return {
         "scene": {
-            name: [_stamp(path, others) for path, others in raster.files.items()]
+            name: [_file(path, info) for path, info in raster.infos.items()] + _glance(raster)
             for name, raster in scene.rasters.items()
         },
         "tile": job.settings.tile,
@@ -53,7 +58,7 @@ def work_of(
         "tta": settled.tta,
         "scales": list(settled.scales),
         "products": ["labels", *extras],
-        "area": _stamp(str(area)) if isinstance(area, str | Path) else (list(area) if area else None),
+        "area": _area(area),
         "strips": len(job.plan.strips),
         "skip_unreadable": skip_unreadable,
     }
@@ -73,19 +78,47 @@ def finished_before(files: Iterable[Path], mark: Mapping[str, str]) -> set[Path]
     return {file for file in files if file.is_file() and mark.items() <= map_tags(file).items()}
 
 
-def _stamp(path: str, others: Sequence[str] = ()) -> str:
-    """A path with size and time, by which another file under the same name is told; of `others` a digest.
+def _area(area: str | Path | Sequence[float] | None) -> str | list[float] | None:
+    if area is None:
+        return None
+    return _stamp(str(area)) if isinstance(area, str | Path) else [float(side) for side in area]
+
+
+def _file(path: str, info: FileInfo) -> str:
+    """A path with what tells another file under the same name, also where only its CRS or nodata is another."""
+    said = repr(replace(info, others=()))
+    parts = [_stamp(path), f"says {_short(said)}"]
+    if info.others:
+        parts.append(f"with {len(info.others)} files {_short(*map(_stamp, info.others))}")
+    return ", ".join(parts)
+
+
+def _glance(raster: Raster) -> list[str]:
+    """A digest of a few pixels where a file lies behind a server, whose time and size nobody tells; else nothing."""
+    if not any(is_remote(file) for path, info in raster.infos.items() for file in (path, *info.others)):
+        return []
+    grid = raster.grid
+    sixths = [(1, 1), (1, 5), (3, 3), (5, 1), (5, 5)]
+    places = [Window(grid.height * i // 6, grid.width * j // 6, 1, 16) for i, j in sixths]
+    try:
+        return [f"pixels {_short(*(raster.read(place).pixels.tobytes().hex() for place in places))}"]
+    except DamagedError:  # whoever reads it again will say so, or leave it out
+        return ["pixels that cannot be read"]
+
+
+def _short(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _stamp(path: str) -> str:
+    """A path with size and time, by which another file under the same name is told.
 
     Of a path that GDAL alone knows, those of the file that it leads into (`/vsizip/FILE/...`), if there is one here.
     """
     inside = Path(re.sub(r"^(/vsi\w+/)+", "", path))
     file = next((place for place in (inside, *inside.parents) if place.is_file()), None)
-    text = path
-    if file is not None:
-        facts = file.stat()
-        name = os.path.realpath(path) if file == Path(path) else path
-        text = f"{name} ({facts.st_size} bytes, {facts.st_mtime_ns})"
-    if others:
-        digest = hashlib.sha256("\n".join(_stamp(other) for other in others).encode()).hexdigest()[:16]
-        text += f" with {len(others)} files ({digest})"
-    return text
+    if file is None:
+        return path
+    facts = file.stat()
+    name = os.path.realpath(path) if file == Path(path) else path
+    return f"{name} ({facts.st_size} bytes, {facts.st_mtime_ns})"

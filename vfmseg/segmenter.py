@@ -26,7 +26,7 @@ from vfmseg.inference.products import EXTRAS, Products
 from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
-from vfmseg.inference.shards import forget_pieces
+from vfmseg.inference.shards import tidy
 from vfmseg.inference.sources import Input, OpenScene, open_scenes, tell_types
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
@@ -191,7 +191,7 @@ class Segmenter:
             done = finished_before(files.values(), mark) if resume else set()
             if done == set(files.values()):
                 if rank == 0:
-                    forget_pieces(target, done)  # of a run that was killed after its very last step but one
+                    tidy(target, done, work)  # after a run that was killed at its very last step but one
                 return Labelled(files, Report(), unreadable, before=True)
             for file in files.values():
                 if not overwrite and file not in done:

@@ -9,7 +9,7 @@ import numpy as np
 from rasterio.io import MemoryFile
 
 from vfmseg.errors import DataError
-from vfmseg.geo.rasterfile import gdal, open_dataset
+from vfmseg.geo.rasterfile import FileInfo, gdal, open_dataset
 from vfmseg.geo.reader import Bands, Raster
 
 # types that GDAL has no like of -> the next one that holds them
@@ -41,9 +41,10 @@ class ArrayRaster(Raster):
         super().__init__(self._memory.name, bands)
 
     @property
-    def files(self) -> dict[str, tuple[str, ...]]:
-        """No file: in its place what tells this array from another one, also in another process."""
-        return {self._content: ()}
+    def infos(self) -> dict[str, FileInfo]:
+        """In place of a file what tells this array from another one, also in another process."""
+        (info,) = super().infos.values()
+        return {self._content: info}
 
     @cached_property
     def _content(self) -> str:

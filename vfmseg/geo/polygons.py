@@ -6,6 +6,7 @@ Only what is complete is placed on the ground and written, so that the scene may
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from vfmseg.geo.tracing import Pieces, trace
 
 _DRIVERS = {".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".geojson": "GeoJSON"}
 _LAYER = "polygons"
+_FIELDS = ("class_id", "class_name", "area")
 _SYNCHRONOUS = "OGR_SQLITE_SYNCHRONOUS"
 
 _BATCH = 20_000
@@ -71,7 +73,9 @@ def write_polygons(
     if rows < 1:
         raise DataError(f"{target}: rows {rows}: expected at least 1")
     source = _Map(labels, classes)
-    to_degrees = target.suffix.lower() == ".geojson" and _needs_projection(source.grid, labels, target)
+    to_degrees = check_place(target, source.grid, labels)
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):  # of processes that were killed
+        shutil.rmtree(folder, ignore_errors=True)
     with contextlib.closing(source.file), _aside(target) as folder, _unsynced():
         package = folder / "polygons.gpkg"
         count = 0
@@ -99,8 +103,21 @@ def check_polygons(target: Path, min_area: float, simplify: float) -> None:
         raise MachineError(f"{target}: writing it needs pyogrio and shapely: pip install 'vfmseg[vector]'") from None
 
 
-def _needs_projection(grid: Grid, labels: Path, target: Path) -> bool:
-    """Whether the map is not in degrees yet. DataError if GeoJSON cannot say where it lies."""
+def is_ours(target: Path) -> bool:
+    """Whether a vector file has the form of those that are written here, and so may be made anew."""
+    import pyogrio
+
+    try:
+        layers = [name for name, _ in pyogrio.list_layers(target)]
+        return len(layers) == 1 and tuple(pyogrio.read_info(target, layer=layers[0])["fields"]) == _FIELDS
+    except pyogrio.errors.DataSourceError:
+        return False
+
+
+def check_place(target: Path, grid: Grid, labels: str | Path) -> bool:
+    """Whether outlines must be projected to degrees. DataError if the target has to say where they lie and cannot."""
+    if target.suffix.lower() != ".geojson":
+        return False
     remedy = f"GeoJSON is in longitude and latitude; write {target.with_suffix('.gpkg').name} instead"
     if grid.crs is None:
         raise DataError(f"{labels}: has no coordinate reference system, but {target.name} needs one: {remedy}")
@@ -192,7 +209,7 @@ def _append(package: Path, placed: Placed, source: _Map, target: Path) -> None:
             package,
             shapely.to_wkb(polygons),
             [ids.astype(np.int32), names, areas],
-            ["class_id", "class_name", "area"],
+            list(_FIELDS),
             layer=_LAYER,
             driver="GPKG",
             geometry_type="Polygon",
@@ -253,7 +270,7 @@ def _publish(finished: Path, target: Path, count: int) -> None:
     import pyogrio
 
     with _machine(target):
-        with open(finished, "rb") as stored:
+        with open(finished, "r+b") as stored:  # some systems flush no file that is open for reading only
             os.fsync(stored.fileno())
         held = pyogrio.read_info(finished, layer=_LAYER, force_feature_count=True)["features"]
         if held != count:

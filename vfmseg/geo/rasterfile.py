@@ -6,7 +6,9 @@ as imagery or as labels, is decided in `reader` and `labels`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
-from vfmseg.errors import DataError
+from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo.grid import Grid, Window
 
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
@@ -34,8 +36,22 @@ _OPTIONS: dict[str, Any] = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
 }
 
+_SERVERS = {
+    "GDAL_HTTP_MAX_RETRY": "5",  # of what is worth it (429, 500, 502, 503, 504), each time after twice as long
+    "GDAL_HTTP_RETRY_DELAY": "1",
+    "GDAL_HTTP_CONNECTTIMEOUT": "30",
+    "GDAL_HTTP_LOW_SPEED_TIME": "60",  # a server that has said nothing for a minute will not
+    "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
+}
+"""For files behind a server, unless the environment says otherwise: GDAL alone would neither retry nor ever give up."""
+
+_REMOTE = re.compile(r"://|/vsi(?:curl|s3|gs|az|adls|oss|swift|hdfs|webhdfs)")
+
 _NO_PIXELS = (".aux.xml", ".ovr")
 """Files that GIS programs put beside a raster when they show it."""
+
+_HIGHEST = 1024
+"""Rows of a tile's block that are read at a time; of a higher one it is cheaper to decode it again than to keep it."""
 
 _warnings_lock = threading.Lock()  # Python's warning filters belong to the process, not to a thread
 
@@ -43,7 +59,8 @@ _warnings_lock = threading.Lock()  # Python's warning filters belong to the proc
 @contextmanager
 def gdal() -> Iterator[None]:
     """GDAL with our options, and its messages turned into Python errors instead of lines on stderr."""
-    with rasterio.Env(**_OPTIONS):
+    servers = {name: value for name, value in _SERVERS.items() if name not in os.environ}
+    with rasterio.Env(**_OPTIONS, **servers):
         yield
 
 
@@ -69,11 +86,13 @@ class FileInfo:
     dtypes: tuple[str, ...]
     nodata: tuple[float | None, ...]
     alpha: tuple[int, ...]  # bands marked as alpha
+    palette: tuple[int, ...]  # bands that hold numbers of colours
     shared_mask: bool  # one mask band for all bands, inside the file or beside it (.msk)
     own_masks: tuple[int, ...]  # bands that have a mask of their own
     block: tuple[int, int]  # rows and columns of the blocks of the first band
     lossy: bool  # JPEG: stored numbers are near those that were meant
-    others: tuple[str, ...]  # files that belong to it: the tiles of a VRT, a header or a mask beside it
+    control_points: int  # of the ground: they say where some pixels lie, but not what grid
+    others: tuple[str, ...]  # files that belong to it: tiles of a VRT and of those in it, a header or a mask beside it
 
     @property
     def count(self) -> int:
@@ -184,9 +203,10 @@ def _damage(path: str, window: Window) -> Iterator[None]:
     try:
         yield
     except RasterioError as error:
-        raise DataError(
-            f"{path}: {window} cannot be read: the file is damaged or cut short "
-            f"({error.__cause__ or error}); copy or download it again"
+        why = "the server did not answer, or the file" if is_remote(path) else "the file"
+        raise DamagedError(
+            f"{path}: {window} cannot be read: {why} is damaged or cut short "
+            f"({error.__cause__ or error}); {'try again, or ' if is_remote(path) else ''}copy or download it again"
         ) from error
 
 
@@ -201,6 +221,11 @@ def _open(path: str) -> Any:
         advice = f"name one of the {len(inner)} data sets inside it, such as {inner[0]}" if inner else "replace it"
         raise DataError(f"{path}: has no bands of its own; {advice}")
     return dataset
+
+
+def is_remote(path: str) -> bool:
+    """Whether GDAL reads a path from a server."""
+    return _REMOTE.search(path) is not None
 
 
 def _why_not_opened(path: str, error: Exception) -> str:
@@ -221,17 +246,45 @@ def _why_not_opened(path: str, error: Exception) -> str:
 def _describe(dataset: Any, path: str) -> FileInfo:
     flags = dataset.mask_flag_enums
     compression = dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") or "NONE"
+    others = tuple(sorted(file for file in _belonging(dataset) - {path} if not file.endswith(_NO_PIXELS)))
     return FileInfo(
         grid=Grid(_crs_text(dataset.crs, path), tuple(dataset.transform)[:6], dataset.height, dataset.width),
         dtypes=tuple(str(dtype) for dtype in dataset.dtypes),
         nodata=tuple(dataset.nodatavals),
         alpha=tuple(i for i, meaning in enumerate(dataset.colorinterp, 1) if meaning == ColorInterp.alpha),
+        palette=tuple(i for i, meaning in enumerate(dataset.colorinterp, 1) if meaning == ColorInterp.palette),
         shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
         own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
-        block=dataset.block_shapes[0],
+        block=_block(dataset, others),
         lossy="JPEG" in (dataset.driver, compression.split()[-1]),  # such as "YCbCr JPEG"
-        others=tuple(sorted(file for file in set(dataset.files) - {path} if not file.endswith(_NO_PIXELS))),
+        control_points=len(dataset.gcps[0]),
+        others=others,
     )
+
+
+def _block(dataset: Any, others: Sequence[str]) -> tuple[int, int]:
+    """Rows and columns that are decoded at a time; of a VRT its first tile's, as its own are those of no file."""
+    first = next((file for file in others if not file.lower().endswith(".vrt")), None)
+    if dataset.driver == "VRT" and first is not None:
+        with contextlib.suppress(RasterioError), open_dataset(first) as tile:
+            rows, cols = tile.block_shapes[0]
+            return min(rows, _HIGHEST), cols
+    return dataset.block_shapes[0]
+
+
+def _belonging(dataset: Any) -> set[str]:
+    """Every file that a data set is read from. GDAL names the tiles of a VRT, but not those of a VRT among them."""
+    found = set(dataset.files)
+    unseen = {file for file in found if file.lower().endswith(".vrt") and file != dataset.name}
+    while unseen:
+        try:
+            with open_dataset(unseen.pop()) as inner:
+                new = set(inner.files) - found
+        except RasterioError:  # whoever reads it will say so
+            continue
+        found |= new
+        unseen |= {file for file in new if file.lower().endswith(".vrt")}
+    return found
 
 
 def _crs_text(crs: CRS | None, path: str) -> str | None:

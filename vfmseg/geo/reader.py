@@ -15,7 +15,7 @@ import numpy as np
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.rasterfile import RasterFile, as_stored
+from vfmseg.geo.rasterfile import FileInfo, RasterFile, as_stored
 from vfmseg.geo.warp import Warp
 
 
@@ -84,9 +84,19 @@ class Raster:
         return self.paths[0] if len(self.paths) == 1 else self.paths
 
     @property
-    def files(self) -> dict[str, tuple[str, ...]]:
-        """{path: the files that belong to it}, such as the tiles of a VRT."""
-        return {file.path: file.info.others for file in self._files}
+    def infos(self) -> dict[str, FileInfo]:
+        """{path: what the file says of itself}, such as the tiles of a VRT."""
+        return {file.path: file.info for file in self._files}
+
+    @property
+    def palette(self) -> bool:
+        """Whether a band that is read holds numbers of colours."""
+        return any(layer.band in self._files[layer.file].info.palette for layer in self._plan())
+
+    @property
+    def control_points(self) -> int:
+        """Number of ground control points of the first file; they are not used."""
+        return self._files[0].info.control_points
 
     @property
     def _name(self) -> str:

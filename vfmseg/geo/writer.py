@@ -248,7 +248,8 @@ def remove_leftovers(target: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Wait until the file or folder is on the disk; delayed errors (quota, network disk) are raised here."""
-    handle = os.open(path, os.O_RDONLY)
+    # a folder can only be opened for reading, and some systems flush no file that is
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

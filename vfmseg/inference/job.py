@@ -75,6 +75,10 @@ def prepare(
     # a tile larger than the scene would be mostly padding
     settings = replace(settings, tile=min(settings.tile, max(grid.height, grid.width)))
     tile = settings.tile
+    if tile > WIDEST_STRIP:
+        raise MachineError(
+            f"tiles of {tile} px are wider than a strip may be ({WIDEST_STRIP} px): choose a smaller tile"
+        )
     fixed, column = _memory(stored, bands, model.classes, product_bytes, settings)
     room = (settings.memory_limit - fixed) // column
     # a strip's tiles reach beyond it on both sides
@@ -163,9 +167,15 @@ def into_files(
         if ranks > 1:  # processes that label scenes of their own have nothing to wait for
             meet()
 
+    together()  # first of all: processes that are not connected must not touch the pieces
     if rank == 0:
         parts.prepare(fingerprint, resume, overwrite)
     together()
+    if not parts.folder.is_dir():
+        raise MachineError(
+            f"{parts.folder}: the first process has made this folder, but process {rank} does not find it; processes "
+            "on several machines need an output on a disk that they share"
+        )
     report = Report()
     mine = share_of(tuple(parts.missing(job.plan.shards)), rank, ranks)
     if planned is not None:

@@ -40,10 +40,14 @@ def joined() -> Iterator[tuple[int, int]]:
 
 
 def meet() -> None:
-    """Wait until every process has come here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        with _together():
-            torch.distributed.barrier()
+    """Wait until every process has come here; MachineError if this one is not connected to others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise MachineError(
+            "several processes shall label one scene, but this one is connected to none: start them by torchrun or "
+            "accelerate launch, and call torch.distributed.init_process_group, or leave out rank and ranks"
+        )
+    with _together():
+        torch.distributed.barrier()
 
 
 def gather(value: T) -> list[T]:

@@ -25,6 +25,8 @@ from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.writer import BLOCK, MapWriter, remove_leftovers
 from vfmseg.inference.plan import Plan, Run, Shard
 
+PLAN = "plan.json"
+
 JOINED = 16 * 2**20
 """Bytes that are joined at a time; a map whose rows take more is joined in strips of columns."""
 
@@ -34,11 +36,20 @@ def pieces_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.parts")
 
 
-def forget_pieces(target: Path, complete: Iterable[Path] = ()) -> None:
-    """Remove the pieces of a target, if there are any; and what killed processes have left beside `complete` files."""
+def tidy(target: Path, complete: Iterable[Path], fingerprint: Mapping[str, Any]) -> None:
+    """Remove what a killed process has left beside `complete` files: its temporary files, and pieces of this work.
+
+    Pieces of other work stay: somebody may want to go on with that.
+    """
     for file in complete:
         remove_leftovers(file)
-    shutil.rmtree(pieces_folder(target), ignore_errors=True)
+    folder = pieces_folder(target)
+    try:
+        other = (folder / PLAN).is_file() and _plan_in(folder / PLAN) != dict(fingerprint)
+    except DataError:  # of no use to anybody
+        other = False
+    if not other:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Parts:
@@ -53,7 +64,7 @@ class Parts:
 
     def prepare(self, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         """Make the folder, or with `resume` go on with one of the same work (`fingerprint`)."""
-        known = self.folder / "plan.json"
+        known = self.folder / PLAN
         # pieces without a plan are what an interrupted removal has left, of whatever work
         if self.folder.exists() and not (resume and known.is_file()):
             if not resume and not overwrite and known.is_file():
@@ -99,7 +110,7 @@ class Parts:
 
     def forget(self) -> None:
         """Remove the folder."""
-        forget_pieces(self.target)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def show(self) -> None:
         """Renew the view (VRT) of what is there already, for a look at a map in the making."""

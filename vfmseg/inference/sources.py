@@ -55,8 +55,8 @@ class OpenScene:
 
     def files(self) -> list[str]:
         """Every file that is read, the tiles of a VRT among them."""
-        found = [raster.files for raster in self.rasters.values()]
-        return [name for files in found for path, others in files.items() for name in (path, *others)]
+        found = [raster.infos for raster in self.rasters.values()]
+        return [name for infos in found for path, info in infos.items() for name in (path, *info.others)]
 
     def stored(self) -> Stored:
         """Blocks of the first modality, and the type that holds each without loss."""
@@ -110,7 +110,11 @@ def open_scenes(
     opened = [OpenScene(inputs, bands) for _ in range(1 if arrays else threads)]
     tell_types({name: raster.dtype for name, raster in opened[0].rasters.items()}, types)
     if next(iter(bands)) not in arrays and not opened[0].grid.georeferenced:
-        say_once("the scene carries no CRS: its labels will have none either")
+        points = opened[0].rasters[next(iter(bands))].control_points
+        unused = (
+            f" (its {points} ground control points are not used: bring it onto a grid by gdalwarp)" if points else ""
+        )
+        say_once(f"the scene carries no CRS: its labels will have none either{unused}")
     for name, expected in counts.items():
         if opened[0].bands()[name] != expected:
             place = f"the array for '{name}'" if name in arrays else opened[0].rasters[name].path

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from vfmseg.errors import DataError
+from vfmseg.errors import DamagedError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.reader import Chip
 from vfmseg.inference.reading import SceneSource
@@ -29,7 +29,7 @@ class Unreadable:
         """Pixels of all of them."""
         return sum(block.height * block.width for block in self.blocks)
 
-    def add(self, error: DataError, block: Window) -> None:
+    def add(self, error: DamagedError, block: Window) -> None:
         """Note a block that was given up."""
         with self._lock:
             self.blocks.setdefault(block, str(error))
@@ -54,6 +54,8 @@ class Tolerant:
     def read(self, window: Window) -> dict[str, Chip]:
         """As the scene reads it; where that fails, block by block, damaged ones invalid.
 
+        A file that cannot be opened any more, because it was removed or its server is away, is an error as ever.
+
         Whole blocks are read whatever the window is: what counts as damaged must not depend on how work was cut.
         """
         inside = window.clip(self.grid.height, self.grid.width)
@@ -62,12 +64,12 @@ class Tolerant:
             return self._nothing(window)
         try:
             return _cropped(self._scene.read(_round(blocks)), _round(blocks), window)
-        except DataError:
+        except DamagedError:
             whole = self._nothing(window)
         for block in blocks:
             try:
                 chips = self._scene.read(block)
-            except DataError as error:
+            except DamagedError as error:
                 self._unreadable.add(error, block)
                 continue
             for name, chip in chips.items():

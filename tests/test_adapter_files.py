@@ -128,10 +128,21 @@ def test_p6_plain_peft_reads_the_file_on_the_upstream_model(
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_p13_the_file_names_the_base_it_stands_on(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_p13_the_file_names_the_base_it_stands_on(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the hub is not asked for that base at every save."""
     encoder = build(folders, "clip")
     encoder.base = BaseRecord("owner/name", "0123abc", encoder.base.sha256)
-    save_adapter(attach(encoder, "lora"), tmp_path / "adapter")
+    attached = attach(encoder, "lora")
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda name, *_, **__: asked.append(name)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        save_adapter(attached, tmp_path / "adapter")
+    assert asked == []
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "0123abc")
     assert (config["r"], config["lora_alpha"]) == (LORA["rank"], LORA["alpha"])

@@ -201,6 +201,13 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(script: str) -
     assert module.PAGE.read_text(encoding="utf-8") == module.page()
 
 
+def test_p62_the_demo_goes_to_a_folder_of_any_name(tmp_path: Path) -> None:
+    from vfmseg.demo import demo_recipe
+
+    for name in ("\U0001f30d", 'a "b" [c]', "d: e #f"):
+        assert demo_recipe(tmp_path / name).output_dir == tmp_path / name / "run"
+
+
 def test_the_demo_with_an_encoder_is_the_row_of_the_table(tmp_path: Path) -> None:
     from benchmarks import table
     from vfmseg.demo import demo_recipe

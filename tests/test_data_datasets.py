@@ -236,6 +236,15 @@ def test_wrong_columns_and_splits_are_named(tmp_path: Path, change: dict[str, st
         open_set(tmp_path / "set", **change)
 
 
+def test_names_with_brackets_are_no_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "tiles [512]"
+    folder.mkdir()
+    table().to_parquet(folder / "a.parquet")
+    check(open_set(folder / "a.parquet"))
+    with pytest.raises(DataError, match=r"takes .* in the name of a folder for a pattern"):
+        open_set(folder)
+
+
 def test_sets_that_cannot_be_loaded_say_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         open_set(tmp_path / "nothing")

@@ -53,6 +53,39 @@ def test_p48_one_file_in_two_splits_ends_the_run_before_it_begins(tmp_path: Path
         open_training(toy_recipe(tmp_path))
 
 
+def test_p48_one_elevation_model_may_lie_under_all_splits(tmp_path: Path) -> None:
+    toy_folder(tmp_path)
+    write_raster(tmp_path / "dem.tif", np.ones((1, 64, 64), np.float32))
+    rows = ["split,rgb,dem,labels"]
+    for split in ("train", "val"):
+        rows += [f"{split},{split}/images/s0_{split}.tif,dem.tif,{split}/labels/s0_{split}.tif"]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    content = recipe_dict(tmp_path, None, tmp_path / "run")
+    content["data"]["modalities"]["dem"] = {}
+    for split in ("train", "val"):
+        columns = {"rgb": "rgb", "dem": "dem", "labels": "labels"}
+        content["data"][split] = {"table": "table.csv", "split": split, **columns}
+    del content["data"]["test"]
+    opened = open_training(parse_recipe(content, tmp_path, "toy.yaml"))
+    assert {name: len(scenes) for name, scenes in opened.items()} == {"train": 1, "val": 1}
+
+
+def test_p29_a_palette_image_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_said", set())
+    toy_folder(tmp_path)
+    for split in ("train", "val", "test"):
+        replace_images(tmp_path, split, np.ones((1, 64, 64), dtype=np.uint8))
+    open_training(toy_recipe(tmp_path))
+    assert "colour table" not in capsys.readouterr().err
+    for path in (tmp_path / "train" / "images").iterdir():
+        with rasterio.open(path, "r+") as image:
+            image.write_colormap(1, {1: (255, 0, 0)})
+    open_training(toy_recipe(tmp_path))
+    assert capsys.readouterr().err.count("rgb: holds a colour table") == 1
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_p30_ids_outside_the_classes_end_the_run_before_it_begins(tmp_path: Path, split: str) -> None:
     toy_folder(tmp_path)

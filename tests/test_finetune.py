@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rasterio
 import torch
-from makers import recipe_dict, save_encoder, toy_folder, write_recipe
+from makers import recipe_dict, save_encoder, toy_folder, write_raster, write_recipe
 from safetensors.torch import load_file
 
 from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.loop import dropout_seed, learning_rate
+from vfmseg.loop import _plain_errors, dropout_seed, learning_rate
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import guarded
@@ -163,6 +165,20 @@ def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
     assert results[0]["validation"] == results[1]["validation"]
 
 
+def test_p55_the_minutes_of_a_resumed_run_are_those_of_all_sittings(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    content["train"]["epochs"] = 2
+    with interrupted(monkeypatch, epoch=1):
+        run(tmp_path, content)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert 0 < state["state"]["seconds"] < 60
+    state["state"]["seconds"] = 600.0
+    torch.save(state, tmp_path / "run" / "state.pt")
+    assert 10 <= run(tmp_path, content, resume=True)["minutes"] < 11
+
+
 def test_p63_an_overwritten_run_cannot_be_resumed(
     data: Path,
     encoders: dict[str, Path],
@@ -176,10 +192,10 @@ def test_p63_an_overwritten_run_cannot_be_resumed(
     (tmp_path / "run" / "mine.txt").write_text("keep me")
     with interrupted(monkeypatch, epoch=0):
         run(tmp_path, content, overwrite=True)
-    assert "state.pt" not in {p.name for p in (tmp_path / "run").iterdir()}
     capsys.readouterr()
     run(tmp_path, content, resume=True)
     assert "starts with the first one" in capsys.readouterr().err
+    assert [r["step"] for r in records(tmp_path / "run", "step")] == list(range(1, 9))
     assert (tmp_path / "run" / "mine.txt").read_text() == "keep me"
 
 
@@ -189,6 +205,68 @@ def test_p55_resume_with_another_recipe_is_refused(data: Path, encoders: dict[st
     content["train"]["optimizer"]["lr"] = 0.5
     with pytest.raises(CheckpointError, match=r"lr: 0\.5"):
         run(tmp_path, content, resume=True)
+
+
+@pytest.mark.parametrize("what", ["encoder", "values", "bands", "processes"])
+def test_p55_a_run_goes_on_only_where_it_stood(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What the state does not hold, frozen weights and statistics, must be what it was, or another model learns on."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(encoders["dinov2"], tmp_path / "encoder")
+    content = recipe_dict(tmp_path / "data", tmp_path / "encoder", tmp_path / "run")
+    content["data"]["modalities"]["rgb"] = {"normalize": "dataset"}
+    with interrupted(monkeypatch, epoch=1):
+        run(tmp_path, content)
+    said = {
+        "encoder": "started on an encoder with SHA-256",
+        "values": "mean and std of the training scenes' rgb have changed",
+        "bands": "had bands {'rgb': 3}, now they have {'rgb': 2}",
+        "processes": "started with 3 processes, now there are 1",
+    }
+    if what == "encoder":
+        shutil.rmtree(tmp_path / "encoder")
+        save_encoder(tmp_path / "encoder", "dinov2", seed=5)
+    elif what == "processes":
+        state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+        state["origin"]["processes"] = 3
+        torch.save(state, tmp_path / "run" / "state.pt")
+    else:
+        for path in (tmp_path / "data" / "train" / "images").iterdir():
+            with rasterio.open(path) as image:
+                pixels = image.read()
+            write_raster(path, pixels // 2 if what == "values" else pixels[:2])
+        for path in (*(tmp_path / "data" / split / "images" for split in ("val", "test")),) if what == "bands" else ():
+            for file in path.iterdir():
+                with rasterio.open(file) as image:
+                    pixels = image.read()
+                write_raster(file, pixels[:2])
+    with pytest.raises(CheckpointError, match=re.escape(said[what])):
+        run(tmp_path, content, resume=True)
+
+
+def test_p55_what_decides_no_weight_may_change_between_sittings(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    with interrupted(monkeypatch, epoch=1):
+        run(tmp_path, content)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    content |= {"output_dir": str(tmp_path / "moved"), "predict": {"overlap": 0.5}}
+    content["data"]["workers"] = 1
+    content["train"]["track"] = "tensorboard"
+    run(tmp_path, content, resume=True)
+    assert [r["step"] for r in records(tmp_path / "moved", "step")] == list(range(1, 9))
+
+
+def test_p63_a_run_without_its_state_is_not_gone_on_with(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    run(tmp_path, content)
+    (tmp_path / "run" / "state.pt").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RecipeError, match=r"no state\.pt, without which a run cannot go on"):
+        run(tmp_path, content, resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -292,10 +370,12 @@ def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
     assert not (tmp_path / "run").exists()
     run(tmp_path, content)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    del before[tmp_path / "run" / "state.pt"]  # the results stay, but nothing may go on with that run
     with pytest.raises(DataError, match="cut short"):
         run(tmp_path, broken, overwrite=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    state = tmp_path / "run" / "state.pt"  # the results stay, but it is the new run that can be gone on with
+    assert after.pop(state) != before.pop(state)
+    assert after == before
 
 
 @pytest.mark.parametrize(("part", "file"), [("head.safetensors", "best"), ("state.pt", "state.pt")])
@@ -355,6 +435,41 @@ def test_p55_the_resume_line_of_a_launch_repeats_overrides(
         assert script.main(["my recipe.yaml", "train.epochs=5", "seed=3", "--overwrite"]) == 130
         assert capsys.readouterr().err.strip().endswith(f"{launcher} 2 {line}")
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def test_p62_overrides_may_follow_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vfmseg import finetune as script
+
+    given: list[Any] = []
+    monkeypatch.setattr(script, "load_recipe", lambda path, overrides: given.append((path, overrides)))
+    monkeypatch.setattr(script, "finetune", lambda recipe, resume, overwrite: given.append((resume, overwrite)))
+    assert script.main(["a.yaml", "--overwrite", "train.epochs=5", "seed=3"]) == 0
+    assert given == [(Path("a.yaml"), ["train.epochs=5", "seed=3"]), (False, True)]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_p49_settings_that_cut_the_model_over_processes_are_refused(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """`accelerate launch` takes them from the machine's configuration without being asked to."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(MachineError, match=f"configured to use {kind}"):
+        run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_p49_accelerates_own_accumulation_changes_nothing(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would divide the gradients before they are clipped."""
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "one")
+    content["train"] |= {"epochs": 1, "clip": 0.05}
+    run(tmp_path, content)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1000000")
+    content["output_dir"] = str(tmp_path / "two")
+    run(tmp_path, content)
+    one, two = trained_tensors(tmp_path / "one"), trained_tensors(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_p49_processes_that_are_not_connected_are_an_error(
@@ -496,6 +611,25 @@ def test_c1_test_split_is_not_read_during_training(
     run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
     assert any("_train" in path for path in seen)
     assert not [path for path in seen if "_test" in path]
+
+
+def test_p62_a_worker_that_has_ended_is_one_message() -> None:
+    """Also what a script without `if __name__ == "__main__":` ends with."""
+
+    def batches() -> Iterator[Any]:
+        yield "first"
+        raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
+
+    def others() -> Iterator[Any]:
+        yield "first"
+        raise RuntimeError("shapes do not match")
+
+    told = _plain_errors(batches())
+    assert next(told) == "first"
+    with pytest.raises(MachineError, match=r"__main__.*data\.workers=0"):
+        next(told)
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(_plain_errors(others()))
 
 
 def test_p62_an_error_in_a_worker_is_one_message(encoders: dict[str, Path], tmp_path: Path) -> None:

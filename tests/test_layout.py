@@ -203,3 +203,13 @@ def test_the_list_of_pitfalls_and_the_names_of_the_tests_agree() -> None:
     names = [n for path in (ROOT / "tests").glob("test_*.py") for n in re.findall(r"def (test_\w+)", path.read_text())]
     tested = {part.upper() for name in names for part in name.split("_") if re.fullmatch(r"[pc]\d+", part)}
     assert sorted(set(listed) ^ tested) == []
+
+
+def test_the_site_lists_each_page_once_and_every_link_leads_somewhere() -> None:
+    listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 10
+    assert [f"{page.name}: {link}" for page, link in local if not (page.parent / link).exists()] == []

@@ -15,6 +15,7 @@ from vfmseg.losses import (
     counts,
     cross_entropy,
     dice,
+    exact,
     focal,
     lovasz,
 )
@@ -150,6 +151,14 @@ def test_a_right_answer_costs_nothing_and_a_wrong_one_much(name: str) -> None:
     divisor = float(counts(labels)[LOSSES[name].count])
     assert loss_sum(name, right, labels, None) / divisor < 1e-9
     assert loss_sum(name, right.roll(1, dims=1), labels, None) / divisor > 0.99
+
+
+def test_apples_gpus_count_in_a_type_that_they_know() -> None:
+    assert exact(torch.device("mps")) == torch.float32
+    assert exact(torch.device("cpu")) == torch.float64
+    assert {count.dtype for count in counts(torch.zeros(1, 2, 2, dtype=torch.int64), (1.0, 2.0)).values()} == {
+        torch.float64
+    }
 
 
 def test_each_loss_is_a_pixel_or_a_region_loss() -> None:

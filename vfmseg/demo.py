@@ -59,13 +59,13 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
 def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
     """The recipe of the demo, for another encoder with LoRA and a shorter schedule if one is named."""
     # JSON is YAML: quoted, a path may hold whatever a path can hold
-    changes = [f"output_dir={json.dumps(str((output / 'run').absolute()))}"]
+    changes = [f"output_dir={json.dumps(str((output / 'run').absolute()), ensure_ascii=False)}"]
     if encoder is not None:
         local = Path(encoder).expanduser()
         checkpoint = local.absolute() if local.is_dir() else encoder
         section = {"name": encoder_family(encoder), "checkpoint": str(checkpoint), "upscale": 1.3125}
         changes += [
-            f"model.encoder={json.dumps(section)}",
+            f"model.encoder={json.dumps(section, ensure_ascii=False)}",
             "model.adapter={name: lora, rank: 8, targets: [q, v]}",
             "train.epochs=2",
             "train.optimizer.lr=1.0e-3",

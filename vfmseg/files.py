@@ -14,11 +14,8 @@ from vfmseg.errors import CheckpointError, DataError
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("r+b") as file:  # some systems flush no file that is open for reading only
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

@@ -14,38 +14,42 @@ import json
 import os
 import shlex
 import shutil
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vfmseg.errors import MachineError, RecipeError
+from vfmseg.curves import Curves, remove_curves
+from vfmseg.errors import RecipeError
 from vfmseg.files import require_own, whole_file, write_json
+from vfmseg.processes import connect, launch_command
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
+from vfmseg.recipe.train import PredictSection
 from vfmseg.terminal import guarded, is_main_process, quiet_libraries, say
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from vfmseg.loop import RunState
     from vfmseg.model import SegmentationModel
 
 STATE_FILE = "state.pt"
 RUN_FILES = (STATE_FILE, "metrics.jsonl", "metrics.json", "recipe.yaml")
 RUN_FOLDERS = ("best", "last")
+CURVES_FOLDER = "tensorboard"
 
 
 def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train as the recipe says and return what was reached.
 
     Writes into `recipe.output_dir`: `best/` (chosen on validation only) and `last/` segmenter folders, `state.pt`
-    to resume from, `metrics.jsonl` (a line per step and epoch), `metrics.json`, `recipe.yaml`. Returns the content
-    of `metrics.json`. Under `accelerate launch` every process calls this; rank 0 writes.
+    to resume from, `metrics.jsonl` (a line per step and epoch), `metrics.json`, `recipe.yaml`, and `tensorboard/` if
+    `train.track` asks for it. Returns the content of `metrics.json`. Under `accelerate launch` every process calls
+    this; rank 0 writes.
     """
     quiet_libraries()
     output = recipe.output_dir
     _check_output(output, resume, overwrite)
-    accelerator = _accelerator(recipe)
+    curves = Curves(output / CURVES_FOLDER) if recipe.train.track == "tensorboard" else None
+    accelerator = connect(recipe.train.precision)
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
     from vfmseg.checkpoint import save_segmenter
     from vfmseg.data.augment import Augment, Radiometry
@@ -53,7 +57,7 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     from vfmseg.loop import Loop, Schedule, StepReport, score_windows
     from vfmseg.model import build_model
     from vfmseg.objectives.segmentation import Segmentation, class_weight_tuple
-    from vfmseg.resume import load_run, save_run
+    from vfmseg.resume import Origin, load_run, save_run
     from vfmseg.scenes import input_facts, open_training, value_ranges
 
     scenes = open_training(recipe)
@@ -86,6 +90,8 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
 
     def on_step(report: StepReport) -> None:
         progress.step(report.step, report.epoch, report.loss, report.images)
+        if curves and curves.started:
+            curves.update(loop.state.records)
 
     def on_epoch(state: RunState, improved: bool) -> None:
         scores = state.records[-1].get("validation")
@@ -93,13 +99,16 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
         if is_main_process():
             if state.epoch == 1:  # of an earlier run, whose segmenter is replaced now
                 (output / "metrics.json").unlink(missing_ok=True)
+                remove_curves(output / CURVES_FOLDER)
             metrics = {"epoch": state.epoch, "validation": scores}
             for folder in RUN_FOLDERS if improved else RUN_FOLDERS[1:]:
                 save_segmenter(output / folder, model, recipe, facts, metrics)
             _write_records(output / "metrics.jsonl", state)
             with whole_file(output / "recipe.yaml") as aside:
-                aside.write_text(text, encoding="utf-8")
-            save_run(output / STATE_FILE, loop, text)
+                aside.write_text(dump_recipe(recipe), encoding="utf-8")
+            save_run(output / STATE_FILE, loop, origin)
+            if curves:  # not before there is a run to go on with: until then the folder may hold another one's
+                curves.update(state.records)
         accelerator.wait_for_everyone()
 
     loop = Loop(
@@ -123,23 +132,26 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
         on_step,
         on_epoch,
     )
-    text = dump_recipe(recipe)
+    origin = Origin(_what_decides(recipe), model.encoder.base.sha256, asdict(facts), accelerator.num_processes)
     if resume and (output / STATE_FILE).is_file():
-        load_run(output / STATE_FILE, loop, text)
+        load_run(output / STATE_FILE, loop, origin)
+    if loop.state.epoch:
         say(f"resuming after epoch {loop.state.epoch} of {section.epochs}")
     elif resume:
         say(f"{output}: no epoch was finished there, so the run starts with the first one")
     if is_main_process():
         _remove_leftovers(output)
-        if overwrite:  # the earlier run cannot be gone on with; its results are replaced by those of the first epoch
-            (output / STATE_FILE).unlink(missing_ok=True)
+        if overwrite and _holds_run(output):
+            # from now on --resume goes on with this run; what the earlier one reached stays until the first epoch ends
+            save_run(output / STATE_FILE, loop, origin)
     progress = TrainingProgress(loop.steps_total, section.epochs, loop.state.step)
-    started = time.perf_counter()
     try:
         state = loop.run()
     finally:
         progress.close()
-    result = _result(recipe, model, state, time.perf_counter() - started)
+        if curves:
+            curves.close()
+    result = _result(recipe, model, state)
     if is_main_process():
         write_json(output / "metrics.json", result)
         say(f"done: best epoch {state.best_epoch}, segmenter in {output / 'best'}")
@@ -159,8 +171,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         require_own(output / name, "segmenter.json")
     held = sorted(set(output.iterdir()) - set(_leftovers(output))) if there == output else []
     some = ", ".join(path.name for path in held[:4])
-    ours = (output / STATE_FILE).is_file() or any((output / name / "segmenter.json").is_file() for name in RUN_FOLDERS)
-    if held and not ours:
+    if held and not _holds_run(output):
         raise RecipeError(
             f"output_dir = {output} holds {some}, but no run to go on with by --resume or to replace by "
             "--overwrite; choose another output_dir"
@@ -170,6 +181,23 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"output_dir = {output} already holds {some}; "
             "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
         )
+    if held and resume and not (output / STATE_FILE).is_file():
+        raise RecipeError(
+            f"output_dir = {output} holds {some}, but no {STATE_FILE}, without which a run cannot go on; replace it by "
+            "--overwrite, or choose another output_dir"
+        )
+
+
+def _holds_run(output: Path) -> bool:
+    return (output / STATE_FILE).is_file() or any((output / name / "segmenter.json").is_file() for name in RUN_FOLDERS)
+
+
+def _what_decides(recipe: Recipe) -> str:
+    """The recipe without what may change between sittings: it decides no weight."""
+    train = recipe.train.model_copy(update={"track": "none"})
+    data = recipe.data.model_copy(update={"workers": 0})
+    update = {"train": train, "data": data, "predict": PredictSection(), "output_dir": Path()}
+    return dump_recipe(recipe.model_copy(update=update))
 
 
 def _leftovers(output: Path) -> list[Path]:
@@ -184,27 +212,6 @@ def _remove_leftovers(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    import torch
-
-    if recipe.train.precision == "fp16" and not torch.cuda.is_available():
-        raise MachineError('train.precision = fp16 needs a GPU, and none is visible here; use bf16 or "no"')
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # accelerate keeps its settings for the life of a process; a second run in a notebook may want other ones
-    AcceleratorState._reset_state()
-    # on the CPU accelerate connects the processes of torchrun only if it is told that the CPU is meant
-    accelerator = Accelerator(mixed_precision=recipe.train.precision, cpu=not torch.accelerator.is_available())
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise MachineError(
-            f"{started} processes were started, but accelerate connected {accelerator.num_processes}: each would train "
-            "a model of its own; check the settings of `accelerate config` and the environment"
-        )
-    return accelerator
 
 
 def _parameter_lines(model: SegmentationModel) -> str:
@@ -224,7 +231,7 @@ def _write_records(path: Path, state: RunState) -> None:
         aside.write_text("".join(json.dumps(record) + "\n" for record in state.records), encoding="utf-8")
 
 
-def _result(recipe: Recipe, model: SegmentationModel, state: RunState, seconds: float) -> dict[str, Any]:
+def _result(recipe: Recipe, model: SegmentationModel, state: RunState) -> dict[str, Any]:
     from vfmseg.checkpoint import versions
 
     epochs = {r["epoch"]: r.get("validation") for r in state.records if r["kind"] == "epoch"}
@@ -234,21 +241,11 @@ def _result(recipe: Recipe, model: SegmentationModel, state: RunState, seconds: 
         "best_epoch": state.best_epoch,
         "validation": epochs.get(state.best_epoch),
         "steps": state.step,
-        "minutes": round(seconds / 60, 2),
+        "minutes": round(state.seconds / 60, 2),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "versions": versions(),
     }
-
-
-def _launcher() -> list[str]:
-    """How this process was started: `accelerate launch` leaves its settings in the environment."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes == "1":
-        return ["accelerate", "launch"]
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return ["accelerate", "launch", "--num_processes", processes]
-    return ["torchrun", "--nproc_per_node", processes]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -263,12 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
     group.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow an option
 
     def verb() -> None:
         finetune(load_recipe(options.recipe, options.overrides), options.resume, options.overwrite)
 
-    again = [*_launcher(), "vfmseg/finetune.py", str(options.recipe), *options.overrides, "--resume"]
+    again = [*launch_command(), "vfmseg/finetune.py", str(options.recipe), *options.overrides, "--resume"]
     return guarded(verb, shlex.join(again))
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.sample import Batch, collate
 from vfmseg.data.windows import Draw, epoch_order, rank_batches
-from vfmseg.errors import RecipeError, VfmsegError
+from vfmseg.errors import MachineError, RecipeError, VfmsegError
 from vfmseg.metrics import Confusion
 from vfmseg.model import SegmentationModel
 from vfmseg.objectives.segmentation import Segmentation, total
@@ -54,6 +54,7 @@ class RunState:
     step: int = 0  # optimizer steps done
     best_score: float = -math.inf
     best_epoch: int = 0
+    seconds: float = 0.0  # of training and validation, in all sittings
     records: list[dict[str, Any]] = field(default_factory=list)  # one per step and one per epoch
 
 
@@ -146,6 +147,7 @@ class Loop:
                 self.state.best_score = -math.inf if score is None else score
                 self.state.best_epoch = epoch + 1
             self.state.epoch = epoch + 1
+            self.state.seconds += time.perf_counter() - started
             record = {"kind": "epoch", "epoch": epoch + 1, "step": self.state.step, "seconds": round(seconds, 2)}
             self.state.records.append(record | ({"validation": scores} if scores else {}))
             self.on_epoch(self.state, improved)
@@ -231,6 +233,14 @@ def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; an error that a worker process has met is raised as it was there, without its traceback as text."""
     try:
         yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise MachineError(
+            f"training: a process that reads data has ended ({' '.join(str(error).split())}); a script that calls "
+            "finetune() must do so below `if __name__ == '__main__':`, as every worker runs it; if it does, memory may "
+            "be short: data.workers=0 reads without workers"
+        ) from error
     except VfmsegError as error:
         text = str(error).rstrip()
         if not text.startswith("Caught "):

@@ -125,17 +125,23 @@ REGION_LOSSES = frozenset(name for name, loss in LOSSES.items() if loss.count ==
 
 
 def counts(labels: Tensor, class_weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """What divides the sums of labels (B, H, W): float64 scalars, to be added over batches and processes.
+    """What divides the sums of labels (B, H, W): scalars of type `exact`, to be added over batches and processes.
 
     `pixels`: labelled pixels, each counted with its class weight. `samples`: samples with any labelled pixel.
     """
     valid = labels != IGNORE
-    samples = valid.flatten(1).any(dim=1).sum().double()
+    kind = exact(labels.device)
+    samples = valid.flatten(1).any(dim=1).sum().to(kind)
     if class_weights is None:
-        return {"pixels": valid.sum().double(), "samples": samples}
-    weights = torch.tensor(class_weights, dtype=torch.float64, device=labels.device)
-    pixels = torch.bincount(labels[valid], minlength=len(weights)).double()  # by class
+        return {"pixels": valid.sum().to(kind), "samples": samples}
+    weights = torch.tensor(class_weights, dtype=kind, device=labels.device)
+    pixels = torch.bincount(labels[valid], minlength=len(weights)).to(kind)  # by class
     return {"pixels": (pixels * weights).sum(), "samples": samples}
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The type for counts on a device: float64, but Apple's GPUs know none; float32 counts 2**24 pixels exactly."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _prepare(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vfmseg.checkpoint import load_strictly, plain_tensors
@@ -14,11 +16,21 @@ from vfmseg.files import whole_file
 from vfmseg.loop import Loop, RunState
 
 
-def save_run(path: Path, loop: Loop, recipe_text: str) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """What a run stands on and the state does not hold: it must be the same where the run goes on."""
+
+    recipe: str  # what decides of it, as text
+    encoder: str  # SHA-256 of the tensors that were published
+    inputs: dict[str, Any]  # of each modality: bands, stored type and statistics of the training scenes
+    processes: int
+
+
+def save_run(path: Path, loop: Loop, origin: Origin) -> None:
     """Write everything a run needs to go on after this epoch: trained tensors, optimizer, scaler, records."""
     scaler = loop.accelerator.scaler
     content = {
-        "recipe": recipe_text,
+        "origin": asdict(origin),
         "model": plain_tensors(loop.model.trainable()),
         "optimizer": loop.optimizer.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -34,39 +46,52 @@ def save_run(path: Path, loop: Loop, recipe_text: str) -> None:
             ) from None
 
 
-def load_run(path: Path, loop: Loop, recipe_text: str) -> None:
-    """Put a run back to where `save_run` left it; a run of another recipe is refused."""
+def load_run(path: Path, loop: Loop, origin: Origin) -> None:
+    """Put a run back to where `save_run` left it; a run of another origin is refused."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several unrelated types for a damaged or a code-bearing file
         raise CheckpointError(f"{path}: not a readable run state ({type(error).__name__}: {error})") from None
     try:
-        _restore(path, loop, recipe_text, content)
+        _restore(path, loop, origin, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: not the state of a run ({type(error).__name__}: {error}); start anew with --overwrite"
         ) from None
 
 
-def _restore(path: Path, loop: Loop, recipe_text: str, content: dict[str, Any]) -> None:
-    changed = _changed_lines(content["recipe"], recipe_text)
+def _restore(path: Path, loop: Loop, origin: Origin, content: dict[str, Any]) -> None:
+    changed = next(_changes(Origin(**content["origin"]), origin), None)
     if changed:
-        raise CheckpointError(
-            f"{path}: the run was started with another recipe ({'; '.join(changed[:3])}); resume with the same "
-            "recipe, or start anew with --overwrite"
-        )
+        raise CheckpointError(f"{path}: {changed}; resume with the same, or start anew with --overwrite")
     state = RunState(**content["state"])
     if state.step != state.epoch * loop.steps_per_epoch:
         raise CheckpointError(
             f"{path}: {state.step} steps in {state.epoch} epochs, but now an epoch has {loop.steps_per_epoch} steps: "
-            "the training scenes or the number of processes have changed; resume with the same, or start anew with "
-            "--overwrite"
+            "the training scenes have changed; resume with the same, or start anew with --overwrite"
         )
     load_strictly(content["model"], loop.model.trainable(), path)
     loop.optimizer.load_state_dict(content["optimizer"])
     if content["scaler"] is not None and loop.accelerator.scaler is not None:
         loop.accelerator.scaler.load_state_dict(content["scaler"])
     loop.state = state
+
+
+def _changes(then: Origin, now: Origin) -> Iterator[str]:
+    """What is another than it was, as the beginning of a message."""
+    lines = _changed_lines(then.recipe, now.recipe)
+    if lines:
+        yield f"the run was started with another recipe ({'; '.join(lines[:3])})"
+    if then.encoder != now.encoder:
+        yield f"the run was started on an encoder with SHA-256 {then.encoder[:12]}..., now it is {now.encoder[:12]}..."
+    if then.processes != now.processes:
+        yield f"the run was started with {then.processes} processes, now there are {now.processes}"
+    for kind in ("bands", "dtypes"):
+        if then.inputs[kind] != now.inputs[kind]:
+            yield f"the training scenes had {kind} {then.inputs[kind]}, now they have {now.inputs[kind]}"
+    for name, values in now.inputs["statistics"].items():
+        if not np.allclose(then.inputs["statistics"][name], values, rtol=1e-5):  # another machine rounds otherwise
+            yield f"mean and std of the training scenes' {name} have changed: their pixels are not those of then"
 
 
 def _changed_lines(before: str, after: str) -> list[str]:

@@ -95,7 +95,8 @@ class SomeThirds(nn.Module):
 
 def save(wrapper: PeftModel, folder: Path) -> None:
     """Write peft's own two files; its README says nothing that the segmenter's does not."""
-    wrapper.save_pretrained(str(folder))
+    # peft would ask the hub whether the vocabulary has grown; an image encoder has none
+    wrapper.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -148,12 +149,17 @@ def _load(dataset: str, config: str | None, revision: str | None) -> tuple[dict[
     path = Path(dataset).expanduser()
     if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1):
         raise DataError(f"dataset {dataset} does not exist; expected a folder, a parquet file or an id on the hub")
+    if path.is_dir() and glob.has_magic(str(path)):
+        raise DataError(
+            f"dataset {dataset}: the library that reads it takes *, ? and [ in the name of a folder for a pattern; "
+            "rename the folder, or name its parquet file"
+        )
     known = os.path.realpath(path) if path.exists() else f"{dataset}@{config}@{revision}"
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         elif path.is_file():
-            loaded = datasets.load_dataset("parquet", data_files=str(path))["train"]
+            loaded = datasets.load_dataset("parquet", data_files=glob.escape(str(path)))["train"]
         else:
             name = str(path) if path.exists() else dataset
             loaded = datasets.load_dataset(name, name=config, revision=revision)

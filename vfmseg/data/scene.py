@@ -31,7 +31,10 @@ class SceneLike(Protocol):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Where it comes from: full paths, or rows of a published set. Two scenes that share one are the same place."""
+        """Where it comes from: full paths, or rows of a published set. Two scenes that share one are the same place.
+
+        Files of further modalities are not among them: one elevation model may lie under all scenes.
+        """
         ...
 
     def read(self, window: Window) -> dict[str, Chip]:
@@ -63,10 +66,11 @@ class FileScene:
         self.name = name
         self._rasters = dict(rasters)
         self._labels = labels
-        self.files = tuple(os.path.realpath(p) for r in rasters.values() for p in r.paths)
-        if os.path.realpath(labels.path) in self.files:
+        own = os.path.realpath(labels.path)
+        if any(os.path.realpath(path) == own for raster in rasters.values() for path in raster.paths):
             raise DataError(f"{labels.path}: is image and labels at once; expected the labels in a file of their own")
-        self.files += (os.path.realpath(labels.path),)
+        first = next(iter(rasters.values()), None)
+        self.files = (*(os.path.realpath(path) for path in (first.paths if first else ())), own)
         self.grid = self._common_grid()
         self._bands = {name: raster.count for name, raster in self._rasters.items()}
         self._dtypes = {name: raster.dtype for name, raster in self._rasters.items()}
@@ -86,6 +90,12 @@ class FileScene:
                 own = OPENED.use(raster).grid  # DataError if they share no ground
                 say_once(f"{name}: lies on another grid than {first_name}, and is resampled to it as it is read")
             _check_one_grid(first.paths[0], grid, raster.paths[0], own)
+        for name, raster in self._rasters.items():
+            if OPENED.use(raster).palette:
+                say_once(
+                    f"{name}: holds a colour table, and the numbers of its colours are taken as values; if colours are "
+                    "meant, `gdal_translate -expand rgb` makes bands of them"
+                )
         _check_one_grid(first.paths[0], grid, self._labels.path, OPENED.use(self._labels).grid)
         return grid
 

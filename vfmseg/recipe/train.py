@@ -88,6 +88,8 @@ class TrainSection(Section):
     """Largest norm of the gradient; 0 switches clipping off."""
     gradient_checkpointing: Flag = False
     """Less memory for more time in the encoder."""
+    track: Literal["none", "tensorboard"] = "none"
+    """Curves beside metrics.jsonl; tensorboard: in output_dir/tensorboard, needs pip install 'vfmseg[track]'."""
     optimizer: OptimizerSection = OptimizerSection()
     augment: AugmentSection = AugmentSection()
 

@@ -17,8 +17,14 @@ class Ranges(SimpleHTTPRequestHandler):
     """Answers with the bytes asked for; /served tells how many bytes of files it has sent."""
 
     served = 0
+    asked = 0
+    refused = 0  # number of the request that is answered by 503: the server is busy
 
     def do_GET(self) -> None:
+        Ranges.asked += 1
+        if Ranges.asked == Ranges.refused:
+            self.send_error(503)
+            return
         path = Path(self.translate_path(self.path))
         if self.path == "/served":
             content = str(Ranges.served).encode()
@@ -44,6 +50,7 @@ class Ranges(SimpleHTTPRequestHandler):
 
 
 if __name__ == "__main__":
+    Ranges.refused = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=sys.argv[1])) as server:
         print(server.server_port, flush=True)
         server.serve_forever()

@@ -473,6 +473,32 @@ def server(tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
             process.kill()
 
 
+@pytest.mark.parametrize("retries", [None, "0"])
+def test_p62_a_server_that_was_busy_is_asked_again(
+    tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch, retries: str | None
+) -> None:
+    """Unless the user's own settings say otherwise."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    if retries is not None:
+        monkeypatch.setenv("GDAL_HTTP_MAX_RETRY", retries)
+    shutil.copy(plain, tmp_path / "busy.tif")
+    words = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path), "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process, Raster(str(plain)) as local:
+        try:
+            assert process.stdout is not None
+            address = f"/vsicurl/http://127.0.0.1:{int(process.stdout.readline())}/busy.tif"
+            with Raster(address) as raster:
+                if retries is None:
+                    part = Window(10, 20, 30, 40)
+                    np.testing.assert_array_equal(raster.read(part).pixels, local.read(part).pixels)
+                else:
+                    with pytest.raises(DataError, match=r"busy\.tif: cannot be opened"):
+                        _ = raster.grid
+        finally:
+            process.kill()
+
+
 def test_a_file_behind_a_server_is_labelled_as_the_plain_file(server: str, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(labels_of(f"/vsicurl/{server}/scene.tif"), expected)
 

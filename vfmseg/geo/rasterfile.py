@@ -37,10 +37,10 @@ _OPTIONS: dict[str, Any] = {
 }
 
 _SERVERS = {
-    "GDAL_HTTP_MAX_RETRY": "5",  # of what is worth it (429, 500, 502, 503, 504), each time after twice as long
+    "GDAL_HTTP_MAX_RETRY": "4",  # of what is worth it (429, 500, 502, 503, 504), each time after twice as long
     "GDAL_HTTP_RETRY_DELAY": "1",
     "GDAL_HTTP_CONNECTTIMEOUT": "30",
-    "GDAL_HTTP_LOW_SPEED_TIME": "60",  # a server that has said nothing for a minute will not
+    "GDAL_HTTP_LOW_SPEED_TIME": "30",  # seconds of silence that are as good as an error
     "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
 }
 """For files behind a server, unless the environment says otherwise: GDAL alone would neither retry nor ever give up."""

@@ -67,7 +67,7 @@ class Seam:
         self._parts: dict[int, list[Any]] = {}  # of each open polygon; its number is that of one of its parts
         self._ids: dict[int, int] = {}
         self._parent: dict[int, int] = {}  # union-find: the number a joined polygon goes by now
-        self._owner = np.full(width, -1)  # the open polygon of each pixel of the last row; -1 without
+        self._owner: np.ndarray = np.full(width, -1)  # the open polygon of each pixel of the last row; -1 without
         self._next = 0
 
     def add(self, band: Iterable[Pieces], top: int, bottom: int) -> Iterator[Pieces]:

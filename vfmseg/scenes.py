@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+import numpy as np
+
 from vfmseg.data.split import (
     SceneLike,
     disjoint,
@@ -145,7 +147,7 @@ def _tell_shared_ground(splits: Mapping[str, Sequence[SceneLike]]) -> None:
             shares, which = ground_shared([s.grid for s in scenes], [s.grid for s in splits[other]])
             found = int((shares > SHARED).sum())
             if found:
-                worst = int(shares.argmax())
+                worst = int(np.argmax(shares))
                 say_once(
                     f"data.{split}: {found} of {len(scenes)} scenes lie on ground of data.{other} (most of all "
                     f"{scenes[worst].name}: {shares[worst]:.0%} is in {splits[other][which[worst]].name}); scores "

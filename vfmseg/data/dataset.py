@@ -90,7 +90,7 @@ class TrainingWindows(Dataset[Sample]):
             if left and not (labels != IGNORE).any():
                 continue  # the images need not be read to know
             chips = scene.read(window)
-            seen = np.logical_and.reduce([chip.valid for chip in chips.values()])
+            seen = np.all([chip.valid for chip in chips.values()], axis=0)
             if not left or (seen & (labels != IGNORE)).any():
                 break
         return chips, labels

@@ -165,7 +165,7 @@ def require_labels(scenes: Sequence[SceneLike], split: str, classes: int) -> lis
             counts += np.bincount(labels[labelled], minlength=classes)
             if not seen and labelled.any():
                 chips = scene.read(window).values()
-                seen = bool(np.logical_and.reduce([labelled, *(chip.valid for chip in chips)]).any())
+                seen = bool(np.all([labelled, *(chip.valid for chip in chips)], axis=0).any())
     if not counts.any():
         raise DataError(
             f"data.{split}: every pixel of its {len(scenes)} scenes is ignored (ignore_index or nodata); expected some "

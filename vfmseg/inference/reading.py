@@ -189,7 +189,7 @@ class Rows:
         """Bool (h, w): valid in every modality; False beyond the scene."""
         valid = np.zeros(window.shape, dtype=bool)
         for chunk, here, there in self._overlaps(window):
-            valid[here] = np.logical_and.reduce([mask[there] for mask in chunk.valid.values()])
+            valid[here] = np.all([mask[there] for mask in chunk.valid.values()], axis=0)
         return valid
 
     def copy(self, window: Window, pixels: dict[str, np.ndarray], valid: dict[str, np.ndarray]) -> None:

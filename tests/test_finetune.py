@@ -583,6 +583,18 @@ def test_p60_fp16_without_a_gpu_is_refused(data: Path, encoders: dict[str, Path]
     assert not (tmp_path / "run").exists()
 
 
+def test_p60_fp16_is_refused_where_accelerate_uses_the_cpu(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is there, but `accelerate config` says otherwise."""
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    content["train"]["precision"] = "fp16"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(MachineError, match="accelerate is configured to use the CPU"):
+        run(tmp_path, content)
+
+
 def test_p60_bf16_run_is_finite_and_close(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["train"] |= {"precision": "bf16", "epochs": 1}

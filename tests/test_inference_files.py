@@ -205,6 +205,15 @@ def test_p62_a_folder_that_cannot_be_made_is_named(scene: Path, tmp_path: Path) 
             label(scene, tmp_path / folder / "labels.tif")
 
 
+def test_p62_a_process_that_does_not_see_the_pieces_says_so(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, whose disk is not that of the first process."""
+    monkeypatch.setattr("vfmseg.inference.job.meet", lambda: None)
+    with pytest.raises(MachineError, match="on a disk that they share"):
+        label(scene, tmp_path / "labels.tif", rank=1, ranks=2)
+
+
 def test_p37_an_error_says_that_pieces_are_kept(scene: Path, tmp_path: Path) -> None:
     target = tmp_path / "labels.tif"
     with pytest.raises(MachineError, match=r"(?s)no room.*\d+ of \d+ pieces are done and kept: go on with --resume"):

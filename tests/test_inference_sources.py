@@ -24,11 +24,12 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform
 from torch import Tensor
 
-from vfmseg.errors import DataError
+from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo import warp as warp_module
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
+from vfmseg.geo.rasterfile import _damage
 from vfmseg.geo.reader import Bands, Chip, Raster
 from vfmseg.geo.writer import MapWriter
 from vfmseg.inference.contracts import Area, Model
@@ -471,6 +472,24 @@ def server(tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
             yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("path", "remote"),
+    [
+        ("https://host/a.tif", True),
+        ("s3://bucket/a.tif", True),
+        ("/vsicurl/https://host/a.tif", True),
+        ("/vsizip//vsis3/bucket/a.zip/a.tif", True),
+        ("/vsizip/a.zip/a.tif", False),
+        ("/vsimem/a.tif", False),
+        ("data/vsis3.tif", False),
+    ],
+)
+def test_p62_what_a_server_did_not_send_is_not_called_damaged_alone(path: str, remote: bool) -> None:
+    with pytest.raises(DamagedError) as caught, _damage(path, Window(0, 0, 1, 1)):
+        raise rasterio.errors.RasterioIOError("nothing came")
+    assert ("the server did not answer" in str(caught.value)) is remote
 
 
 @pytest.mark.parametrize("retries", [None, "0"])

@@ -45,13 +45,13 @@ _SERVERS = {
 }
 """For files behind a server, unless the environment says otherwise: GDAL alone would neither retry nor ever give up."""
 
-_REMOTE = re.compile(r"://|/vsi(?:curl|s3|gs|az|adls|oss|swift|hdfs|webhdfs)")
+_REMOTE = re.compile(r"://|/vsi(?:curl|s3|gs|az|adls|oss|swift|hdfs|webhdfs)(?:_streaming)?/")
 
 _NO_PIXELS = (".aux.xml", ".ovr")
 """Files that GIS programs put beside a raster when they show it."""
 
 _HIGHEST = 1024
-"""Rows of a tile's block that are read at a time; of a higher one it is cheaper to decode it again than to keep it."""
+"""Most rows that count as a block of a mosaic: whole blocks are read ahead, and one may be as high as a tile."""
 
 _warnings_lock = threading.Lock()  # Python's warning filters belong to the process, not to a thread
 

@@ -85,7 +85,7 @@ class Raster:
 
     @property
     def infos(self) -> dict[str, FileInfo]:
-        """{path: what the file says of itself}, such as the tiles of a VRT."""
+        """{path: what the file says of itself}."""
         return {file.path: file.info for file in self._files}
 
     @property

@@ -198,10 +198,10 @@ def test_the_patterns_find_what_they_are_for(kind: str, text: str, hit: bool) ->
 
 
 def test_the_list_of_pitfalls_and_the_names_of_the_tests_agree() -> None:
-    listed = re.findall(r"^\| ([PC]\d+) \|", (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(r"^\| ([PCF]\d+) \|", (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(listed) == len(set(listed))
     names = [n for path in (ROOT / "tests").glob("test_*.py") for n in re.findall(r"def (test_\w+)", path.read_text())]
-    tested = {part.upper() for name in names for part in name.split("_") if re.fullmatch(r"[pc]\d+", part)}
+    tested = {part.upper() for name in names for part in name.split("_") if re.fullmatch(r"[pcf]\d+", part)}
     assert sorted(set(listed) ^ tested) == []
 
 

@@ -290,6 +290,53 @@ def test_p63_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter:
     segmenter.predict(tile, output=tmp_path / "labels.tif", overwrite=True)
 
 
+def test_f12_no_file_below_a_scene_is_replaced_however_it_is_named(
+    place: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    image = toy_scene(1, 70, 50)[0]
+    tile = write_raster(tmp_path / "tile.tif", image)
+    package = tmp_path / "scene.gpkg"
+    rasterio.shutil.copy(tile, package, driver="GPKG")
+    inside = f"GPKG:{package}:scene"
+    rasterio.shutil.copy(inside, tmp_path / "over.vrt", driver="VRT")
+    os.link(tile, tmp_path / "link.tif")
+    (tmp_path / "soft.tif").symlink_to(tile)
+    pieces = write_raster(tmp_path / ".far.tif.parts" / "labels_000_00000.tif", image)
+    sidecar = tmp_path / "map.tif.ovr"
+    sidecar.write_bytes(tile.read_bytes())
+    text = (tmp_path / "over.vrt").read_text()
+    kept = [tile, package, pieces, sidecar]
+    before = [path.read_bytes() for path in kept]
+    refused: list[tuple[str, str, str | None]] = [
+        (inside, "scene.tif", ".gpkg"),
+        (str(tmp_path / "over.vrt"), "scene.tif", ".gpkg"),
+        (text.replace('"1">GPKG:scene.gpkg', f'"0">GPKG:{package}'), "scene.tif", ".gpkg"),
+        (f"vrt://{tile}?bands=1,2,3", "tile.tif", None),
+        (f"GTIFF_DIR:1:{tile}", "link.tif", None),
+        (str(tile), "soft.tif", None),
+        (str(pieces), "far.tif", None),
+        (str(sidecar), "map.tif", None),
+    ]
+    for scene, target, suffix in refused:
+        with pytest.raises(DataError, match="is the scene itself, or a part of it|its pieces are kept in"):
+            predict(segmenter, scene, {}, tmp_path / target, How(), Wanted(polygons=suffix, overwrite=True))
+    assert [path.read_bytes() for path in kept] == before
+
+
+def test_f12_a_list_replaces_no_part_of_another_of_its_scenes(
+    place: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    tile = write_raster(tmp_path / "out" / "a.tif", toy_scene(1, 70, 50)[0])
+    rasterio.shutil.copy(tile, tmp_path / "mosaic.vrt", driver="VRT")
+    first = write_raster(tmp_path / "a.tif", toy_scene(2, 70, 50)[0])
+    before = tile.read_bytes()
+    with pytest.raises(DataError, match=r"out/a\.tif: is the scene itself, or a part of it"):
+        predict(
+            segmenter, [str(first), str(tmp_path / "mosaic.vrt")], {}, tmp_path / "out", How(), Wanted(overwrite=True)
+        )
+    assert tile.read_bytes() == before
+
+
 def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     label(segmenter, place / "scene.tif", tmp_path / "labels.tif")
     (tmp_path / ".labels.tif.parts").mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vfmseg.errors import CheckpointError, DataError
+from vfmseg.paths import SIDECARS, elsewhere, files_behind
 
 
 def _flush(path: Path) -> None:
@@ -38,7 +39,7 @@ def require_own(target: Path, mark: str) -> None:
 
 def local_path(output: str | Path) -> Path:
     """Where something is written: on a disk of this machine (DataError for an address or a path of GDAL's own)."""
-    if "://" in str(output) or str(output).startswith("/vsi"):
+    if elsewhere(str(output)):
         raise DataError(f"{output}: labels are written to a disk of this machine; name a local path, and copy it then")
     return Path(os.path.expanduser(output))
 
@@ -49,20 +50,43 @@ def require_new(target: Path) -> None:
         raise DataError(f"{target}: exists already; choose another name, or allow overwriting (--overwrite)")
 
 
-def check_label_file(target: Path, inputs: Iterable[str]) -> None:
-    """Labels are a GeoTIFF and are called one; they never replace the imagery that they are made from (DataError)."""
+def check_label_file(target: Path) -> None:
+    """Labels are a GeoTIFF and are called one (DataError)."""
     if target.is_dir():
         raise DataError(f"{target}: is a folder; expected the name of a GeoTIFF to write")
     if target.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"{target}: labels are written as a GeoTIFF; name it {target.with_suffix('.tif').name}")
-    never_an_input(target, inputs)
 
 
-def never_an_input(target: Path, inputs: Iterable[str]) -> None:
-    """DataError if `target` is one of the files that a scene is read from."""
-    for path in inputs:
-        if target.exists() and os.path.exists(path) and os.path.samefile(target, path):
-            raise DataError(f"{target}: is the scene itself, or a part of it, and would be lost; choose another output")
+def never_an_input(written: Iterable[Path], inputs: Iterable[str]) -> None:
+    """DataError if one of the files that are written is, replaces or removes one that an input is read from.
+
+    `inputs`: names of all files that are read, as GDAL is given them. Files are told by what they are on the disk, so
+    links, other spellings and data sets inside a file are known. With a map its sidecars go, and the pieces and
+    temporary files that are kept beside it under a name that begins with a dot and its own.
+    """
+    read = [file for name in inputs for file in files_behind(name)]
+    known = {_identity(file) for file in read}
+    for target in written:
+        for path in (target, *(target.with_name(target.name + suffix) for suffix in SIDECARS)):
+            if path.exists() and _identity(path) in known:
+                raise DataError(
+                    f"{path}: is the scene itself, or a part of it (or is the area of interest), and would be lost; "
+                    "choose another output"
+                )
+        aside = os.path.join(os.path.realpath(target.parent), f".{target.name}.")
+        for file in read:
+            if os.path.realpath(file).startswith(aside):
+                raise DataError(
+                    f"{target}: its pieces are kept in {aside}..., where {file} lies, which the scene is read from; "
+                    "choose another output"
+                )
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    """What tells a file of this disk, whatever it is called."""
+    facts = os.stat(path)
+    return facts.st_dev, facts.st_ino
 
 
 @contextlib.contextmanager

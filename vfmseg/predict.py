@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.files import local_path, never_an_input, require_new
 from vfmseg.geo.polygons import check_place, check_polygons, is_ours, write_polygons
-from vfmseg.geo.rasterfile import RasterFile
+from vfmseg.geo.rasterfile import RasterFile, files_of
 from vfmseg.how import How
 from vfmseg.inference.contracts import WAITING, Report, Tick
 from vfmseg.inference.job import Job, targets_of
 from vfmseg.inference.ranks import gather, joined
+from vfmseg.inference.shards import pieces_folder
 from vfmseg.inference.worklist import targets_for
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.segmenter import Segmenter
@@ -72,8 +73,10 @@ def predict(
         if others:
             raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
         jobs = list(zip(scene, targets_for(scene, output, wanted.extras), strict=True))
-        _require_new([target for _, target in jobs], wanted)
-    vectors = [_vector_of(target, [path, *others.values()], wanted) for path, target in jobs]
+    if wanted.polygons is not None and not wanted.polygons.startswith("."):
+        raise RecipeError(f"--polygons {wanted.polygons}: expected a suffix with its dot, such as .gpkg")
+    _spare_inputs(jobs, others, wanted)
+    vectors = [_vector_of(target, wanted) for _, target in jobs]
 
     def one(number: int, rank: int, ranks: int) -> dict[str, Any]:
         path, target = jobs[number]
@@ -83,12 +86,23 @@ def predict(
         return _shared(one, [path for path, _ in jobs], rank, ranks)
 
 
-def _require_new(targets: Sequence[Path], wanted: Wanted) -> None:
-    """Find what exists already before the first of many scenes is labelled, not in the middle of the list."""
-    if not wanted.resume and not wanted.overwrite:
-        for target in targets:
-            for file in targets_of(target, ("labels", *wanted.extras)).values():
-                require_new(file)
+def _spare_inputs(jobs: Sequence[tuple[str, Path]], others: Mapping[str, str], wanted: Wanted) -> None:
+    """DataError if what is written for one scene would replace a file that any of them is read from.
+
+    Asked before the first of many scenes is labelled, as is what exists already; nothing is opened where nothing is
+    there to be replaced.
+    """
+    maps = [file for _, target in jobs for file in targets_of(target, ("labels", *wanted.extras)).values()]
+    vectors = [target.with_suffix(wanted.polygons) for _, target in jobs] if wanted.polygons else []
+    inputs = [*(path for path, _ in jobs), *others.values()]
+    if any(file.exists() or pieces_folder(file).exists() for file in [*maps, *vectors]):
+        inputs = [file for path in inputs for file in files_of(path)]
+    if isinstance(wanted.area, str):
+        inputs.append(wanted.area)
+    never_an_input([*maps, *vectors], inputs)
+    if len(jobs) > 1 and not wanted.resume and not wanted.overwrite:
+        for file in maps:
+            require_new(file)
 
 
 def _shared(
@@ -124,17 +138,12 @@ def _united(parts: Sequence[Mapping[K, V]]) -> dict[K, V]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _vector_of(target: Path, inputs: Sequence[str], wanted: Wanted) -> Path | None:
+def _vector_of(target: Path, wanted: Wanted) -> Path | None:
     """Where the polygons go. What would stop them is found before hours of labelling, not after."""
     if wanted.polygons is None:
         return None
-    if not wanted.polygons.startswith("."):
-        raise RecipeError(f"--polygons {wanted.polygons}: expected a suffix with its dot, such as .gpkg")
     vector = target.with_suffix(wanted.polygons)
     check_polygons(vector, wanted.min_area, wanted.simplify)
-    never_an_input(vector, inputs)  # a GeoPackage may hold a raster
-    if isinstance(wanted.area, str) and vector.resolve() == Path(wanted.area).resolve():
-        raise RecipeError(f"{vector}: is the area of interest, which the polygons would replace; choose another output")
     if not wanted.overwrite and not (wanted.resume and target.exists() and vector.is_file() and is_ours(vector)):
         require_new(vector)
     return vector

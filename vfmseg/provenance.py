@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from vfmseg.geo.reader import Raster
 from vfmseg.how import Settled
 from vfmseg.inference.job import Job
 from vfmseg.inference.sources import OpenScene
+from vfmseg.paths import files_behind
 from vfmseg.recipe import Recipe
 
 WORK_TAG = "vfmseg_work"
@@ -113,12 +113,11 @@ def _short(*parts: str) -> str:
 def _stamp(path: str) -> str:
     """A path with size and time, by which another file under the same name is told.
 
-    Of a path that GDAL alone knows, those of the file that it leads into (`/vsizip/FILE/...`), if there is one here.
+    Of a name that GDAL alone knows, those of the file that it leads into (`/vsizip/FILE/...`), if there is one here.
     """
-    inside = Path(re.sub(r"^(/vsi\w+/)+", "", path))
-    file = next((place for place in (inside, *inside.parents) if place.is_file()), None)
+    file = next(iter(files_behind(path)), None)
     if file is None:
         return path
-    facts = file.stat()
-    name = os.path.realpath(path) if file == Path(path) else path
+    facts = os.stat(file)
+    name = os.path.realpath(path) if file == path else path
     return f"{name} ({facts.st_size} bytes, {facts.st_mtime_ns})"

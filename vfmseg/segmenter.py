@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vfmseg.checkpoint import Loaded, load_segmenter, segmenter_folder
 from vfmseg.errors import CheckpointError, DataError, RecipeError
-from vfmseg.files import check_label_file, local_path, require_new
+from vfmseg.files import check_label_file, local_path, never_an_input, require_new
 from vfmseg.geo.area import read_area
 from vfmseg.geo.compression import check_compression
 from vfmseg.geo.layer import label_type
@@ -181,7 +181,8 @@ class Segmenter:
         try:
             files = targets_of(target, ("labels", *extras))
             for file in files.values():
-                check_label_file(file, scenes[0].files())
+                check_label_file(file)
+            never_an_input(files.values(), [*scenes[0].files(), *([str(area)] if isinstance(area, str | Path) else [])])
             unreadable = Unreadable()
             products = Products(self.ids, tuple(extras), settled.logits)
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)

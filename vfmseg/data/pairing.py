@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vfmseg.errors import DataError
+from vfmseg.paths import elsewhere, files_behind
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img")
 """What is picked up from a folder that is named without a pattern."""
@@ -58,8 +59,12 @@ def find(entries: str | Sequence[str], place: str) -> list[Found]:
 
 
 def _find_one(entry: str, place: str) -> list[Found]:
-    if entry.startswith("/vsi") or "://" in entry or os.path.isfile(entry):
+    if elsewhere(entry) or os.path.isfile(entry):
         return [Found(entry, Path(entry).stem, Path(entry).stem, literal=True)]
+    if files_behind(entry):  # a data set inside a file: GPKG:FILE:TABLE
+        file = files_behind(entry)[0]
+        inside = entry.partition(file)[2].strip(':"/')
+        return [Found(entry, Path(file).stem, inside or Path(file).stem, literal=True)]
     if os.path.isdir(entry):
         names = [name for name in sorted(os.listdir(entry)) if _is_listed(entry, name)]
         if not names:

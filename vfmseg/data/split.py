@@ -18,6 +18,7 @@ from vfmseg.errors import DataError, nearest
 from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
 from vfmseg.geo.reader import Bands, Raster
+from vfmseg.paths import elsewhere, files_behind, made_absolute
 
 __all__ = [
     "FileScene",
@@ -125,9 +126,9 @@ def _table_path(table: Path, columns: Sequence[str], row: Mapping[str, str], how
                 f"{nearest((unknown or [how])[0], columns)}"
             )
         named = how.format_map(row)
-    if named.startswith("/vsi") or "://" in named:
-        return named
     path = table.parent / named
+    if named and not os.path.exists(path) and (elsewhere(named) or files_behind(named, str(table.parent))):
+        return made_absolute(named, str(table.parent))
     if not named or not os.path.exists(path):
         raise DataError(f"{place}: {how!r} names {str(path)!r}, which does not exist; correct the table or the path")
     return str(path)

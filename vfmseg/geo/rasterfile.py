@@ -26,6 +26,7 @@ from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo.grid import Grid, Window
+from vfmseg.paths import elsewhere, files_behind
 
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 """What rasterio raises when GDAL fails: in some functions GDAL's own error, which is none of rasterio's."""
@@ -229,7 +230,7 @@ def is_remote(path: str) -> bool:
 
 
 def _why_not_opened(path: str, error: Exception) -> str:
-    if "://" in path or path.startswith("/vsi"):
+    if elsewhere(path) or files_behind(path) not in ([], [path]):  # a data set inside a file, or a file in an archive
         return f"{path}: cannot be opened ({error})"
     if not os.path.exists(path):
         return f"{path}: there is no such file; check the path"
@@ -264,7 +265,7 @@ def _describe(dataset: Any, path: str) -> FileInfo:
 
 def _block(dataset: Any, others: Sequence[str]) -> tuple[int, int]:
     """Rows and columns that are decoded at a time; of a VRT its first tile's, as its own are those of no file."""
-    first = next((file for file in others if not file.lower().endswith(".vrt")), None)
+    first = next((file for file in others if not _is_mosaic(file)), None)
     if dataset.driver == "VRT" and first is not None:
         with contextlib.suppress(RasterioError), open_dataset(first) as tile:
             rows, cols = tile.block_shapes[0]
@@ -275,7 +276,7 @@ def _block(dataset: Any, others: Sequence[str]) -> tuple[int, int]:
 def _belonging(dataset: Any) -> set[str]:
     """Every file that a data set is read from. GDAL names the tiles of a VRT, but not those of a VRT among them."""
     found = set(dataset.files)
-    unseen = {file for file in found if file.lower().endswith(".vrt") and file != dataset.name}
+    unseen = {file for file in found - {dataset.name} if _is_mosaic(file)}
     while unseen:
         try:
             with open_dataset(unseen.pop()) as inner:
@@ -283,8 +284,25 @@ def _belonging(dataset: Any) -> set[str]:
         except RasterioError:  # whoever reads it will say so
             continue
         found |= new
-        unseen |= {file for file in new if file.lower().endswith(".vrt")}
+        unseen |= {file for file in new if _is_mosaic(file)}
     return found
+
+
+def _is_mosaic(file: str) -> bool:
+    """Whether a file is a VRT: by its content, as GDAL tells it, or by the name of one that is not on this disk."""
+    try:
+        with open(file, "rb") as start:
+            return start.read(64).lstrip().startswith(b"<VRTDataset")
+    except OSError:
+        return file.lower().endswith(".vrt")
+
+
+def files_of(path: str) -> list[str]:
+    """Every file that a raster is read from, the tiles of a VRT among them; of one that cannot be opened its name."""
+    try:
+        return [path, *RasterFile(path).info.others]
+    except DataError:
+        return [path]
 
 
 def _crs_text(crs: CRS | None, path: str) -> str | None:

@@ -27,12 +27,10 @@ from vfmseg.geo.compression import check_compression, cog_options, geotiff_optio
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset, rasterio_window
+from vfmseg.paths import SIDECARS, elsewhere
 
 BLOCK = 256
 """Height and width of the GeoTIFF's tiles in pixels; rows are collected until a row of tiles is full."""
-
-_SIDECARS = (".aux.xml", ".ovr", ".msk")
-"""What GIS programs keep beside a raster; of an overwritten map they would show the old pixels."""
 
 
 class MapWriter:
@@ -52,7 +50,7 @@ class MapWriter:
         cog: bool = False,
         compress: str = "deflate",
     ) -> None:
-        if os.fspath(path).startswith("/vsi") or "://" in os.fspath(path):  # Path would make folders of these names
+        if elsewhere(os.fspath(path)):  # Path would make folders of these names
             raise DataError(f"{os.fspath(path)}: maps are written to this machine's disks only; choose a path there")
         self.path = Path(path)
         if self.path.is_dir():
@@ -177,7 +175,7 @@ class MapWriter:
                     self._optimise()
             _sync(self._partial)
             self._check()
-            for suffix in _SIDECARS:
+            for suffix in SIDECARS:
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
             os.replace(self._partial, self.path)
             if os.name == "posix":

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import ValidationInfo as Info
 from pydantic_core import PydanticCustomError
 
+from vfmseg.paths import elsewhere, files_behind, made_absolute
+
 # Numbers are taken as written: `true` is no number, "8" no whole number, 3.5 no number of epochs.
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -67,17 +69,21 @@ def recipe_folder(info: Info) -> Path | None:
 
 
 def beside_recipe(text: str, base: Path | None, glob: bool = False) -> str:
-    """An absolute path for a relative one; what GDAL reads from elsewhere (`/vsizip/`, `https://`) stays as it is.
+    """An absolute path for a relative one; an address (`https://...`) stays as it is.
 
     A glob stays a glob: characters of the recipe's own folder that it would interpret are escaped. A file of just
-    that name is none, also if the name holds brackets.
+    that name is none, also if the name holds brackets. Of a data set inside a file the file starts from there.
     """
-    if base is None or "://" in text or text.startswith("/vsi"):
+    if base is None:
         return text
+    if elsewhere(text):
+        return made_absolute(text, str(base))
     text = os.path.expanduser(text)
     if os.path.isabs(text):
         return text
     path = os.path.normpath(base / text)
+    if not os.path.exists(path) and files_behind(text, str(base)):
+        return made_absolute(text, str(base))
     if glob and has_magic(text) and not os.path.exists(path):
         return os.path.normpath(os.path.join(escape(str(base)), text))
     return path

@@ -1,0 +1,55 @@
+"""What a name given to GDAL leads to on this disk: a file, a data set inside one, or a file inside an archive."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+SIDECARS = (".aux.xml", ".ovr", ".msk")
+"""What GIS programs keep beside a raster, under its name; of an overwritten map they would show the old pixels."""
+
+_STARTS = re.compile(r"""/vsi\w+/|://|[:"'{=,|]""")  # behind each of these a path may begin
+_ENDS = re.compile(r"""[:"'}?&!,|]""")  # before each of these a path may end
+
+
+def elsewhere(name: str) -> bool:
+    """Whether a name is GDAL's own or an address (`/vsizip/...`, `https://...`), and no plain path of this disk."""
+    return "://" in name or name.startswith("/vsi")
+
+
+def files_behind(name: str, folder: str = "") -> list[str]:
+    """Files of this disk that a name leads into: `a.gpkg` for `GPKG:a.gpkg:ortho`, `a.zip` for `/vsizip/a.zip/b.tif`.
+
+    Relative ones start from `folder`. Told by what is there and not by the many ways in which GDAL writes names: each
+    part of the name that is a file counts, so the list may hold a file too many, but none too few.
+    """
+    return list(dict.fromkeys(path for path, _, _ in _found(name, folder)))
+
+
+def made_absolute(name: str, folder: str) -> str:
+    """The same name with the file in it, if it is one beside `folder`, written as an absolute path.
+
+    `GPKG:s.gpkg:ortho` becomes `GPKG:/data/s.gpkg:ortho`. A name in which no file is found stays as it is.
+    """
+    for path, start, end in _found(name, folder):
+        return name[:start] + os.path.abspath(path) + name[end:]
+    return name
+
+
+def _found(name: str, folder: str) -> Iterator[tuple[str, int, int]]:
+    """(file, where it starts and ends in the name)."""
+    if os.path.isfile(os.path.join(folder, name)):
+        yield os.path.join(folder, name), 0, len(name)
+        return
+    if len(name) > 4096:  # XML instead of a name: the files in it are told by GDAL
+        return
+    for start in sorted({0, *(hit.end() for hit in _STARTS.finditer(name))}):
+        for end in sorted({len(name), *(hit.start() for hit in _ENDS.finditer(name, start))}, reverse=True):
+            part = name[start:end]
+            while part.strip("/."):
+                path = os.path.join(folder, part)
+                if os.path.isfile(path):
+                    yield path, start, start + len(part)
+                    break
+                part = os.path.dirname(part) if os.path.dirname(part) != part else ""

@@ -318,7 +318,7 @@ def test_f12_no_file_below_a_scene_is_replaced_however_it_is_named(
         (str(sidecar), "map.tif", None),
     ]
     for scene, target, suffix in refused:
-        with pytest.raises(DataError, match="is the scene itself, or a part of it|its pieces are kept in"):
+        with pytest.raises(DataError, match=r"is the scene itself, or a part of it|its pieces are kept in"):
             predict(segmenter, scene, {}, tmp_path / target, How(), Wanted(polygons=suffix, overwrite=True))
     assert [path.read_bytes() for path in kept] == before
 

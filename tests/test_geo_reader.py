@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import write_raster
 from rasterio.crs import CRS
+from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 
@@ -177,7 +178,9 @@ def test_p26_a_nodata_value_in_any_band_hides_the_pixel(tmp_path: Path, dtype: s
     array[:, 4, 5] = value
     path = write(tmp_path / "a.tif", array, nodata=value if said_by == "file" else None)
     _, valid = read_all(path, Bands(scale=0.5, offset=1, nodata=value if said_by == "recipe" else None))
-    assert spots(valid) == [(2, 3), (4, 5)]
+    # an unsigned number may be a measurement, so the file's value hides where all bands hold it, as GDAL's masks say
+    alone = said_by == "recipe" or not dtype.startswith("u")
+    assert spots(valid) == ([(2, 3), (4, 5)] if alone else [(4, 5)])
 
 
 @pytest.mark.parametrize("said_by", ["file", "recipe"])
@@ -209,6 +212,7 @@ def test_p26_every_band_has_its_own_nodata_value(tmp_path: Path) -> None:
     array = np.full((2, 4, 5), 9, dtype=np.uint8)
     array[0, 0, 0] = array[1, 1, 1] = 7
     array[0, 2, 2] = array[1, 3, 3] = 8
+    array[:, 2, 4] = 7, 8
     write(tmp_path / "a.tif", array)
     bands = "".join(
         f'<VRTRasterBand dataType="Byte" band="{band}"><NoDataValue>{nodata}</NoDataValue><SimpleSource>'
@@ -218,8 +222,8 @@ def test_p26_every_band_has_its_own_nodata_value(tmp_path: Path) -> None:
     )
     path = tmp_path / "a.vrt"
     path.write_text(f'<VRTDataset rasterXSize="5" rasterYSize="4">{bands}</VRTDataset>')
-    assert spots(read_all(path)[1]) == [(0, 0), (3, 3)]
-    assert spots(read_all(path, Bands((2,)))[1]) == [(3, 3)]
+    assert spots(read_all(path)[1]) == [(2, 4)]
+    assert spots(read_all(path, Bands((2,)))[1]) == [(2, 4), (3, 3)]
 
 
 @pytest.mark.parametrize("value", [-9999.0, 255.5, float("nan"), float("inf")])
@@ -274,7 +278,8 @@ def test_p26_a_fourth_band_asked_for_by_number_is_data_though_the_file_calls_it_
     array = noise(4)
     array[3, 2, 3] = 0
     path = write(tmp_path / "rgbn.tif", array)
-    assert Raster(path).count == 3  # so it is marked as alpha
+    with rasterio.open(path) as dataset:
+        assert dataset.colorinterp[3] == ColorInterp.alpha
     pixels, valid = read_all(path, Bands((1, 2, 3, 4)))
     assert valid.all()
     np.testing.assert_array_equal(pixels, array)
@@ -327,11 +332,12 @@ def test_p26_mask_band_nodata_and_nan_add_up(tmp_path: Path) -> None:
 
 def test_files_are_stacked_and_bands_count_through_them(tmp_path: Path) -> None:
     first, second = noise(3), noise(2, dtype="uint16") + 300
+    first[:, 4, 5], second[:, 4, 5] = 7, 309
     paths = [
         write(tmp_path / "a.tif", first, nodata=7, **PLACE),
-        write(tmp_path / "b.tif", second, nodata=300 + 9, **PLACE),
+        write(tmp_path / "b.tif", second, nodata=309, **PLACE),
     ]
-    hidden = (first == 7).any(axis=0) | (second == 309).any(axis=0)
+    hidden = (first == 7).all(axis=0) & (second == 309).all(axis=0)
     assert hidden.any()
     assert not hidden.all()
     both = np.concatenate([first, second]).astype(np.float32)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder_from_config
 from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.files import require_own, whole_folder
+from vfmseg.geo.said import BandSaid
 from vfmseg.model import (
     InputFacts,
     SegmentationModel,
@@ -60,7 +62,7 @@ def save_segmenter(
     """Write a segmenter folder that `load_segmenter` and a stranger can use; replaces an older one whole."""
     encoder = model.encoder
     trains_encoder = recipe.model.adapter.name == "full"
-    chosen = normalization(recipe, facts.bands, facts.dtypes)
+    chosen = normalization(recipe, facts)
     record: dict[str, Any] = {
         "format": FORMAT,
         "encoder": {"name": encoder.family, **asdict(encoder.base), "stored": trains_encoder},
@@ -70,6 +72,7 @@ def save_segmenter(
                 "dtype": facts.dtypes[name],
                 "normalize": chosen[name],
                 "statistics": facts.statistics.get(name),
+                "said": [asdict(band) for band in facts.said[name]],
             }
             for name in facts.bands
         },
@@ -185,12 +188,13 @@ def _facts(folder: Path, record: dict[str, Any], recipe: Recipe) -> InputFacts:
                 for name, entry in entries
                 if entry["statistics"]
             },
+            said={name: _said(entry, recipe, name) for name, entry in entries},
         )
         noted = {name: entry["normalize"] for name, entry in entries}
-        fits = noted == normalization(recipe, facts.bands, facts.dtypes) and all(
+        fits = noted == normalization(recipe, facts) and all(
             name in facts.statistics for name in noted if noted[name] == "dataset"
         )
-    except (KeyError, TypeError, AttributeError, IndexError):
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
         fits = False
     if not fits:
         raise CheckpointError(
@@ -198,6 +202,19 @@ def _facts(folder: Path, record: dict[str, Any], recipe: Recipe) -> InputFacts:
             "checkpoints, copy it again"
         )
     return facts
+
+
+def _said(entry: dict[str, Any], recipe: Recipe, name: str) -> tuple[BandSaid, ...]:
+    """What the training files said of the bands; of segmenters that do not keep it, how the recipe scales them."""
+    if "said" not in entry:
+        section = recipe.data.modalities[name]
+        scale, offset = 1.0 if section.scale is None else section.scale, section.offset or 0.0
+        return (BandSaid(scale=scale, offset=offset),) * int(entry["bands"])
+    said = tuple(BandSaid(**band) for band in entry["said"])
+    numbers = [number for band in said for number in (band.scale, band.offset) if number is not None]
+    if len(said) != entry["bands"] or not all(math.isfinite(number) for number in numbers):
+        raise ValueError("as many bands as are read, with finite numbers, were expected")
+    return said
 
 
 def _load_encoder(

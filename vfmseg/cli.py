@@ -77,6 +77,10 @@ def predict(
     modality: Annotated[
         list[str] | None, typer.Option("--modality", help="Further modality as name=path; on any grid. Repeat it.")
     ] = None,
+    bands: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]1,2,3", help="Which bands of the scene are those of the model, in its order."),
+    ] = None,
     encoder: Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")] = None,
     tile: Annotated[int | None, typer.Option(help="Tile in pixels.")] = None,
     overlap: Annotated[float | None, typer.Option(help="Overlap as a share of the tile, 0 to below 1.")] = None,
@@ -134,7 +138,10 @@ def predict(
         gc.freeze()
         gc.enable()
         chosen = {"confidence": confidence, "uncertainty": uncertainty, "probabilities": probabilities}
-        how = How(tile, overlap, blend, batch_size, average, tta, _numbers("--scales", scales), readers, memory_limit)
+        how = How(
+            tile, overlap, blend, batch_size, average, tta, _numbers("--scales", scales), readers, memory_limit,
+            _bands(bands or [], next(iter(segmenter.facts.bands))),
+        )  # fmt: skip
         wanted = Wanted(
             extras=tuple(name for name, on in chosen.items() if on),
             area=_numbers("--bounds", bounds, 4) if area is None else os.path.expanduser(area),
@@ -171,6 +178,18 @@ def _numbers(name: str, text: str | None, count: int | None = None) -> tuple[flo
     if not numbers or (count is not None and len(numbers) != count):
         raise RecipeError(f"{name} {text}: expected {count or 'some'} numbers with commas between them")
     return numbers
+
+
+def _bands(given: list[str], first: str) -> dict[str, tuple[int, ...]]:
+    """{modality: numbers of bands} of --bands 1,2,3 (of the first modality) and --bands NAME=1,2,3."""
+    chosen: dict[str, tuple[int, ...]] = {}
+    for text in given:
+        name, sign, numbers = text.rpartition("=")
+        try:
+            chosen[name if sign else first] = tuple(int(number) for number in numbers.split(","))
+        except ValueError:
+            raise RecipeError(f"--bands {text}: expected numbers of bands, such as 3,2,1 or {first}=3,2,1") from None
+    return chosen
 
 
 def _inputs(modality: list[str]) -> dict[str, str]:

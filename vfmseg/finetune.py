@@ -74,7 +74,7 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
             name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue)
             for name, r in section.augment.radiometry.items()
         },
-        value_range=value_ranges(facts, recipe),
+        value_range=value_ranges(facts),
     )
     ids = tuple(sorted(recipe.data.classes))
     names = [recipe.data.classes[i].name for i in ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -18,7 +19,8 @@ class How:
 
     tile: pixels. overlap: share of a tile, 0 <= overlap < 1. blend: hann, gaussian, average or none. average: whether
     probabilities or logits are averaged where tiles overlap. tta: none, flips or d4; scales: sizes of the tile at which
-    the model looks. readers: threads that read files. memory_limit: MiB for the engine's buffers.
+    the model looks. readers: threads that read files. memory_limit: MiB for the engine's buffers. bands {modality:
+    1-based numbers}: which bands of the scene's files are those that the model was trained on, in its order.
     """
 
     tile: int | None = None
@@ -30,6 +32,7 @@ class How:
     scales: tuple[float, ...] | None = None
     readers: int | None = None
     memory_limit: int | None = None
+    bands: Mapping[str, Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Settled:
     tta: str
     scales: tuple[float, ...]
     readers: int
+    bands: dict[str, tuple[int, ...]]
 
 
 def settle(how: How, recipe: Recipe) -> Settled:
@@ -66,7 +70,21 @@ def settle(how: How, recipe: Recipe) -> Settled:
         _known("tta", how.tta, section),
         tuple(float(scale) for scale in scales),  # a NumPy number cannot be written as JSON
         _positive("readers", how.readers, section.readers),
+        _bands(how.bands or {}, recipe),
     )
+
+
+def _bands(given: Mapping[str, Sequence[int]], recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    chosen = {}
+    for name, numbers in given.items():
+        if name not in recipe.data.modalities:
+            raise RecipeError(
+                f"bands: '{name}' is no modality of this segmenter; {nearest(name, recipe.data.modalities)}"
+            )
+        chosen[name] = tuple(_positive(f"bands of {name}", number, 1) for number in numbers)
+        if not chosen[name] or len(set(chosen[name])) < len(chosen[name]):
+            raise RecipeError(f"bands of {name} = {list(chosen[name])}; expected numbers of bands, each once")
+    return chosen
 
 
 def _known(name: str, value: str | None, section: PredictSection) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder
 from vfmseg.errors import RecipeError
+from vfmseg.geo.said import BandSaid
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once
 
@@ -78,23 +79,29 @@ class InputFacts:
     bands: dict[str, int]
     dtypes: dict[str, str]
     statistics: dict[str, BandStatistics]  # only for modalities that are normalised by the data set
+    said: dict[str, tuple[BandSaid, ...]] = field(default_factory=dict)  # what the files say of their bands
+
+    def plain(self, name: str) -> bool:
+        """Whether the values of a modality are the numbers that its files store."""
+        return not any(band.scaled for band in self.said.get(name, ()))
 
 
-def normalization(recipe: Recipe, bands: Mapping[str, int], dtypes: Mapping[str, str]) -> dict[str, str]:
+def normalization(recipe: Recipe, facts: InputFacts) -> dict[str, str]:
     """`encoder` or `dataset` for each modality: as the recipe says, else `encoder` for 8-bit RGB alone."""
     chosen: dict[str, str] = {}
     for name, section in recipe.data.modalities.items():
-        eight_bit_rgb = bands[name] == 3 and dtypes[name] == "uint8" and section.scale == 1 and section.offset == 0
+        bands, dtype = facts.bands[name], facts.dtypes[name]
+        eight_bit_rgb = bands == 3 and dtype == "uint8" and facts.plain(name)
         chosen[name] = section.normalize or ("encoder" if eight_bit_rgb else "dataset")
-        if chosen[name] == "encoder" and bands[name] != 3:
+        if chosen[name] == "encoder" and bands != 3:
             raise RecipeError(
-                f"data.modalities.{name}.normalize = encoder needs 3 bands (red, green, blue), but {bands[name]} "
+                f"data.modalities.{name}.normalize = encoder needs 3 bands (red, green, blue), but {bands} "
                 "are read; use dataset"
             )
-        if chosen[name] == "encoder" and dtypes[name] != "uint8" and section.scale == 1:
+        if chosen[name] == "encoder" and dtype != "uint8" and facts.plain(name):
             say_once(
                 f"data.modalities.{name}.normalize = encoder takes values as 0 to 255, but the files hold "
-                f"{dtypes[name]}: choose a scale that brings them there, or use dataset"
+                f"{dtype}: choose a scale that brings them there, or use dataset"
             )
     return chosen
 
@@ -164,7 +171,7 @@ def stacked_statistics(recipe: Recipe, facts: InputFacts) -> tuple[tuple[float, 
     """Mean and std of all stacked channels in image units: the encoder's published ones or the data set's."""
     section = recipe.model.encoder
     checkpoint = None if section.name == "builtin" else section.checkpoint
-    chosen = normalization(recipe, facts.bands, facts.dtypes)
+    chosen = normalization(recipe, facts)
     mean: list[float] = []
     std: list[float] = []
     for name in facts.bands:

@@ -13,6 +13,7 @@ from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.files import local_path, never_an_input, require_new
 from vfmseg.geo.polygons import check_place, check_polygons, is_ours, write_polygons
 from vfmseg.geo.rasterfile import RasterFile, files_of
+from vfmseg.geo.validity import Hidden
 from vfmseg.how import How
 from vfmseg.inference.contracts import WAITING, Report, Tick
 from vfmseg.inference.job import Job, targets_of
@@ -195,16 +196,25 @@ def _one(
             write_polygons(target, vector, min_area=wanted.min_area, simplify=wanted.simplify)
         files["polygons"] = str(vector)
     report, lost, fills = labelled.report, labelled.unreadable.blocks, [bar.queue_fill for bar in shown]
+    hidden = dict(labelled.hidden)
     if ranks > 1:
         report = Report()
         for one in gather(labelled.report):
             report.add(one)
         lost = _united(gather(lost))
+        hidden = {}
+        for part in gather(labelled.hidden):
+            for name, counts in part.items():
+                hidden.setdefault(name, Hidden()).add(counts)
         fills = [fill for part in gather(fills) for fill in part]
     if rank == 0:  # of a scene, that is: where each process has its own, each is the first one of its scene
         _tell_unreadable(list(lost.values()))
+        for name, counts in hidden.items():
+            if counts.causes:
+                say(f"{path}: of the pixels read of {name}, hidden were {counts.text()}")
     lost_pixels = sum(block.height * block.width for block in lost)
-    return _record(path, files, report, fills, lost_pixels, time.perf_counter() - started)
+    shares = {name: {cause: round(share, 4) for cause, share in h.shares().items()} for name, h in hidden.items()}
+    return _record(path, files, report, fills, lost_pixels, time.perf_counter() - started) | {"hidden": shares}
 
 
 def _tell_unreadable(messages: Sequence[str]) -> None:

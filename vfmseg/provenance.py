@@ -61,7 +61,7 @@ def work_of(
         "area": _area(area),
         "strips": len(job.plan.strips),
         "skip_unreadable": skip_unreadable,
-    }
+    } | ({"bands": {name: list(numbers) for name, numbers in settled.bands.items()}} if settled.bands else {})
 
 
 def mark_of(work: Mapping[str, Any], form: dict[str, Any]) -> dict[str, str]:

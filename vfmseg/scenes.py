@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -16,16 +16,24 @@ from vfmseg.data.split import (
     scenes_from_table,
 )
 from vfmseg.data.statistics import stream_statistics
+from vfmseg.data.survey import Survey, survey
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.footprints import ground_shared
 from vfmseg.geo.labels import LabelMap
 from vfmseg.geo.reader import Bands
+from vfmseg.geo.said import BandSaid
 from vfmseg.model import InputFacts, normalization
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once
 
 SHARED = 0.1
 """Share of a scene that must lie in another one to be told: boxes of neighbours may overlap a little."""
+
+PLAUSIBLE = 1e10
+"""Means and standard deviations beyond are told: 32-bit numbers stay below."""
+
+MOST_HIDDEN = 0.5
+"""Share of a class's labelled pixels from which it is told that they are hidden."""
 
 
 def bands_of(recipe: Recipe) -> dict[str, Bands]:
@@ -41,8 +49,11 @@ def label_map_of(recipe: Recipe) -> LabelMap:
     return LabelMap(ids=tuple(sorted(recipe.data.classes)), ignore_index=recipe.data.ignore_index)
 
 
-def open_split(recipe: Recipe, split: str) -> list[SceneLike]:
-    """Open the scenes of `train`, `val` or `test`; nothing of their pixels is read yet."""
+def open_split(recipe: Recipe, split: str, like: Mapping[str, Sequence[BandSaid]] | None = None) -> list[SceneLike]:
+    """Open the scenes of `train`, `val` or `test`; nothing of their pixels is read yet.
+
+    `like` {modality: what the training files say of their bands}: bands are found by it; left out, by the first scene.
+    """
     source = getattr(recipe.data, split)
     if source is None:
         raise RecipeError(f"{recipe.name}: data.{split} is not in the recipe; add it, or choose another split")
@@ -64,7 +75,11 @@ def open_split(recipe: Recipe, split: str) -> list[SceneLike]:
             config=source.config,
             revision=source.revision,
         )
+    said = scenes[0].said() if like is None else like
+    for scene in scenes:
+        scene.follow(said)
     _check_alike(scenes, split)
+    _tell_notes(scenes)
     if not any(scene.grid.georeferenced for scene in scenes):
         say_once("the scenes carry no CRS: labels will have none either, pixels are matched by position")
     return scenes
@@ -72,7 +87,9 @@ def open_split(recipe: Recipe, split: str) -> list[SceneLike]:
 
 def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file."""
-    splits = {name: open_split(recipe, name) for name in ("train", "val", "test") if getattr(recipe.data, name)}
+    splits = {"train": open_split(recipe, "train")}
+    like = said_by(splits["train"])
+    splits |= {name: open_split(recipe, name, like) for name in ("val", "test") if getattr(recipe.data, name)}
     disjoint(splits)
     _tell_shared_ground(splits)
     for name, scenes in splits.items():
@@ -88,19 +105,61 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
                 f"data.train: no pixel of class {', '.join(absent)}, which so cannot be learned; check data.classes"
                 f"{ignored} against the label files"
             )
+        _tell_survey(name, survey(scenes, len(ids)), [recipe.data.classes[i].name for i in ids])
     return training
+
+
+def _tell_survey(split: str, found: Survey, classes: Sequence[str]) -> None:
+    """Say what is hidden and by what, which classes that takes, and which numbers look like a filling."""
+    for name, hidden in found.hidden.items():
+        if hidden.causes:
+            say_once(f"data.{split}: of the pixels of {name}, hidden are {hidden.text()}")
+    causes = " and ".join(sorted({cause for hidden in found.hidden.values() for cause in hidden.causes}))
+    for name, labelled, visible in zip(classes, found.labelled, found.visible, strict=True):
+        if labelled and visible < (1 - MOST_HIDDEN) * labelled:
+            say_once(
+                f"data.{split}: {1 - visible / labelled:.0%} of the pixels labelled {name} are hidden by {causes}, and "
+                "count in no loss and no score; if they are measurements, mend the files' nodata or mask, or name the "
+                "bands in data.modalities.NAME.bands"
+            )
+    for fill in found.fills:
+        say_once(
+            f"data.{split}: {fill.share:.1%} of the pixels of {fill.modality} hold {fill.value:g} in band {fill.band}, "
+            f"far from all others ({fill.low:g} to {fill.high:g}); if that means that nothing was measured, set "
+            f"data.modalities.{fill.modality}.nodata to the stored number"
+        )
 
 
 def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
     """Bands, stored types and (where the recipe normalises by them) statistics of the training scenes."""
-    bands, dtypes = train[0].bands(), train[0].dtypes()
-    chosen = normalization(recipe, bands, dtypes)
+    facts = InputFacts(train[0].bands(), train[0].dtypes(), {}, said_by(train))
+    chosen = normalization(recipe, facts)
     by_dataset = [name for name, how in chosen.items() if how == "dataset"]
     statistics = stream_statistics(train) if by_dataset else {}
-    for name in bands:
+    for name in by_dataset:
+        for number, (mean, std) in enumerate(zip(*statistics[name], strict=True), 1):
+            if max(abs(mean), std) > PLAUSIBLE:
+                say_once(
+                    f"{name}: band {number} has mean {mean:g} and std {std:g}, which no sensor measures; if some "
+                    f"number stands for nothing, set data.modalities.{name}.nodata to it"
+                )
+    for name, count in facts.bands.items():
         source = "the encoder's own" if chosen[name] == "encoder" else "the training split's"
-        say_once(f"{name}: {bands[name]} bands ({dtypes[name]}), normalised by {source} mean and std")
-    return InputFacts(bands, dtypes, {name: statistics[name] for name in by_dataset})
+        say_once(f"{name}: {count} bands ({facts.dtypes[name]}), normalised by {source} mean and std")
+    return replace(facts, statistics={name: statistics[name] for name in by_dataset})
+
+
+def said_by(scenes: Sequence[SceneLike]) -> dict[str, tuple[BandSaid, ...]]:
+    """{modality: what the files of scenes say of the bands}: names of the first; scales that differ are None."""
+    first, *others = (scene.said() for scene in scenes)
+    merged = dict(first)
+    for said in others:
+        for name, bands in said.items():
+            merged[name] = tuple(
+                one if (one.scale, one.offset) == (two.scale, two.offset) else replace(one, scale=None, offset=None)
+                for one, two in zip(merged[name], bands, strict=False)
+            )
+    return merged
 
 
 def require_same_task(recipe: Recipe, trained: Recipe) -> None:
@@ -129,10 +188,9 @@ def require_same_task(recipe: Recipe, trained: Recipe) -> None:
             )
 
 
-def value_ranges(facts: InputFacts, recipe: Recipe) -> dict[str, float]:
+def value_ranges(facts: InputFacts) -> dict[str, float]:
     """255 for modalities that hold 8-bit values as stored, 0 (unknown) for the others."""
-    plain = {name: m.scale == 1.0 and m.offset == 0.0 for name, m in recipe.data.modalities.items()}
-    return {name: 255.0 if dtype == "uint8" and plain[name] else 0.0 for name, dtype in facts.dtypes.items()}
+    return {name: 255.0 if dtype == "uint8" and facts.plain(name) else 0.0 for name, dtype in facts.dtypes.items()}
 
 
 def _tell_shared_ground(splits: Mapping[str, Sequence[SceneLike]]) -> None:
@@ -153,6 +211,19 @@ def _tell_shared_ground(splits: Mapping[str, Sequence[SceneLike]]) -> None:
                     f"{scenes[worst].name}: {shares[worst]:.0%} is in {splits[other][which[worst]].name}); scores "
                     "there do not tell how well other places are labelled"
                 )
+
+
+def _tell_notes(scenes: Sequence[SceneLike]) -> None:
+    """Say what is read otherwise than somebody may expect: once for each kind, with the number of scenes."""
+    first: dict[tuple[str, str], str] = {}
+    count: dict[tuple[str, str], int] = {}
+    for scene in scenes:
+        for key, text in scene.notes().items():
+            first.setdefault(key, text)
+            count[key] = count.get(key, 0) + 1
+    for key, text in first.items():
+        more = f" (and so {count[key] - 1} more)" if count[key] > 1 else ""
+        say_once(f"{key[0]}: {text}{more}")
 
 
 def _check_alike(scenes: Sequence[SceneLike], split: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vfmseg.files import check_label_file, local_path, never_an_input, require_n
 from vfmseg.geo.area import read_area
 from vfmseg.geo.compression import check_compression
 from vfmseg.geo.layer import label_type
+from vfmseg.geo.validity import Hidden
 from vfmseg.how import How, Settled, settle
 from vfmseg.hub import local_segmenter
 from vfmseg.inference.contracts import Area, Finished, Model, Predictor, Product, Report, Tick
@@ -27,7 +28,7 @@ from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
 from vfmseg.inference.shards import tidy
-from vfmseg.inference.sources import Input, OpenScene, open_scenes, tell_types
+from vfmseg.inference.sources import Input, OpenScene, hidden_by, open_scenes, tell_types
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
@@ -42,13 +43,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Labelled:
     """A scene that was labelled: its files by product, what this process did, and what could not be read.
 
-    before: everything was there already, of the very same work.
+    before: everything was there already, of the very same work. hidden {modality: what has hidden which share of the
+    pixels that this process has read}.
     """
 
     files: dict[str, Path]
     report: Report
     unreadable: Unreadable
     before: bool = False
+    hidden: dict[str, Hidden] = field(default_factory=dict)
 
 
 class Segmenter:
@@ -116,19 +119,22 @@ class Segmenter:
         blend: str | None = None,
         batch_size: int | None = None,
         tta: str | None = None,
+        bands: Mapping[str, Sequence[int]] | None = None,
         overwrite: bool = False,
         progress: Callable[[Tick], None] | None = None,
     ) -> np.ndarray | Path:
         """Label a scene.
 
-        `scene`: an array (C, H, W) in the units of the training files (NaN = invalid), a path that GDAL can read, the
-        paths of one modality's files, or {modality: one of these}. With `output` the labels are streamed into a GeoTIFF
-        and its path is returned; without, class ids (H, W) are returned, `self.nodata` where the scene is invalid.
-        `tile` in pixels, `overlap` as a share of the tile, and so on as in `How`; what is left out is as in the recipe.
-        An existing `output` is refused (DataError) unless `overwrite`. For other products, a part of a scene, or
-        resuming, see `label`.
+        `scene`: an array (C, H, W) in the units of the training files (NaN = invalid; if those say a scale, whole
+        numbers are scaled by it and others taken as values), a path that GDAL can read, the paths of one modality's
+        files, or {modality: one of these}. Bands are found by their names where the files say them, else taken by their
+        places; `bands` {modality: numbers from 1} says which they are. With `output` the labels are streamed into a
+        GeoTIFF and its path is returned; without, class ids (H, W) are returned, `self.nodata` where the scene is
+        invalid. `tile` in pixels, `overlap` as a share of the tile, and so on as in `How`; what is left out is as in
+        the recipe. An existing `output` is refused (DataError) unless `overwrite`. For other products, a part of a
+        scene, or resuming, see `label`.
         """
-        how = How(tile, overlap, blend, batch_size, tta=tta)
+        how = How(tile, overlap, blend, batch_size, tta=tta, bands=bands)
         if output is not None:
             return self.label(scene, output, how, overwrite=overwrite, progress=progress).files["labels"]
         return self._arrays(scene, how, Products(self.ids), progress)["labels"][0]
@@ -177,7 +183,7 @@ class Segmenter:
         if unknown:
             raise RecipeError(f"extras = {', '.join(unknown)}: not known; expected some of {', '.join(EXTRAS)}")
         settled = settle(how or How(), self.recipe)
-        scenes = self._open(scene, settled.readers)
+        scenes = self._open(scene, settled)
         try:
             files = targets_of(target, ("labels", *extras))
             for file in files.values():
@@ -206,7 +212,7 @@ class Segmenter:
         finally:
             for one in scenes:
                 one.close()
-        return Labelled(files, report, unreadable)
+        return Labelled(files, report, unreadable, hidden=hidden_by(scenes))
 
     def evaluate(
         self, recipe: str | Path | Recipe, split: str = "test", progress: Callable[[int, int], None] | None = None
@@ -224,7 +230,7 @@ class Segmenter:
             recipe = load_recipe(recipe)
         require_same_task(recipe, self.recipe)
         confusion = Confusion(len(self.ids))
-        scenes = open_split(recipe, split)
+        scenes = open_split(recipe, split, self.facts.said)
         tell_types(scenes[0].dtypes(), self.facts.dtypes)
         # the tile of the training, unless it is asked for: what is in a tile changes what the model says
         settled = settle(How(tile=recipe.predict.tile or self.recipe.predict.tile or self.recipe.data.tile), recipe)
@@ -255,17 +261,20 @@ class Segmenter:
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _open(self, scene: Input, readers: int) -> list[OpenScene]:
+    def _open(self, scene: Input, settled: Settled) -> list[OpenScene]:
         from vfmseg.scenes import bands_of
 
-        return open_scenes(scene, bands_of(self.recipe), self.facts.bands, self.facts.dtypes, readers)
+        bands = {name: replace(one, like=self.facts.said[name]) for name, one in bands_of(self.recipe).items()}
+        for name, numbers in settled.bands.items():
+            bands[name] = replace(bands[name], indexes=numbers, chosen=True)
+        return open_scenes(scene, bands, self.facts.bands, self.facts.dtypes, settled.readers)
 
     def _arrays(
         self, scene: Input, how: How, product: Product, progress: Callable[[Tick], None] | None = None
     ) -> dict[str, np.ndarray]:
         """Label a scene into memory: {product: (bands, H, W)}."""
         settled = settle(how, self.recipe)
-        scenes = self._open(scene, settled.readers)
+        scenes = self._open(scene, settled)
         try:
             kept = Arrays(scenes[0].grid.height, scenes[0].grid.width)
             into(self._job(list(scenes), scenes[0].stored(), settled, product, 4), kept, progress)

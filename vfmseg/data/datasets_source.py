@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.labels import IGNORE, LabelMap
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.reader import Bands, Chip
+from vfmseg.geo.said import BandSaid
+from vfmseg.geo.validity import Hidden
 
 
 class DatasetScene:
@@ -37,6 +39,7 @@ class DatasetScene:
         self._rows, self._row = rows, row
         self._columns, self._labels = dict(columns), labels
         self._settings, self._label_map = dict(bands), label_map
+        self._hidden = {name: Hidden() for name in columns}
 
     @cached_property
     def _headers(self) -> dict[str, Header]:
@@ -65,6 +68,24 @@ class DatasetScene:
         """{modality: type of the stored numbers}."""
         return {name: header.dtype for name, header in self._headers.items()}
 
+    def said(self) -> dict[str, tuple[BandSaid, ...]]:
+        """Such sets say nothing of their bands; they are scaled as the recipe says."""
+        return {
+            name: (BandSaid(scale=1.0 if s.scale is None else s.scale, offset=s.offset or 0.0),) * count
+            for (name, count), s in zip(self.bands().items(), self._settings.values(), strict=True)
+        }
+
+    def follow(self, said: Mapping[str, Sequence[BandSaid]]) -> None:
+        """Bands are taken by their places."""
+
+    def notes(self) -> dict[tuple[str, str], str]:
+        """Nothing is read otherwise than it is stored."""
+        return {}
+
+    def hidden(self) -> dict[str, Hidden]:
+        """{modality: what has hidden how many of the pixels decoded so far}."""
+        return self._hidden
+
     def read(self, window: Window) -> dict[str, Chip]:
         """Pixels and validity of each modality in a window; beyond the edge invalid."""
         kept = self._rows.kept(self._row)
@@ -85,8 +106,10 @@ class DatasetScene:
             )
         with ArrayRaster(array, settings, name) as raster:
             chip = raster.read(Window(0, 0, *array.shape[1:]))
+        self._hidden[name].add(raster.hidden)
         if shown is None:
             return chip
+        self._hidden[name].by("alpha", ~shown)
         return Chip(np.where(shown, chip.pixels, np.float32(0)), chip.valid & shown)
 
     def read_labels(self, window: Window) -> np.ndarray:

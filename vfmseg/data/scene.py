@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +12,10 @@ from vfmseg.data.opened import OPENED
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.labels import LabelRaster
+from vfmseg.geo.notes import notes_of
 from vfmseg.geo.reader import Chip, Raster
+from vfmseg.geo.said import BandSaid
+from vfmseg.geo.validity import Hidden
 from vfmseg.terminal import say_once
 
 
@@ -53,6 +56,22 @@ class SceneLike(Protocol):
         """{modality: type of the stored numbers, such as uint8}."""
         ...
 
+    def said(self) -> dict[str, tuple[BandSaid, ...]]:
+        """{modality: what its files say of the bands that are read, and the scale and offset by which they are}."""
+        ...
+
+    def follow(self, said: Mapping[str, Sequence[BandSaid]]) -> None:
+        """Read the bands of which another scene says the same, in its order, and scale them if they are there."""
+        ...
+
+    def notes(self) -> dict[tuple[str, str], str]:
+        """{(modality, kind): what a person should know of how its file is read, behind its name}."""
+        ...
+
+    def hidden(self) -> dict[str, Hidden]:
+        """{modality: what has hidden how many of the pixels read so far}."""
+        ...
+
 
 class FileScene:
     """A scene in raster files, one per modality and one with labels, on the grid of the first modality.
@@ -72,6 +91,9 @@ class FileScene:
         first = next(iter(rasters.values()), None)
         self.files = (*(os.path.realpath(path) for path in (first.paths if first else ())), own)
         self.grid = self._common_grid()
+        self._look()
+
+    def _look(self) -> None:
         self._bands = {name: raster.count for name, raster in self._rasters.items()}
         self._dtypes = {name: raster.dtype for name, raster in self._rasters.items()}
 
@@ -114,6 +136,25 @@ class FileScene:
     def dtypes(self) -> dict[str, str]:
         """{modality: type of the stored numbers}."""
         return dict(self._dtypes)
+
+    def said(self) -> dict[str, tuple[BandSaid, ...]]:
+        """{modality: what its files say of the bands that are read}."""
+        return {name: OPENED.use(raster).said for name, raster in self._rasters.items()}
+
+    def follow(self, said: Mapping[str, Sequence[BandSaid]]) -> None:
+        """Read the bands of which another scene says the same, in its order."""
+        for name, raster in self._rasters.items():
+            OPENED.use(raster).follow(said[name])
+        self._look()
+
+    def notes(self) -> dict[tuple[str, str], str]:
+        """{(modality, kind): what a person should know of how its file is read}."""
+        found = {name: (raster.paths[0], notes_of(OPENED.use(raster))) for name, raster in self._rasters.items()}
+        return {(name, kind): f"{path} {text}" for name, (path, notes) in found.items() for kind, text in notes.items()}
+
+    def hidden(self) -> dict[str, Hidden]:
+        """{modality: what has hidden how many of the pixels read so far}."""
+        return {name: raster.hidden for name, raster in self._rasters.items()}
 
 
 def _check_one_grid(first: str, one: Grid, path: str, two: Grid) -> None:

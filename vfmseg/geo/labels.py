@@ -13,7 +13,8 @@ import numpy as np
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.rasterfile import RasterFile, as_stored
+from vfmseg.geo.rasterfile import RasterFile
+from vfmseg.geo.validity import as_stored, equals, no_numbers
 
 IGNORE = -1
 """The index of unlabelled pixels everywhere inside; files have their own number for it (`data.ignore_index`)."""
@@ -109,11 +110,15 @@ class LabelRaster:
         if inside.height and inside.width:
             within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
             stored = self._file.read([band], inside)[0]
-            hidden = ~self._file.read_shown([band], inside)
+            hidden = np.zeros(stored.shape, dtype=bool)
+            for by_it in self._file.read_hidden([band], inside).values():
+                hidden |= by_it
             nodata = self._file.info.nodata[band - 1]
             if nodata is not None and nodata not in self.label_map.ids:
                 mark = as_stored(nodata, stored.dtype)
-                hidden |= False if mark is None else stored == mark
+                hidden |= False if mark is None else equals(stored, mark)
+            if stored.dtype.kind == "f":
+                hidden |= no_numbers(stored)
             place = f"{self.path} ({inside})"
             index[within.rows, within.cols] = self.label_map.to_index(stored, place, hidden)
         return index

@@ -19,7 +19,8 @@ _STORED = {"bool": "uint8", "float16": "float32"}
 class ArrayRaster(Raster):
     """An array (C, H, W) that is read like a file of that content: bands, scale, nodata and NaN.
 
-    `name` is what messages call it. DataError if the array has another shape or holds no real numbers.
+    Whole numbers are taken for stored ones: they are scaled as the training files were, if those said how. Others are
+    values. `name` is what messages call it. DataError if the array has another shape or holds no real numbers.
     """
 
     def __init__(self, array: np.ndarray, bands: Bands, name: str) -> None:
@@ -37,6 +38,10 @@ class ArrayRaster(Raster):
                 photometric="MINISBLACK", interleave="band", BIGTIFF="IF_SAFER",
             ) as target:  # fmt: skip
                 target.write(stored)
+                like = bands.like or ()
+                scales = [(band.scale, band.offset) for band in like]
+                if array.dtype.kind in "ui" and len(like) == count and not any(None in pair for pair in scales):
+                    target.scales, target.offsets = ([pair[i] for pair in scales] for i in range(2))
         self._array = array
         super().__init__(self._memory.name, bands)
 

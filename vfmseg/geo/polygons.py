@@ -21,8 +21,9 @@ from rasterio.warp import transform
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.rasterfile import RasterFile, as_stored, gdal, open_dataset
+from vfmseg.geo.rasterfile import RasterFile, gdal, open_dataset
 from vfmseg.geo.tracing import Pieces, trace
+from vfmseg.geo.validity import as_stored
 
 _DRIVERS = {".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".geojson": "GeoJSON"}
 _LAYER = "polygons"
@@ -157,7 +158,9 @@ class _Map:
         for top in range(0, self.grid.height, rows):
             window = Window(top, 0, min(rows, self.grid.height - top), self.grid.width)
             stored = self.file.read([1], window)[0]
-            shown = self.file.read_shown([1], window)
+            shown = np.ones(stored.shape, dtype=bool)
+            for hidden in self.file.read_hidden([1], window).values():
+                shown &= ~hidden
             if self._nodata is not None:
                 shown &= stored != self._nodata
             if self._classes is not None:

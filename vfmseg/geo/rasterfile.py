@@ -26,6 +26,8 @@ from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.orientation import Turn, orientation_of
+from vfmseg.geo.said import BandSaid, said_of, split_alpha
 from vfmseg.paths import elsewhere, files_behind
 
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
@@ -86,7 +88,9 @@ class FileInfo:
     grid: Grid
     dtypes: tuple[str, ...]
     nodata: tuple[float | None, ...]
-    alpha: tuple[int, ...]  # bands marked as alpha
+    bands: tuple[BandSaid, ...]  # names, colours, scale and offset
+    alpha: tuple[int, ...]  # bands that are marked as alpha, and look like it
+    not_alpha: tuple[int, ...]  # bands that are marked as alpha, but hold other numbers than an alpha band does
     palette: tuple[int, ...]  # bands that hold numbers of colours
     shared_mask: bool  # one mask band for all bands, inside the file or beside it (.msk)
     own_masks: tuple[int, ...]  # bands that have a mask of their own
@@ -94,6 +98,7 @@ class FileInfo:
     lossy: bool  # JPEG: stored numbers are near those that were meant
     control_points: int  # of the ground: they say where some pixels lie, but not what grid
     others: tuple[str, ...]  # files that belong to it: tiles of a VRT and of those in it, a header or a mask beside it
+    turn: Turn  # how the stored pixels are shown; grid and block are those of the picture as shown
 
     @property
     def count(self) -> int:
@@ -134,28 +139,31 @@ class RasterFile:
 
     def read(self, bands: Sequence[int], window: Window) -> np.ndarray:
         """Stored numbers (len(bands), height, width) of a window inside the file, in the file's own dtype."""
+        turn = self.info.turn
         with self._handle() as dataset, _damage(self.path, window):
-            return dataset.read(list(bands), window=rasterio_window(window))
+            return turn.shown(dataset.read(list(bands), window=rasterio_window(turn.stored_window(window))))
 
-    def read_shown(self, bands: Sequence[int], window: Window) -> np.ndarray:
-        """Bool (height, width): False where the mask bands or the alpha band hide the pixel.
+    def read_hidden(self, bands: Sequence[int], window: Window) -> dict[str, np.ndarray]:
+        """{what hides pixels: bool (height, width) where it does}: "mask" for mask bands, "alpha" for an alpha band.
 
-        An alpha band that is itself among `bands` hides nothing: many writers mark the fourth band of an 8-bit
-        file as alpha although it holds infrared, and whoever asks for it by number means its values. Nodata
-        values are not looked at here.
+        An alpha band that is itself among `bands` hides nothing: whoever asks for it by number means its values.
+        Nodata values are not looked at here.
         """
-        shown = np.ones(window.shape, dtype=bool)
         masks = [bands[0]] if self.info.shared_mask else [b for b in bands if b in self.info.own_masks]
         alphas = [band for band in self.info.alpha if band not in bands]
+        hidden: dict[str, np.ndarray] = {}
         if not masks and not alphas:
-            return shown
+            return hidden
+        turn = self.info.turn
         with self._handle() as dataset, _damage(self.path, window):
-            place = rasterio_window(window)
-            for band in masks:
-                shown &= dataset.read_masks(band, window=place) != 0
-            for band in alphas:
-                shown &= dataset.read(band, window=place) != 0
-        return shown
+            place = rasterio_window(turn.stored_window(window))
+            if masks:
+                shown = np.all([dataset.read_masks(band, window=place) != 0 for band in masks], axis=0)
+                hidden["mask"] = turn.shown(~shown)
+            if alphas:
+                shown = np.all([dataset.read(band, window=place) != 0 for band in alphas], axis=0)
+                hidden["alpha"] = turn.shown(~shown)
+        return hidden
 
     def close(self) -> None:
         """Give the handle back; the next read opens the file again."""
@@ -185,18 +193,6 @@ class RasterFile:
 def rasterio_window(window: Window) -> RasterioWindow:
     """A window as rasterio takes it."""
     return RasterioWindow(window.col, window.row, window.width, window.height)
-
-
-def as_stored(value: float, dtype: np.dtype) -> np.generic | None:
-    """A nodata value as a number of this type; None if no stored number can equal it (-9999 in uint8, NaN)."""
-    if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        if not np.isfinite(value) or value != int(value) or not limits.min <= value <= limits.max:
-            return None
-        return dtype.type(int(value))
-    with np.errstate(over="ignore"):
-        mark = dtype.type(value)
-    return None if np.isnan(mark) else mark
 
 
 @contextmanager
@@ -248,18 +244,24 @@ def _describe(dataset: Any, path: str) -> FileInfo:
     flags = dataset.mask_flag_enums
     compression = dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") or "NONE"
     others = tuple(sorted(file for file in _belonging(dataset) - {path} if not file.endswith(_NO_PIXELS)))
+    alpha, not_alpha = split_alpha(dataset)
+    turn = Turn(orientation_of(dataset, path), dataset.height, dataset.width)
+    block = _block(dataset, others)
     return FileInfo(
-        grid=Grid(_crs_text(dataset.crs, path), tuple(dataset.transform)[:6], dataset.height, dataset.width),
+        grid=Grid(_crs_text(dataset.crs, path), tuple(dataset.transform)[:6], *turn.shown_size),
         dtypes=tuple(str(dtype) for dtype in dataset.dtypes),
         nodata=tuple(dataset.nodatavals),
-        alpha=tuple(i for i, meaning in enumerate(dataset.colorinterp, 1) if meaning == ColorInterp.alpha),
+        bands=said_of(dataset),
+        alpha=alpha,
+        not_alpha=not_alpha,
         palette=tuple(i for i, meaning in enumerate(dataset.colorinterp, 1) if meaning == ColorInterp.palette),
         shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
         own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
-        block=_block(dataset, others),
+        block=block if turn.shown_size == (turn.height, turn.width) else (block[1], block[0]),
         lossy="JPEG" in (dataset.driver, compression.split()[-1]),  # such as "YCbCr JPEG"
         control_points=len(dataset.gcps[0]),
         others=others,
+        turn=turn,
     )
 
 

@@ -7,15 +7,17 @@ infinite, and beyond the edge of the scene. Invalid pixels carry 0.0, so that no
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
 
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.rasterfile import FileInfo, RasterFile, as_stored
+from vfmseg.geo.rasterfile import FileInfo, RasterFile
+from vfmseg.geo.said import BandSaid, places_by_name
+from vfmseg.geo.validity import Hidden, as_stored, equals, hides_alone, no_numbers
 from vfmseg.geo.warp import Warp
 
 
@@ -23,14 +25,19 @@ from vfmseg.geo.warp import Warp
 class Bands:
     """Which bands of a modality are read, and how stored numbers become values.
 
-    indexes: 1-based, in the order wanted; None = all but alpha. Value = stored * scale + offset. nodata: a stored
-    number that means "nothing here", beside the one that the file itself may name.
+    indexes: 1-based, in the order wanted; None = all but alpha. Value = stored * scale + offset; where both are None,
+    those that each file says of its bands. nodata: a stored number that means "nothing here", beside the one that the
+    file itself may name.
+    like: what the bands of the training files say of themselves. A file that says where these bands are is read in
+    their order, unless `chosen`; and it is scaled as it says if they were, else not.
     """
 
     indexes: tuple[int, ...] | None = None
-    scale: float = 1.0
-    offset: float = 0.0
+    scale: float | None = None
+    offset: float | None = None
     nodata: float | None = None
+    like: tuple[BandSaid, ...] | None = None
+    chosen: bool = False  # indexes are meant for this very file
 
 
 _FLOAT = np.dtype(np.float32)
@@ -46,12 +53,19 @@ class Chip:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One band to read: which file, which band of it, and the stored numbers that mean nodata (at most two)."""
+    """One band to read: which file, which band of it, and how its numbers are taken.
+
+    any_of: stored numbers that hide the pixel if this band holds one. all_of: {who says so: stored number} that hides
+    the pixel if all bands hold theirs.
+    """
 
     file: int
     band: int
     dtype: np.dtype
-    nodata: tuple[np.generic, ...]
+    any_of: tuple[np.generic, ...]
+    all_of: Mapping[str, np.generic]
+    scale: float
+    offset: float
 
 
 class Raster:
@@ -77,6 +91,7 @@ class Raster:
         self._layers: tuple[_Layer, ...] = ()
         self._onto = onto
         self._warp: Warp | None = None  # only where the files lie on another grid
+        self.hidden = Hidden()
 
     @property
     def path(self) -> str | tuple[str, ...]:
@@ -92,6 +107,18 @@ class Raster:
     def palette(self) -> bool:
         """Whether a band that is read holds numbers of colours."""
         return any(layer.band in self._files[layer.file].info.palette for layer in self._plan())
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """1-based numbers of the bands that are read, counted through the files."""
+        there = [(number, band) for number, file in enumerate(self._files) for band in _numbers(file)]
+        return tuple(there.index((layer.file, layer.band)) + 1 for layer in self._plan())
+
+    @property
+    def said(self) -> tuple[BandSaid, ...]:
+        """What the files say of the bands that are read, with the scale and offset by which they are read."""
+        told = [(self._files[layer.file].info.bands[layer.band - 1], layer) for layer in self._plan()]
+        return tuple(replace(band, scale=layer.scale, offset=layer.offset) for band, layer in told)
 
     @property
     def control_points(self) -> int:
@@ -128,7 +155,7 @@ class Raster:
     def compact(self) -> np.dtype:
         """A type that holds every value that `read` returns without loss: that of the file where it is a small one."""
         stored = self.dtype
-        plain = self.bands.scale == 1.0 and self.bands.offset == 0.0 and self._warp is None
+        plain = all((layer.scale, layer.offset) == (1.0, 0.0) for layer in self._plan()) and self._warp is None
         return np.dtype(stored if plain and stored in ("uint8", "uint16", "int16") else "float32")
 
     def read(self, window: Window, compact: bool = False) -> Chip:
@@ -167,6 +194,11 @@ class Raster:
     ) -> None:
         self.close()
 
+    def follow(self, like: Sequence[BandSaid] | None) -> None:
+        """Read from now on as the training files were: the same bands where this file names them, in their order."""
+        self.bands = replace(self.bands, like=None if like is None else tuple(like))
+        self._layers, self._warp = (), None
+
     def _plan(self) -> tuple[_Layer, ...]:
         """The bands to read; made once, when the files are first opened."""
         if not self._layers:
@@ -190,20 +222,36 @@ class Raster:
 
     def _choose(self) -> list[_Layer]:
         there = [(number, band) for number, file in enumerate(self._files) for band in _numbers(file)]
-        if self.bands.indexes is None:
+        indexes = self._places(there)
+        if indexes is None:
             chosen = [(f, b) for f, b in there if b not in self._files[f].info.alpha]
         else:
-            for index in self.bands.indexes:
+            for index in indexes:
                 if not 1 <= index <= len(there):
                     raise DataError(
                         f"{self._name}: band {index} is asked for, but there "
                         f"{'is 1 band' if len(there) == 1 else f'are {len(there)} bands'}; "
                         f"choose from 1 to {len(there)}"
                     )
-            chosen = [there[index - 1] for index in self.bands.indexes]
+            chosen = [there[index - 1] for index in indexes]
         if not chosen:
             raise DataError(f"{self._name}: no band to read; expected at least one that is not alpha")
         return [self._layer(number, band) for number, band in chosen]
+
+    def _places(self, there: Sequence[tuple[int, int]]) -> tuple[int, ...] | None:
+        """Which bands are read, counted through the files: as the files themselves say, else as the recipe does."""
+        wanted = self.bands.indexes
+        if self.bands.chosen or self.bands.like is None:
+            return wanted
+        found = places_by_name(self.bands.like, [self._files[f].info.bands[b - 1] for f, b in there])
+        if found is not None:
+            return found
+        # the number of bands that the model was trained on tells whether one that is marked as alpha is among them
+        marked = [b in (*self._files[f].info.alpha, *self._files[f].info.not_alpha) for f, b in there]
+        for places in (range(1, len(there) + 1), [i for i, is_marked in enumerate(marked, 1) if not is_marked]):
+            if wanted is None and len(places) == len(self.bands.like):
+                return tuple(places)
+        return wanted
 
     def _layer(self, number: int, band: int) -> _Layer:
         info = self._files[number].info
@@ -214,44 +262,65 @@ class Raster:
                 "write amplitude or intensity to a file and use that"
             )
         stored = np.dtype(dtype)
-        named = {self.bands.nodata, info.nodata[band - 1]}
-        marks = [as_stored(value, stored) for value in named if value is not None]
-        return _Layer(number, band, stored, tuple(mark for mark in marks if mark is not None))
+        any_of: list[np.generic] = []
+        all_of: dict[str, np.generic] = {}
+        for source, value in (("recipe", self.bands.nodata), ("file", info.nodata[band - 1])):
+            mark = None if value is None else as_stored(value, stored)
+            if value is None or mark is None:
+                continue
+            if hides_alone(value, stored, of_file=source == "file"):
+                any_of.append(mark)
+            else:
+                all_of["zero" if value == 0 else source] = mark
+        return _Layer(number, band, stored, tuple(any_of), all_of, *self._scaling(info.bands[band - 1]))
+
+    def _scaling(self, said: BandSaid) -> tuple[float, float]:
+        """Scale and offset of a band: the recipe's, else the file's where the training files were scaled by theirs."""
+        ours = self.bands
+        if ours.scale is not None or ours.offset is not None:
+            return (1.0 if ours.scale is None else ours.scale), ours.offset or 0.0
+        if ours.like is not None and not any(band.scaled for band in ours.like):
+            return 1.0, 0.0
+        return said.scale or 1.0, said.offset or 0.0
 
     def _read_inside(self, window: Window, kind: np.dtype = _FLOAT) -> tuple[np.ndarray, np.ndarray]:
         """Values and validity of a window inside the files, on their own grid, in a type that holds them."""
         layers = self._layers
         values = np.empty((len(layers), *window.shape), dtype=kind)
         bad = np.zeros(window.shape, dtype=bool)
-        empty: np.ndarray | None = None  # where every band whose nodata is 0 holds 0
+        empty: dict[str, np.ndarray] = {}  # where all bands so far hold their number of this source
         for number, file in enumerate(self._files):
             slots = [slot for slot, layer in enumerate(layers) if layer.file == number]
             if not slots:
                 continue
             bands = [layers[slot].band for slot in slots]
-            bad |= ~file.read_shown(bands, window)
+            for cause, hit in file.read_hidden(bands, window).items():
+                bad |= self.hidden.by(cause, hit)
             for slot, stored in zip(slots, file.read(bands, window), strict=True):
-                for mark in layers[slot].nodata:
-                    hit = stored == mark
-                    if mark == 0:  # one dark band is a measurement, all bands 0 is the frame of a scene
-                        empty = hit if empty is None else empty & hit
-                    else:
-                        bad |= hit
-                values[slot] = self._scaled(stored) if kind.kind == "f" else stored
-        if empty is not None:
-            bad |= empty
-        if kind.kind == "f":
-            bad |= ~np.isfinite(values).all(axis=0)
+                layer = layers[slot]
+                for mark in layer.any_of:
+                    bad |= self.hidden.by(f"nodata {mark:g}", equals(stored, mark))
+                for source, mark in layer.all_of.items():
+                    hit = equals(stored, mark)
+                    empty[source] = empty[source] & hit if source in empty else hit
+                values[slot] = _scaled(stored, layer.scale, layer.offset) if kind.kind == "f" else stored
+                if stored.dtype.kind == "f" or (layer.scale, layer.offset) != (1.0, 0.0):
+                    bad |= self.hidden.by("no number", no_numbers(values[slot]))
+        for source, hit in empty.items():
+            marks = sorted({f"{layer.all_of[source]:g}" for layer in layers if source in layer.all_of})
+            bad |= self.hidden.by(f"nodata {' and '.join(marks)} in all bands", hit)
+        self.hidden.pixels += bad.size
         values[:, bad] = 0
         return values, ~bad
 
-    def _scaled(self, stored: np.ndarray) -> np.ndarray:
-        """Float32 values; 32- and 64-bit numbers are scaled in float64 first, or large ones lose digits."""
-        exact = np.result_type(stored.dtype, np.float32)  # float64 for int32 and wider
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes infinite, hence invalid
-            if (self.bands.scale, self.bands.offset) == (1.0, 0.0):
-                return stored.astype(np.float32)
-            return (stored.astype(exact) * self.bands.scale + self.bands.offset).astype(np.float32)
+
+def _scaled(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:
+    """Float32 values; 32- and 64-bit numbers are scaled in float64 first, or large ones lose digits."""
+    exact = np.result_type(stored.dtype, np.float32)  # float64 for int32 and wider
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes infinite, hence invalid
+        if (scale, offset) == (1.0, 0.0):
+            return stored.astype(np.float32)
+        return (stored.astype(exact) * scale + offset).astype(np.float32)
 
 
 def _numbers(file: RasterFile) -> range:

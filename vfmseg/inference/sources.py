@@ -10,7 +10,9 @@ import numpy as np
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.memory import ArrayRaster
+from vfmseg.geo.notes import notes_of
 from vfmseg.geo.reader import Bands, Chip, Raster
+from vfmseg.geo.validity import Hidden
 from vfmseg.inference.reading import Stored
 from vfmseg.terminal import say_once
 
@@ -67,6 +69,10 @@ class OpenScene:
         """Pixels and validity of one window of every modality, in the types of `stored`."""
         return {name: raster.read(window, compact=True) for name, raster in self.rasters.items()}
 
+    def hidden(self) -> dict[str, Hidden]:
+        """{modality: what has hidden how many of the pixels read so far}."""
+        return {name: raster.hidden for name, raster in self.rasters.items()}
+
     def close(self) -> None:
         """Release files and memory."""
         for raster in self.rasters.values():
@@ -116,13 +122,33 @@ def open_scenes(
         )
         say_once(f"the scene carries no CRS: its labels will have none either{unused}")
     for name, expected in counts.items():
-        if opened[0].bands()[name] != expected:
-            place = f"the array for '{name}'" if name in arrays else opened[0].rasters[name].path
+        raster = opened[0].rasters[name]
+        if raster.count != expected:
+            if name in arrays:
+                place, remedy = f"the array for '{name}'", "pass an array of those alone"
+            else:
+                some = ",".join(str(number) for number in range(1, expected + 1))
+                place = " + ".join(raster.paths)
+                remedy = f"name them, such as --bands {name}={some} (in Python bands={{'{name}': ({some},)}})"
+            names = [band.called for band in bands[name].like or () if band.called != "undefined"]
+            called = f" ({', '.join(names)})" if len(names) == expected else ""
             raise DataError(
-                f"{place}: {opened[0].bands()[name]} bands are read, but the model was trained on {expected} bands for "
-                f"'{name}'; choose them with data.modalities.{name}.bands when training"
+                f"{place}: {raster.count} bands are read, but the model was trained on {expected} bands{called} for "
+                f"'{name}'; {remedy}"
             )
+        if name not in arrays:
+            for text in notes_of(raster).values():
+                say_once(f"{name}: {raster.paths[0]} {text}")
     return opened
+
+
+def hidden_by(scenes: Sequence[OpenScene]) -> dict[str, Hidden]:
+    """{modality: what has hidden pixels}, from all the readers of one scene."""
+    found: dict[str, Hidden] = {}
+    for scene in scenes:
+        for name, hidden in scene.hidden().items():
+            found.setdefault(name, Hidden()).add(hidden)
+    return found
 
 
 def tell_types(found: Mapping[str, str], trained: Mapping[str, str]) -> None:

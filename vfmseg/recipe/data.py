@@ -62,20 +62,24 @@ class ClassSpec(Section):
 
 
 class ModalitySection(Section):
-    """One kind of image, and how its stored numbers are read: value = stored * scale + offset."""
+    """One kind of image, and how its stored numbers are read: value = stored * scale + offset.
+
+    Where both are left out, those that the files themselves say are used, if they say any.
+    """
 
     bands: tuple[Annotated[Whole, Field(ge=1)], ...] | None = Field(default=None, min_length=1, examples=[[1, 2, 3]])
     """Bands to read, counted from 1, in this order; left out: all."""
-    scale: Number = 1.0
-    offset: Number = 0.0
+    scale: Annotated[Number | None, Field(examples=[0.0001])] = None
+    """Left out: the files' own; 1 takes stored numbers as they are."""
+    offset: Number | None = None
     nodata: float | None = Field(default=None, strict=True, examples=[0])
-    """Stored value, or `.nan`, that means "nothing measured here" in any band (0: in all); left out: the file's."""
+    """Stored value, or `.nan`, that means "nothing measured here" in any band (0: in all), beside the file's own."""
     normalize: Literal["encoder", "dataset"] | None = None
     """Mean and std of the encoder's own training, or of the training split; left out: encoder for 8-bit RGB."""
 
     def _problems(self) -> Iterator[Problem]:
         if self.scale == 0:
-            yield Problem("scale", "= 0 must not be 0: it would erase the image; the default is 1.0")
+            yield Problem("scale", "= 0 must not be 0: it would erase the image; 1 takes stored numbers as they are")
         if self.bands and len(set(self.bands)) < len(self.bands):
             yield Problem("bands", f"= {list(self.bands)} must name each band once")
         if self.normalize == "encoder" and self.bands and len(self.bands) != 3:

@@ -1,0 +1,62 @@
+"""What a person should know of how a raster is read: where a file says one thing and its numbers or the recipe another.
+
+Each note is a kind, by which repetitions are counted, and a text that follows the name of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vfmseg.geo.reader import Raster
+from vfmseg.geo.said import BandSaid, places_by_name
+
+
+def notes_of(raster: Raster) -> dict[str, str]:
+    """{kind: text} of everything about this raster that is read otherwise than somebody may expect."""
+    infos = list(raster.infos.values())
+    notes: dict[str, str] = {}
+    turned = next((info.turn.orientation for info in infos if info.turn.orientation != 1), None)
+    if turned:
+        notes["turned"] = f"is stored turned or mirrored and is read as it is shown (EXIF orientation {turned})"
+    marked = [band for info in infos for band in info.not_alpha]
+    if marked and len(infos) == 1:
+        numbers = ", ".join(map(str, marked))
+        notes["alpha"] = (
+            f"marks band {numbers} as alpha, but it holds other numbers than an alpha band does: it hides nothing"
+            + (", and is read as a band" if set(marked) & set(raster.places) else "")
+        )
+    if not raster.bands.chosen:
+        notes |= _of_order(raster, [band for info in infos for band in info.bands])
+    return notes | _of_scale(raster, [band for info in infos for band in info.bands])
+
+
+def _of_order(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
+    like = raster.bands.like
+    if like is None:
+        return {}
+    names = ", ".join(band.called for band in like)
+    places = ", ".join(map(str, raster.places))
+    if places_by_name(like, there) is not None:
+        expected = raster.bands.indexes or tuple(range(1, len(like) + 1))
+        return {} if raster.places == expected else {"order": f"has {names} as its bands {places}, and is read so"}
+    if places_by_name(like, like) is None:  # the training files do not say it either
+        return {}
+    return {"unnamed": f"does not say which of its bands are {names}: {places} are taken for them"}
+
+
+def _of_scale(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
+    ours, like = raster.bands, raster.bands.like
+    first = there[raster.places[0] - 1]
+    tags = f"scale {first.scale:g} and offset {first.offset:g}"
+    tagged = any(there[place - 1].scaled for place in raster.places)
+    if ours.scale is not None or ours.offset is not None:
+        same = all((there[p - 1].scale, there[p - 1].offset) == (ours.scale, ours.offset) for p in raster.places)
+        return {"scale": f"says {tags}, but the recipe's are used"} if tagged and not same else {}
+    if like is None or tagged == any(band.scaled for band in like):
+        return {}
+    if tagged:
+        return {"scale": f"says {tags}, the training files nothing: its stored numbers are taken as they are"}
+    return {
+        "scale": "carries no scale and offset, the training files do: its stored numbers are taken for values; if they "
+        "are none, give it its own (gdal_edit.py -scale S -offset O)"
+    }

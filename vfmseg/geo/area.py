@@ -12,8 +12,9 @@ from rasterio.crs import CRS
 from rasterio.warp import transform, transform_bounds
 
 from vfmseg.errors import DataError, MachineError
+from vfmseg.geo.dateline import Rings, brought_to, crosses, goes_round, period, x_range
 from vfmseg.geo.grid import Grid
-from vfmseg.geo.inside import Polygons, Rings
+from vfmseg.geo.inside import Polygons
 
 LONGITUDE_LATITUDE = "OGC:CRS84"
 """What GeoJSON is in (RFC 7946) unless it says otherwise."""
@@ -25,11 +26,13 @@ _PIECES = 100
 def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:
     """An area of interest: a GeoJSON file, another vector file (needs pyogrio), or (west, south, east, north).
 
-    Bounds are in the CRS of the scene. DataError if the file cannot be read, holds no polygon, or holds the centre
-    of no pixel of the scene.
+    Bounds are in the CRS of the scene. Polygons are moved by whole turns of the Earth to where the scene is: 180 and
+    -180 degrees are one place. DataError if the file cannot be read, holds no polygon, or holds the centre of no pixel
+    of the scene.
     """
     if not isinstance(area, str | Path):
-        return Polygons([_rectangle(area)], grid, f"bounds {list(area)}")
+        turn = period(grid.crs)
+        return Polygons(brought_to([_rectangle(area, turn)], *x_range(grid), turn), grid, f"bounds {list(area)}")
     path = Path(area)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; expected polygons (GeoJSON, GeoPackage) or four bounds")
@@ -38,10 +41,16 @@ def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:
     if not polygons:
         raise DataError(f"{path}: holds no polygon among its {len(geometries)} features; expected at least one")
     taken = " (taken as longitude and latitude)" if crs == LONGITUDE_LATITUDE and grid.crs is not None else ""
-    return Polygons(_onto(polygons, crs, grid, path), grid, f"{path}{taken}")
+    placed = _onto(polygons, crs, grid, path)
+    if grid.crs is not None and any(crosses(rings, period(crs or grid.crs)) for rings in polygons):
+        taken += " (edges of more than three quarters of a turn lead across the date line)"
+    return Polygons(placed, grid, f"{path}{taken}")
 
 
-def _rectangle(bounds: Sequence[float]) -> Rings:
+def _rectangle(bounds: Sequence[float], turn: float | None) -> Rings:
+    """Bounds as a ring; west > east is across the date line if the way over it is the short one."""
+    if len(bounds) == 4 and turn is not None and bounds[0] - bounds[2] > 0.75 * turn:
+        bounds = [bounds[0], bounds[1], bounds[2] + turn, bounds[3]]
     if len(bounds) != 4 or not (bounds[0] < bounds[2] and bounds[1] < bounds[3] and np.isfinite(bounds).all()):
         raise DataError(
             f"area = {list(bounds)}: expected west, south, east, north with west < east and south < north, in units "
@@ -77,15 +86,17 @@ def _onto(polygons: list[Rings], crs: str | None, grid: Grid, path: Path) -> lis
 
     What lies far from the scene is cut off first: projections hold near their own region only.
     """
-    if crs is None or grid.crs is None:
+    if grid.crs is None:
         return polygons
     try:
-        if CRS.from_user_input(crs) == CRS.from_user_input(grid.crs):
-            return polygons
+        turn = period(grid.crs)
+        if crs is None or CRS.from_user_input(crs) == CRS.from_user_input(grid.crs):
+            return brought_to(polygons, *x_range(grid), turn)
         box = _surroundings(grid, crs)
+        polygons = brought_to(polygons, float(box[0, 0]), float(box[1, 0]), period(crs))
         near = [[_clipped(ring, box) for ring in rings] for rings in polygons]
         step = float((box[1] - box[0]).max()) / _PIECES
-        return [
+        moved = [
             [np.stack(transform(crs, grid.crs, *_split(ring, step).T), axis=1) for ring in rings if len(ring)]
             for rings in near
             if len(rings[0])
@@ -95,6 +106,12 @@ def _onto(polygons: list[Rings], crs: str | None, grid: Grid, path: Path) -> lis
             f"{path}: cannot be brought from {crs} to the scene's {grid.crs} ({error}); check the coordinate "
             "reference system that the file names"
         ) from error
+    if any(goes_round(rings[0], turn) for rings in moved):
+        raise DataError(
+            f"{path}: a polygon goes round a pole, which has no outline in the scene's {grid.crs}; cut it at 180 "
+            "degrees and give it in longitude and latitude"
+        )
+    return brought_to(moved, *x_range(grid), turn)
 
 
 def _surroundings(grid: Grid, crs: str) -> np.ndarray:
@@ -103,7 +120,7 @@ def _surroundings(grid: Grid, crs: str) -> np.ndarray:
     (west, south), (east, north) = np.min(places, axis=0), np.max(places, axis=0)
     box = np.array(transform_bounds(grid.crs, crs, west, south, east, north, densify_pts=101)).reshape(2, 2)
     if box[0, 0] > box[1, 0]:
-        box[:, 0] = -180, 180  # across the antimeridian
+        box[1, 0] += period(crs) or 0.0  # across the date line
     margin = 0.1 * (box[1] - box[0])
     return np.stack([box[0] - margin, box[1] + margin])
 

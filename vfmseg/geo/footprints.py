@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from rasterio.warp import transform_bounds
 
+from vfmseg.geo.dateline import period
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.rasterfile import GDAL_ERRORS
 
@@ -21,6 +22,8 @@ def ground_shared(of: Sequence[Grid], by: Sequence[Grid]) -> tuple[np.ndarray, n
     shares, which = np.zeros(len(of)), np.full(len(of), -1)
     others = [i for i, grid in enumerate(by) if grid.georeferenced]
     for crs in sorted({grid.crs for grid in of if grid.georeferenced and grid.crs}):
+        turn = period(crs)
+        moves = (0.0,) if turn is None else (0.0, turn, -turn)
         moved = [(i, box) for i in others if (box := _box(by[i], crs)) is not None]
         if not moved:
             continue
@@ -30,9 +33,11 @@ def ground_shared(of: Sequence[Grid], by: Sequence[Grid]) -> tuple[np.ndarray, n
             box = _box(grid, crs) if grid.georeferenced and grid.crs == crs else None
             if box is None:
                 continue
-            across = np.minimum(east, box[2]) - np.maximum(west, box[0])
+            across = sum(
+                (np.minimum(east + move, box[2]) - np.maximum(west + move, box[0])).clip(min=0) for move in moves
+            )
             down = np.minimum(north, box[3]) - np.maximum(south, box[1])
-            areas = across.clip(min=0) * down.clip(min=0) / ((box[2] - box[0]) * (box[3] - box[1]))
+            areas = across * down.clip(min=0) / ((box[2] - box[0]) * (box[3] - box[1]))
             most = int(areas.argmax())
             if areas[most] > 0:
                 shares[i], which[i] = areas[most], numbers[most]
@@ -50,4 +55,6 @@ def _box(grid: Grid, crs: str) -> tuple[float, float, float, float] | None:
     except GDAL_ERRORS:
         return None
     west, south, east, north = moved
+    if west > east:  # across the date line
+        east += period(crs) or 0.0
     return (west, south, east, north) if all(map(math.isfinite, moved)) and west < east and south < north else None

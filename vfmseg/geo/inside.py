@@ -11,11 +11,9 @@ from rasterio.features import geometry_mask
 from rasterio.transform import Affine
 
 from vfmseg.errors import OutsideError
+from vfmseg.geo.dateline import Rings
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import in_pixels
-
-Rings = list[np.ndarray]
-"""A polygon: its outline, then its holes, each float64 (points, 2) of x and y; the last point may repeat the first."""
 
 _BLOCK = 256
 """Height and width in pixels of the fixed squares that polygons are burnt in."""

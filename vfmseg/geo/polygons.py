@@ -20,6 +20,7 @@ from rasterio.crs import CRS
 from rasterio.warp import transform
 
 from vfmseg.errors import DataError, MachineError
+from vfmseg.geo.dateline import near_zero
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import RasterFile, gdal, open_dataset
 from vfmseg.geo.tracing import Pieces, trace
@@ -75,13 +76,15 @@ def write_polygons(
         raise DataError(f"{target}: rows {rows}: expected at least 1")
     source = _Map(labels, classes)
     to_degrees = check_place(target, source.grid, labels)
+    # GDAL cuts GeoJSON at 180 and -180 degrees, but loses what lies beyond 360
+    grid = near_zero(source.grid) if target.suffix.lower() == ".geojson" else source.grid
     for folder in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):  # of processes that were killed
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.closing(source.file), _aside(target) as folder, _unsynced():
         package = folder / "polygons.gpkg"
         count = 0
         for pieces in chain([_NOTHING], _batches(trace(source.bands(rows), source.grid.width))):
-            placed = _placed(pieces, source.grid, min_area, simplify, to_degrees)
+            placed = _placed(pieces, grid, min_area, simplify, to_degrees)
             _append(package, placed, source, target)
             count += len(placed[0])
         finished = package if target.suffix.lower() == ".gpkg" else _converted(package, target, source.grid.crs)

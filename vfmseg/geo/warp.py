@@ -17,6 +17,7 @@ from rasterio.transform import Affine
 from rasterio.warp import transform, transform_bounds
 
 from vfmseg.errors import DataError
+from vfmseg.geo.dateline import period, turned, within, x_range
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import GDAL_ERRORS
 
@@ -187,6 +188,13 @@ class _Places:
         self._target = target
         self._same = CRS.from_user_input(source.crs) == CRS.from_user_input(target.crs)
         self._affine = tuple(~Affine(*source.transform) @ Affine(*target.transform))[:6]
+        self._turn = self._columns_of_a_turn()
+        self._middle: float | None = None  # column below the middle of the target, where the source is in two pieces
+        if self._turn is not None:
+            cols = self._exact(*self._some(1, 1))[1]
+            known = cols[np.isfinite(cols)]
+            if self._same or (known.size and np.ptp(known) > self._turn / 2 and np.isfinite(cols[2, 2])):
+                self._middle = float(cols[2, 2])
         self._step = 1
         self.pixels = self._lengths()
         if not self._same:
@@ -198,15 +206,32 @@ class _Places:
             a, b, c, d, e, f = self._affine
             down, across = rows[:, None], cols[None, :]
             if b == 0 == d:
-                return e * down + f, a * across + c
-            return d * across + e * down + f, a * across + b * down + c
+                return e * down + f, self._landed(a * across + c)
+            return d * across + e * down + f, self._landed(a * across + b * down + c)
         places = np.empty((2, len(rows), len(cols)))
         for top, part_rows in _blocks(rows, self._step):
             for left, part_cols in _blocks(cols, self._step):
                 nodes = self._nodes(top, left)
                 places[:, part_rows, part_cols] = self._interpolated(nodes, rows[part_rows] / self._step - top,
                                                                      cols[part_cols] / self._step - left)  # fmt: skip
-        return places[0], places[1]
+        return places[0], self._landed(places[1])
+
+    def _columns_of_a_turn(self) -> float | None:
+        """Columns of the source once round the Earth; None if no place can lie a turn from where it is wanted."""
+        turn = period(self._source.crs)
+        a, b, *_ = self._source.transform
+        if turn is None or b:
+            return None
+        middle = sum(x_range(self._source)) / 2
+        if self._same and max(abs(x - middle) for x in x_range(self._target)) <= turn / 2:
+            return None
+        return abs(turn / a)
+
+    def _landed(self, cols: np.ndarray) -> np.ndarray:
+        """Columns of places where the source is: 180 and -180 degrees are one place."""
+        if self._turn is None or self._middle is None:
+            return cols
+        return within(cols, self._source.width / 2, self._turn)
 
     def _nodes(self, top: int, left: int) -> np.ndarray:
         """Source places (2, n, n) of a block of the lattice; NaN where a cell beside it is torn (the date line)."""
@@ -239,6 +264,8 @@ class _Places:
                 xs = ys = np.full(rows.size, np.nan)
         with np.errstate(invalid="ignore"):
             across, down = ~Affine(*self._source.transform) @ (xs, ys)
+            if self._turn is not None:
+                across = within(across, self._source.width / 2 if self._middle is None else self._middle, self._turn)
         places = np.stack([down, across]).reshape(2, *rows.shape)
         places[:, ~np.isfinite(places).all(axis=0)] = np.nan
         return places
@@ -285,6 +312,9 @@ def _check_overlap(name: str, source: Grid, target: Grid) -> None:
 
 def _apart(one: Grid, two: Grid) -> bool:
     """Whether `one`, seen in the reference system of `two`, clearly lies elsewhere."""
+    turn = period(one.crs)
+    if turn is not None and np.ptp(x_range(one)) > turn / 2:  # half a world has no box in a projection
+        return False
     try:
         west, south, east, north = transform_bounds(one.crs, two.crs, *_bounds(one))
     except GDAL_ERRORS:
@@ -292,7 +322,9 @@ def _apart(one: Grid, two: Grid) -> bool:
     if not all(map(math.isfinite, (west, south, east, north))) or west > east:  # beyond a system, over the date line
         return False
     left, bottom, right, top = _bounds(two)
-    return west >= right or east <= left or south >= top or north <= bottom
+    turn = period(two.crs)
+    beside = west >= right or east <= left if turn is None else not turned(left, right, west, east, turn)
+    return beside or south >= top or north <= bottom
 
 
 def _bounds(grid: Grid) -> tuple[float, float, float, float]:

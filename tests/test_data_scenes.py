@@ -180,7 +180,7 @@ def test_p48_ground_of_another_split_is_told(
             place = (500000 + east[split], 5000000 + 2000 * i)
             for kind, shape in (("images", (3, 64, 64)), ("labels", (64, 64))):
                 path = tmp_path / split / kind / f"s{i}_{split}.tif"
-                write_raster(path, np.ones(shape, np.uint8), origin=place)
+                write_raster(path, np.arange(64, dtype=np.uint8) % 2 + np.zeros(shape, np.uint8), origin=place)
     monkeypatch.setattr(terminal, "_said", set())
     open_training(recipe)
     said = capsys.readouterr().err
@@ -193,7 +193,14 @@ def test_p30_a_class_that_no_label_holds_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks of 0 and 255 with the usual ignore_index 255: all that is wanted is ignored."""
-    recipe = toy_recipe(toy_folder(tmp_path))
+    content = recipe_dict(toy_folder(tmp_path), None, tmp_path / "run")
+    for path in tmp_path.glob("*/labels/*.tif"):
+        with rasterio.open(path, "r+") as file:
+            labels = file.read()
+            labels[:, :5] = 2
+            file.write(labels)
+    content["data"]["classes"] = {0: "ground", 1: "disc", 2: "road"}
+    recipe = parse_recipe(content, tmp_path, "toy.yaml")
     monkeypatch.setattr(terminal, "_said", set())
     open_training(recipe)
     assert "no pixel of class" not in capsys.readouterr().err

@@ -35,6 +35,7 @@ from vfmseg.encoders.build import build_encoder_from_config
 from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.files import require_own, whole_folder
 from vfmseg.geo.said import BandSaid
+from vfmseg.metrics import mean_text
 from vfmseg.model import (
     InputFacts,
     SegmentationModel,
@@ -301,7 +302,7 @@ def _card(recipe: Recipe, record: Mapping[str, Any]) -> str:
         f"- Trainable parameters: {record['parameters']['trainable']:,} of {record['parameters']['total']:,}",
     ]
     if scores:
-        lines.append(f"- Validation mIoU: {scores['miou']:.4f} (epoch {record['metrics'].get('epoch')})")
+        lines.append(f"- Validation mIoU: {mean_text(scores, 4)} (epoch {record['metrics'].get('epoch')})")
     lines += [
         "",
         "```python",

@@ -36,12 +36,15 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
+    from vfmseg.metrics import mean_text
+
     print(f"{'class':<20}{'IoU':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'pixels':>12}")
     for name, scores in result["classes"].items():
         cells = [scores[key] for key in ("iou", "f1", "precision", "recall")]
         iou, f1, precision, recall = ["   -  " if c is None else f"{c:.3f}" for c in cells]
         print(f"{name:<20}{iou:>8}{f1:>8}{precision:>11}{recall:>8}{scores['support']:>12,}")
-    for key, title in (("miou", "mean IoU"), ("overall_accuracy", "overall accuracy"), ("kappa", "kappa")):
+    print(f"{'mean IoU':<20}   {mean_text(result)}")
+    for key, title in (("overall_accuracy", "overall accuracy"), ("kappa", "kappa")):
         value = result[key]
         print(f"{title:<20}{'-' if value is None else f'{value:.3f}':>8}")
     if result["absent"]:

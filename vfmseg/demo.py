@@ -39,6 +39,7 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
     from vfmseg.finetune import finetune
 
     trained = finetune(recipe, overwrite=overwrite)
+    from vfmseg.metrics import mean_text
     from vfmseg.segmenter import Segmenter
 
     segmenter = Segmenter.from_pretrained(recipe.output_dir / "best")
@@ -50,7 +51,7 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
     write_json(output / "metrics.json", result)
     building = scores["classes"]["building"]["iou"]
     say(
-        f"unseen place (Banepa, Nepal): mean IoU {scores['miou']:.3f}, building IoU {building:.3f}, after "
+        f"unseen place (Banepa, Nepal): mean IoU {mean_text(scores)}, building IoU {building:.3f}, after "
         f"{result['minutes']} minutes\nlook at {output / 'preview.png'} and {labels}"
     )
     return result

@@ -55,6 +55,7 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     from vfmseg.data.augment import Augment, Radiometry
     from vfmseg.data.dataset import CoverWindows, TrainingWindows
     from vfmseg.loop import Loop, Schedule, StepReport, score_windows
+    from vfmseg.metrics import mean_text
     from vfmseg.model import build_model
     from vfmseg.objectives.segmentation import Segmentation, class_weight_tuple
     from vfmseg.resume import Origin, load_run, save_run
@@ -154,7 +155,8 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     result = _result(recipe, model, state)
     if is_main_process():
         write_json(output / "metrics.json", result)
-        say(f"done: best epoch {state.best_epoch}, segmenter in {output / 'best'}")
+        reached = f" (val mIoU {mean_text(result['validation'])})" if result["validation"] else ""
+        say(f"done: best epoch {state.best_epoch}{reached}, segmenter in {output / 'best'}")
     accelerator.end_training()
     return result
 

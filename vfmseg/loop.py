@@ -25,7 +25,7 @@ from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.sample import Batch, collate
 from vfmseg.data.windows import Draw, epoch_order, rank_batches
 from vfmseg.errors import MachineError, RecipeError, VfmsegError
-from vfmseg.metrics import Confusion
+from vfmseg.metrics import Confusion, comparable
 from vfmseg.model import SegmentationModel
 from vfmseg.objectives.segmentation import Segmentation, total
 
@@ -140,8 +140,8 @@ class Loop:
             self._train_epoch(epoch)
             seconds = time.perf_counter() - started
             scores = self.validate()
-            score = scores["miou"] if scores else None
-            # without a validation split there is nothing to choose by: the newest epoch is kept
+            score = comparable(scores) if scores else None
+            # without a validation split, or with one of a single class, there is nothing to choose by: the newest stays
             improved = score is None or score > self.state.best_score
             if improved:
                 self.state.best_score = -math.inf if score is None else score

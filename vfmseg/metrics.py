@@ -6,7 +6,7 @@ a mean of tile scores. Pixels drop out by their label alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,9 +56,9 @@ class Confusion:
         """All scores as plain numbers, ready for JSON: shares in 0..1, None where a score is undefined.
 
         `names` in index order. `miou`: mean over the classes that occur in labels or predictions; `absent`
-        names the others, whose scores are None. `precision` is undefined for a class that is never predicted,
-        `recall` for one without labels, `kappa` if chance alone would agree everywhere. `support` and
-        `pixels` count labelled pixels.
+        names the others, whose scores are None, `classes_in_mean` counts those that took part. `precision` is
+        undefined for a class that is never predicted, `recall` for one without labels, `kappa` if chance alone
+        would agree everywhere. `support` and `pixels` count labelled pixels.
         """
         if len(set(names)) != self.classes or len(names) != self.classes:
             raise DataError(
@@ -84,6 +84,7 @@ class Confusion:
         pixels = sum(truth)
         return {
             "miou": sum(ious) / len(ious) if ious else None,
+            "classes_in_mean": len(ious),
             "overall_accuracy": _share(sum(hits), pixels),
             "kappa": _kappa(sum(hits), pixels, sum(t * p for t, p in zip(truth, predicted, strict=True))),
             "classes": per_class,
@@ -100,6 +101,26 @@ class Confusion:
             raise DataError(
                 f"metrics: {what} hold class indexes {low}..{high} on labelled pixels; expected 0..{self.classes - 1}"
             )
+
+
+def mean_text(scores: Mapping[str, Any], digits: int = 3) -> str:
+    """The mean IoU for people: `0.897`, `1.000 over 1 of 2 classes (no disc)` or `none`."""
+    value = "none" if scores["miou"] is None else f"{scores['miou']:.{digits}f}"
+    absent = scores.get("absent")
+    if not absent:
+        return value
+    of = len(scores["classes"])
+    return f"{value} over {of - len(absent)} of {of} classes (no {', '.join(absent)})"
+
+
+def comparable(scores: Mapping[str, Any]) -> float | None:
+    """What epochs are compared by: the mean IoU of the classes that have labels. None if that is one of several.
+
+    With labels of all classes it is `miou`. A class without labels would enter the mean of only those epochs that
+    predict it; and where one class alone has labels, who predicts nothing else is perfect.
+    """
+    labelled = [row["iou"] for row in scores["classes"].values() if row["support"]]
+    return sum(labelled) / len(labelled) if len(labelled) >= min(2, len(scores["classes"])) else None
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from vfmseg.metrics import mean_text
 from vfmseg.terminal import is_main_process, say
 
 
@@ -41,8 +42,7 @@ class TrainingProgress:
     def epoch(self, step: int, epoch: int, scores: dict[str, Any] | None) -> None:
         """One epoch and its validation are done."""
         if scores:
-            miou = scores["miou"]
-            self.best = f", val mIoU {'none' if miou is None else f'{miou:.3f}'}"
+            self.best = f", val mIoU {mean_text(scores)}"
         if self.bar is None:
             say(self._line(step, epoch))
 

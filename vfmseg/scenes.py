@@ -98,15 +98,45 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
         counts = require_labels(scenes, name, len(ids))
-        absent = [f"{i} ({recipe.data.classes[i].name})" for i, count in zip(ids, counts, strict=True) if not count]
-        if absent and name == "train":
-            ignored = "" if recipe.data.ignore_index is None else f" and data.ignore_index = {recipe.data.ignore_index}"
-            say_once(
-                f"data.train: no pixel of class {', '.join(absent)}, which so cannot be learned; check data.classes"
-                f"{ignored} against the label files"
-            )
+        pixels = sum(scene.grid.height * scene.grid.width for scene in scenes)
+        _tell_absent(recipe, name, dict(zip(ids, counts, strict=True)), pixels)
         _tell_survey(name, survey(scenes, len(ids)), [recipe.data.classes[i].name for i in ids])
     return training
+
+
+def _tell_absent(recipe: Recipe, split: str, counts: Mapping[int, int], pixels: int) -> None:
+    """Say which classes have no label in a split, what follows from it, and what may hide them.
+
+    counts: labelled pixels by class id, of so many pixels in all. DataError where only one of several classes is there
+    to be learned.
+    """
+    named = {i: f"{i} ({recipe.data.classes[i].name})" for i in counts}
+    absent, found = ([named[i] for i in counts if bool(counts[i]) == there] for there in (False, True))
+    if not absent:
+        return
+    ignored, hidden = recipe.data.ignore_index, 1 - sum(counts.values()) / pixels
+    remedy = "check data.classes against the label files"
+    if hidden:
+        remedy = (
+            f"{max(hidden, 0.0001):.2%} of its label pixels count as unlabelled (data.ignore_index = {ignored}, nodata "
+            f"or a mask): if {ignored} is a class in the files, name it in data.classes and choose another "
+            f"data.ignore_index; else {remedy}"
+        )
+    if split == "train" and len(found) == 1:
+        raise DataError(
+            f"data.train: every labelled pixel is of class {found[0]}, none of {', '.join(absent)}: there is nothing "
+            f"to tell apart and so nothing to learn; {remedy}"
+        )
+    if split == "train":
+        follows = "which so cannot be learned"
+    elif len(found) == 1:
+        follows = (
+            f"all labels are {found[0]}: a model that predicts nothing else scores 1, so the score says nothing, and "
+            "the last epoch is kept as the best"
+        )
+    else:
+        follows = "which no score is about; the best epoch is chosen by the mean IoU of the other classes"
+    say_once(f"data.{split}: no pixel of class {', '.join(absent)}, {follows}; {remedy}")
 
 
 def _tell_survey(split: str, found: Survey, classes: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def _whole_numbers(array: np.ndarray, place: str, unlabelled: np.ndarray | None)
     if wrong.any():
         raise DataError(
             f"{place}: {int(wrong.sum())} labels are not whole numbers, such as {numbers[wrong][0]:g}; "
-            "expected class ids (are these probabilities or an image?)"
+            "expected class ids (are these probabilities or an image?); write the id of a class to each pixel"
         )
     return numbers.astype(np.int64), hidden
 
@@ -139,9 +139,11 @@ class LabelRaster:
         info = self._file.info
         bands = [band for band in range(1, info.count + 1) if band not in info.alpha]
         if len(bands) != 1:
-            colours = " (a picture of the labels in colours?)" if len(bands) == 3 else ""
+            asked = " (a picture of the labels in colours?)" if len(bands) == 3 else ""
+            if len(bands) == len(self.label_map.ids):
+                asked += " (one band a class? write the id of the class whose band is largest)"
             raise DataError(
-                f"{self.path}: has {len(bands)} bands{colours}; expected one band of class ids; "
+                f"{self.path}: has {len(bands)} bands{asked}; expected one band of class ids; "
                 "convert it to one number a class"
             )
         if info.lossy:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vfmseg.data.opened import OPENED
 from vfmseg.errors import DataError
+from vfmseg.geo.crs import short_name
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.notes import notes_of
@@ -171,4 +172,4 @@ def _check_one_grid(first: str, one: Grid, path: str, two: Grid) -> None:
 
 
 def _where(grid: Grid) -> str:
-    return f"{grid.crs or 'no CRS'} at ({grid.transform[2]:.10g}, {grid.transform[5]:.10g})"
+    return f"{short_name(grid.crs)} at ({grid.transform[2]:.10g}, {grid.transform[5]:.10g})"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rasterio.crs import CRS
 from rasterio.warp import transform, transform_bounds
 
 from vfmseg.errors import DataError, MachineError
+from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.dateline import Rings, brought_to, crosses, goes_round, period, x_range
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.inside import Polygons
@@ -90,7 +90,7 @@ def _onto(polygons: list[Rings], crs: str | None, grid: Grid, path: Path) -> lis
         return polygons
     try:
         turn = period(grid.crs)
-        if crs is None or CRS.from_user_input(crs) == CRS.from_user_input(grid.crs):
+        if crs is None or same_ground(crs, grid.crs):
             return brought_to(polygons, *x_range(grid), turn)
         box = _surroundings(grid, crs)
         polygons = brought_to(polygons, float(box[0, 0]), float(box[1, 0]), period(crs))
@@ -103,13 +103,13 @@ def _onto(polygons: list[Rings], crs: str | None, grid: Grid, path: Path) -> lis
         ]
     except Exception as error:  # PROJ's errors have no class of their own that rasterio makes public
         raise DataError(
-            f"{path}: cannot be brought from {crs} to the scene's {grid.crs} ({error}); check the coordinate "
-            "reference system that the file names"
+            f"{path}: cannot be brought from {short_name(crs)} to the scene's {short_name(grid.crs)} ({error}); check "
+            "the coordinate reference system that the file names"
         ) from error
     if any(goes_round(rings[0], turn) for rings in moved):
         raise DataError(
-            f"{path}: a polygon goes round a pole, which has no outline in the scene's {grid.crs}; cut it at 180 "
-            "degrees and give it in longitude and latitude"
+            f"{path}: a polygon goes round a pole, which has no outline in the scene's {short_name(grid.crs)}; cut it "
+            "at 180 degrees and give it in longitude and latitude"
         )
     return brought_to(moved, *x_range(grid), turn)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vfmseg.errors import DataError
+from vfmseg.geo.crs import same_ground
 
 Affine6 = tuple[float, float, float, float, float, float]
 
@@ -101,11 +102,11 @@ class Grid:
         """Whether the two grids can be laid on each other pixel by pixel.
 
         Sizes must be equal, and what both files say of CRS and transform must agree (corners within 0.05
-        pixel). A file that says nothing, such as a PNG label of a GeoTIFF, contradicts nothing.
+        pixel; not heights). A file that says nothing, such as a PNG label of a GeoTIFF, contradicts nothing.
         """
         if (self.height, self.width) != (other.height, other.width):
             return False
-        if self.crs is not None and other.crs is not None and not _same_crs(self.crs, other.crs):
+        if self.crs is not None and other.crs is not None and not same_ground(self.crs, other.crs):
             return False
         if IDENTITY in (self.transform, other.transform):
             return True
@@ -114,14 +115,6 @@ class Grid:
         corners = [(0, 0), (0, self.width), (self.height, 0), (self.height, self.width)]
         pairs = [(self.point(*corner), other.point(*corner)) for corner in corners]
         return all(max(abs(x - u), abs(y - v)) <= _TOLERANCE * pixel for (x, y), (u, v) in pairs)
-
-
-def _same_crs(one: str, two: str) -> bool:
-    if one == two:
-        return True
-    from rasterio.crs import CRS  # only for the rare case of one system written in two ways
-
-    return bool(CRS.from_user_input(one) == CRS.from_user_input(two))
 
 
 @dataclass(frozen=True)

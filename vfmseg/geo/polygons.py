@@ -20,6 +20,7 @@ from rasterio.crs import CRS
 from rasterio.warp import transform
 
 from vfmseg.errors import DataError, MachineError
+from vfmseg.geo.crs import short_name
 from vfmseg.geo.dateline import near_zero
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import RasterFile, gdal, open_dataset
@@ -128,7 +129,7 @@ def check_place(target: Path, grid: Grid, labels: str | Path) -> bool:
     try:
         transform(grid.crs, "OGC:CRS84", *([value] for value in grid.point(grid.height / 2, grid.width / 2)))
     except Exception as error:  # PROJ's errors have no class of their own that rasterio makes public
-        raise DataError(f"{labels}: {grid.crs} has no way to degrees ({error}): {remedy}") from error
+        raise DataError(f"{labels}: {short_name(grid.crs)} has no way to degrees ({error}): {remedy}") from error
     return not CRS.from_user_input(grid.crs).is_geographic
 
 

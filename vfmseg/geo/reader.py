@@ -14,6 +14,7 @@ from types import TracebackType
 import numpy as np
 
 from vfmseg.errors import DataError
+from vfmseg.geo.crs import short_name
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import FileInfo, RasterFile
 from vfmseg.geo.said import BandSaid, places_by_name
@@ -329,5 +330,6 @@ def _numbers(file: RasterFile) -> range:
 
 def _grid_text(grid: Grid) -> str:
     a, _, c, _, e, f = grid.transform
-    where = f" from ({c:g}, {f:g}) in steps of ({a:g}, {e:g})" if grid.georeferenced else ""
+    where = f" from ({c:.10g}, {f:.10g}) in steps of ({a:g}, {e:g})" if grid.georeferenced else ""
+    where += f" in {short_name(grid.crs)}" if grid.georeferenced else ""
     return f"{grid.height} x {grid.width} pixels{where}"

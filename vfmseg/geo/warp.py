@@ -12,11 +12,11 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-from rasterio.crs import CRS
 from rasterio.transform import Affine
 from rasterio.warp import transform, transform_bounds
 
 from vfmseg.errors import DataError
+from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.dateline import period, turned, within, x_range
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import GDAL_ERRORS
@@ -186,7 +186,7 @@ class _Places:
     def __init__(self, source: Grid, target: Grid) -> None:
         self._source = source
         self._target = target
-        self._same = CRS.from_user_input(source.crs) == CRS.from_user_input(target.crs)
+        self._same = same_ground(str(source.crs), str(target.crs))
         self._affine = tuple(~Affine(*source.transform) @ Affine(*target.transform))[:6]
         self._turn = self._columns_of_a_turn()
         self._middle: float | None = None  # column below the middle of the target, where the source is in two pieces
@@ -305,8 +305,8 @@ def _check_overlap(name: str, source: Grid, target: Grid) -> None:
     if _apart(source, target) or _apart(target, source):
         west, south, east, north = _bounds(target)
         raise DataError(
-            f"{name}: covers nothing of the scene's first modality ({target.crs}, x {west:.6g} to {east:.6g}, y "
-            f"{south:.6g} to {north:.6g}); expected files of one place; check the pair"
+            f"{name}: covers nothing of the scene's first modality ({short_name(target.crs)}, x {west:.6g} to "
+            f"{east:.6g}, y {south:.6g} to {north:.6g}); expected files of one place; check the pair"
         )
 
 

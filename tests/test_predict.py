@@ -556,3 +556,14 @@ def test_p63_resume_makes_the_polygons_of_a_finished_map_anew(
     before = (tmp_path / "labels.tif").stat().st_mtime_ns
     assert polygons(resume=True, min_area=1e9) == 0
     assert (tmp_path / "labels.tif").stat().st_mtime_ns == before
+
+
+def test_f10_nobody_listens_and_the_map_is_written(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    label(segmenter, place / "scene.tif", tmp_path / "one.tif")
+    reading, writing = os.pipe()
+    os.close(reading)  # as after `2>&1 | head`
+    words = command(place, place / "scene.tif", "-o", tmp_path / "two.tif", "--json")
+    done = subprocess.run(words, stdout=writing, stderr=writing, timeout=200, env=ENVIRONMENT, check=False)
+    os.close(writing)
+    assert done.returncode == 0
+    assert (tmp_path / "one.tif").read_bytes() == (tmp_path / "two.tif").read_bytes()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vfmseg.errors import RecipeError
-from vfmseg.terminal import guarded, is_main_process, quiet_libraries, say
+from vfmseg.terminal import deliver, guarded, is_main_process, keep_displays, quiet_libraries, say
 
 app = typer.Typer(
     name="vfmseg",
@@ -31,24 +31,22 @@ def _end(verb: Callable[[], None], resume_line: str | None = None) -> None:
         raise typer.Exit(code)
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
-    """Scores on stdout: as a table for people, as one JSON object for machines."""
-    if as_json:
-        print(json.dumps(result))
-        return
+def _table(result: dict[str, Any]) -> str:
+    """Scores for people to read."""
     from vfmseg.metrics import mean_text
 
-    print(f"{'class':<20}{'IoU':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'pixels':>12}")
+    lines = [f"{'class':<20}{'IoU':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'pixels':>12}"]
     for name, scores in result["classes"].items():
         cells = [scores[key] for key in ("iou", "f1", "precision", "recall")]
         iou, f1, precision, recall = ["   -  " if c is None else f"{c:.3f}" for c in cells]
-        print(f"{name:<20}{iou:>8}{f1:>8}{precision:>11}{recall:>8}{scores['support']:>12,}")
-    print(f"{'mean IoU':<20}   {mean_text(result)}")
+        lines.append(f"{name:<20}{iou:>8}{f1:>8}{precision:>11}{recall:>8}{scores['support']:>12,}")
+    lines.append(f"{'mean IoU':<20}   {mean_text(result)}")
     for key, title in (("overall_accuracy", "overall accuracy"), ("kappa", "kappa")):
         value = result[key]
-        print(f"{title:<20}{'-' if value is None else f'{value:.3f}':>8}")
+        lines.append(f"{title:<20}{'-' if value is None else f'{value:.3f}':>8}")
     if result["absent"]:
-        print(f"in neither labels nor predictions, left out of the mean: {', '.join(result['absent'])}")
+        lines.append(f"in neither labels nor predictions, left out of the mean: {', '.join(result['absent'])}")
+    return "\n".join(lines)
 
 
 @app.command(epilog="Example: vfmseg finetune recipes/oam_buildings.yaml train.epochs=5 --overwrite")
@@ -154,7 +152,7 @@ def predict(
         scenes = scenes_of(scene)
         records = label(segmenter, scenes or scene, others, output, how, wanted)
         if as_json and records:
-            print(json.dumps({"scenes": records} if scenes else records[0]))
+            deliver(json.dumps({"scenes": records} if scenes else records[0]) + "\n")
         elif records:
             say(summary(records))
         require_all(records, len(scenes or [scene]))
@@ -229,7 +227,7 @@ def evaluate(
         with SceneProgress(f"{split} scenes") as progress:
             result = segmenter.evaluate(chosen, split, progress)
         if is_main_process():
-            _show(result, as_json)
+            deliver((json.dumps(result) if as_json else _table(result)) + "\n")
 
     _end(verb)
 
@@ -256,6 +254,7 @@ def demo(
 
 def main() -> None:
     """Entry point of the `vfmseg` command."""
+    keep_displays()
     app()
 
 

@@ -25,7 +25,7 @@ from vfmseg.processes import connect, launch_command
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 from vfmseg.recipe.train import PredictSection
-from vfmseg.terminal import guarded, is_main_process, quiet_libraries, say
+from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
 
 if TYPE_CHECKING:
     from vfmseg.loop import RunState
@@ -272,4 +272,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_displays()
     sys.exit(main())

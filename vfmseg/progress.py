@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vfmseg.metrics import mean_text
-from vfmseg.terminal import is_main_process, say
+from vfmseg.terminal import on_terminal, say
+
+
+class Bar:
+    """A bar on stderr from the first step on; nothing where that is no terminal, or none any more."""
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.shown = on_terminal()
+        if not self.shown:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._rich = Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True))
+        self._task = self._rich.add_task(title, total=total, completed=done)
+        with self._while_it_lasts():
+            self._rich.start()
+
+    def update(self, title: str, done: int) -> None:
+        """The line before the bar, and how much is done."""
+        if self.shown:
+            with self._while_it_lasts():
+                self._rich.update(self._task, completed=done, description=title)
+
+    def stop(self) -> None:
+        """Leave the last state on the screen."""
+        if self.shown:
+            with self._while_it_lasts():
+                self._rich.stop()
+
+    @contextlib.contextmanager
+    def _while_it_lasts(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # the terminal has gone, or stderr was closed
+            self.shown = False
 
 
 class TrainingProgress:
@@ -22,34 +57,27 @@ class TrainingProgress:
         self.images = 0
         self.loss = float("nan")
         self.best = ""
-        self.bar: Any = None
-        if is_main_process() and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True))
-            self.task = self.bar.add_task("starting", total=steps_total, completed=steps_done)
-            self.bar.start()
+        self.bar = Bar("starting", steps_total, steps_done)
 
     def step(self, step: int, epoch: int, loss: float, images: int) -> None:
         """One optimizer step is done."""
         self.images += images
         # a mean over about twenty steps: single steps jump too much to be read
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=self._line(step, epoch))
+        self.bar.update(self._line(step, epoch), step)
 
     def epoch(self, step: int, epoch: int, scores: dict[str, Any] | None) -> None:
         """One epoch and its validation are done."""
         if scores:
-            self.best = f", val mIoU {mean_text(scores)}"
-        if self.bar is None:
+from vfmseg.metrics import mean_text
+            miou = scores["miou"]
+            self.best = f", val mIoU {'none' if miou is None else f'{miou:.3f}'}"
+        if not self.bar.shown:
             say(self._line(step, epoch))
 
     def close(self) -> None:
         """Leave the last state on the screen."""
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()
 
     def _line(self, step: int, epoch: int) -> str:
         seconds = time.perf_counter() - self.started
@@ -69,21 +97,12 @@ class SceneProgress:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.bar: Any = None
-        self.wanted = is_main_process() and sys.stderr.isatty()
+        self.bar: Bar | None = None  # before the first scene the number of all is not known
 
     def __call__(self, done: int, total: int) -> None:
         """`done` of `total` scenes are done."""
-        if not self.wanted:
-            return
-        if self.bar is None:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True))
-            self.task = self.bar.add_task(self.name, total=total)
-            self.bar.start()
-        self.bar.update(self.task, completed=done)
+        self.bar = self.bar or Bar(self.name, total)
+        self.bar.update(f"{self.name} {done}/{total}", done)
 
     def __enter__(self) -> SceneProgress:
         return self
@@ -105,22 +124,14 @@ class LabelProgress:
         self.ticks = 0
         self.queued = 0  # batches at all ticks together
         self.started = time.perf_counter()
-        self.bar: Any = None
-        if is_main_process() and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True))
-            self.task = self.bar.add_task(name, total=pixels)
-            self.bar.start()
+        self.bar = Bar(name, pixels)
 
     def add(self, pixels: int, busy: Mapping[str, float], queued: int) -> None:
         """More pixels are done; `busy`: seconds by stage, `queued`: batches that wait for the model."""
         self.done += pixels
         self.ticks += 1
         self.queued += queued
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, description=self._line(busy, queued))
+        self.bar.update(self._line(busy, queued), self.done)
 
     @property
     def queue_fill(self) -> float | None:
@@ -129,8 +140,7 @@ class LabelProgress:
 
     def close(self) -> None:
         """Leave the last state on the screen."""
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()
 
     def _line(self, busy: Mapping[str, float], queued: int) -> str:
         seconds = max(time.perf_counter() - self.started, 1e-9)

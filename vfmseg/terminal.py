@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TextIO
 
-from vfmseg.errors import VfmsegError
+from vfmseg.errors import MachineError, VfmsegError
 
 _said: set[str] = set()
+_lost: dict[int, OSError] = {}  # why a stream, by its number, could not be written to
 
 
 def is_main_process() -> bool:
@@ -25,7 +30,7 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """One line on stderr, from the main process only (stdout is kept for results)."""
     if is_main_process():
-        print(message, file=sys.stderr, flush=True)
+        _to_stderr(f"{message}\n")
 
 
 def say_once(message: str) -> None:
@@ -112,6 +117,79 @@ def _termination_unwinds() -> Iterator[None]:
 def complain(message: str) -> None:
     """A message on stderr from whatever process, which says its number."""
     who = "vfmseg" if is_main_process() else f"vfmseg, process {os.environ['RANK']}"
-    # one write: the lines of several processes must not mix, and `print` writes the end of a line by itself
-    sys.stderr.write(f"{who}: {message}\n")
-    sys.stderr.flush()
+    _to_stderr(f"{who}: {message}\n")
+
+
+def _to_stderr(text: str) -> None:
+    """One write: the lines of several processes must not mix. What cannot be shown is dropped."""
+    if sys.stderr is None:  # of a program without a console; `print` would turn to stdout
+        return
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def on_terminal() -> bool:
+    """Whether there is a terminal to draw a bar on, and this is the process that talks."""
+    return is_main_process() and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
+def deliver(result: str) -> None:
+    """A result on stdout. MachineError, which holds it, if the disk behind stdout cannot take it.
+
+    A reader that has gone (`| head`) or a closed stdout wanted no more of it: that is no error.
+    """
+    _lost.pop(1, None)
+    sys.stdout.write(result)
+    sys.stdout.flush()
+    lost = _lost.get(1)
+    if lost is not None and lost.errno != errno.EPIPE:
+        raise MachineError(
+            f"stdout: {lost.strerror}; the work is done and its files are kept, only the result could not be written "
+            f"there; it is:\n{result}"
+        )
+
+
+def keep_displays() -> None:
+    """Let stdout and stderr take whatever is written to them, now and as the program ends, whoever writes.
+
+    A pipe whose reader has gone, a terminal that was closed or a full disk behind one of them ends no run. For a
+    program's first line: nothing has been opened yet, and libraries have not noted which streams there are.
+    """
+    for number in range(3):  # the next file opened would get the number of a closed one, and what is meant for stderr
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _lasting(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _lasting(sys.stderr, 2)
+
+
+def _lasting(stream: TextIO | None, number: int) -> TextIO:
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.flush()
+        if os.name == "nt" and stream.isatty():  # written to by other means than bytes
+            return stream
+    display = io.BufferedWriter(_Display(number, "w", closefd=False))
+    encoding = "utf-8" if stream is None else stream.encoding
+    # a console of few letters shows the others by their numbers
+    return io.TextIOWrapper(display, encoding, "backslashreplace", line_buffering=True)
+
+
+class _Display(io.FileIO):
+    """A stream by its number that takes all bytes; those that it cannot pass on it drops."""
+
+    def write(self, data: Any) -> int:
+        """The number of bytes that are done with: all of them, if they cannot be written."""
+        while True:
+            try:
+                written = super().write(data)
+            except OSError as error:
+                _lost[self.fileno()] = error
+                return len(data)
+            if written is not None:
+                return written
+            select.select([], [self], [])  # whoever shares the stream has set it not to wait: we do

@@ -8,7 +8,7 @@ import sys
 
 from vfmseg.errors import RecipeError
 from vfmseg.recipe import dump_recipe, load_recipe, recipe_schema
-from vfmseg.terminal import guarded
+from vfmseg.terminal import deliver, guarded, keep_displays
 
 
 def schema_text() -> str:
@@ -19,12 +19,13 @@ def schema_text() -> str:
 def main(arguments: list[str]) -> None:
     """Run one of the two commands."""
     if arguments == ["schema"]:
-        print(schema_text(), end="")
+        deliver(schema_text())
     elif len(arguments) >= 2 and arguments[0] == "check":
-        print(dump_recipe(load_recipe(arguments[1], arguments[2:])), end="")
+        deliver(dump_recipe(load_recipe(arguments[1], arguments[2:])))
     else:
         raise RecipeError("use: python -m vfmseg.recipe schema, or python -m vfmseg.recipe check FILE [key=value ...]")
 
 
 if __name__ == "__main__":
+    keep_displays()
     sys.exit(guarded(lambda: main(sys.argv[1:])))

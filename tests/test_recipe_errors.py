@@ -266,7 +266,7 @@ def test_key_written_twice_is_refused(tmp_path: Path) -> None:
         (b"name: caf\xe9\n", "byte 9 is not UTF-8 text; save the recipe as UTF-8"),
         (b"name: a\x00b\n", "not readable as YAML: unacceptable character"),
         ("a: !!python/object/apply:os.system ['true']\n", "line 1, column 4: could not determine a constructor"),
-        ("[" * 600, "nested too deeply to be a recipe"),
+        ("[" * 600, "line 1, column 33: nested too deeply to be a recipe"),
     ],
 )
 def test_file_that_is_no_recipe(tmp_path: Path, text: str | bytes, line: str) -> None:

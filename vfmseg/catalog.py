@@ -6,11 +6,11 @@ prints `checkpoints.md`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from vfmseg.errors import CheckpointError, nearest
+from vfmseg.jsonfile import read_json
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -105,7 +105,7 @@ def _of_folder(checkpoint: str | None) -> Statistics | None:
     if checkpoint is None or not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if not content.get("do_normalize", True) or "image_mean" not in content:
             return None
         (r, g, b), (sr, sg, sb) = ([float(value) for value in content[key]] for key in ("image_mean", "image_std"))

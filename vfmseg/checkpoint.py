@@ -35,6 +35,7 @@ from vfmseg.encoders.build import build_encoder_from_config
 from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.files import require_own, whole_folder
 from vfmseg.geo.said import BandSaid
+from vfmseg.jsonfile import read_json
 from vfmseg.metrics import mean_text
 from vfmseg.model import (
     InputFacts,
@@ -164,7 +165,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
             f"{folder}: not a segmenter: {found}; expected a folder written by a training run, such as runs/NAME/best"
         )
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(path)
     except ValueError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the checkpoint again") from None
     if not isinstance(record, dict):

@@ -9,6 +9,7 @@ from typing import Any
 
 from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.files import whole_file, write_json
+from vfmseg.jsonfile import read_json
 from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.terminal import say
 
@@ -81,7 +82,7 @@ def encoder_family(encoder: str) -> str:
     folder = Path(encoder).expanduser()
     if (folder / "config.json").is_file():
         try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+            kind = read_json(folder / "config.json")["model_type"]
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{folder / 'config.json'}: not the config of an encoder; copy it again") from None
         if kind in FAMILIES:

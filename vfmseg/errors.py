@@ -47,9 +47,10 @@ class MachineError(VfmsegError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the closest known name, else the list of known names."""
+    """`did you mean 'x'?` for the closest known name, else the list of known names, the first 30 of many."""
     names = [str(item) for item in known]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"known: {', '.join(names)}" if names else "nothing is known here"
+    more = f" and {len(names) - 30} more" if len(names) > 30 else ""
+    return f"known: {', '.join(names[:30])}{more}" if names else "nothing is known here"

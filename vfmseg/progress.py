@@ -69,9 +69,7 @@ class TrainingProgress:
     def epoch(self, step: int, epoch: int, scores: dict[str, Any] | None) -> None:
         """One epoch and its validation are done."""
         if scores:
-from vfmseg.metrics import mean_text
-            miou = scores["miou"]
-            self.best = f", val mIoU {'none' if miou is None else f'{miou:.3f}'}"
+            self.best = f", val mIoU {mean_text(scores)}"
         if not self.bar.shown:
             say(self._line(step, epoch))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from vfmseg.adapters.sites import chosen_sites
 from vfmseg.adapters.tensors import require_tensors
 from vfmseg.encoders.base import Encoder
 from vfmseg.errors import AdapterError, CheckpointError
+from vfmseg.jsonfile import read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -158,7 +158,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; the checkpoint is incomplete, copy it again")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: the adapter cannot be read ({error}); copy it again") from None

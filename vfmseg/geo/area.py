@@ -15,6 +15,7 @@ from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.dateline import Rings, brought_to, crosses, goes_round, period, x_range
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.inside import Polygons
+from vfmseg.jsonfile import read_json
 
 LONGITUDE_LATITUDE = "OGC:CRS84"
 """What GeoJSON is in (RFC 7946) unless it says otherwise."""
@@ -150,7 +151,7 @@ def _split(ring: np.ndarray, step: float) -> np.ndarray:
 def _geojson(path: Path) -> tuple[list[Any], str]:
     """Geometries as they stand, and the CRS."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path)
         kind = content["type"]
         if kind == "FeatureCollection":
             geometries = [feature["geometry"] for feature in content["features"]]

@@ -7,7 +7,6 @@ A piece under its name is complete. `assemble` joins them into the target, which
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.writer import BLOCK, MapWriter, remove_leftovers
 from vfmseg.inference.plan import Plan, Run, Shard
+from vfmseg.jsonfile import read_json
 
 PLAN = "plan.json"
 
@@ -161,7 +161,7 @@ class Parts:
 
 def _plan_in(known: Path) -> dict[str, Any]:
     try:
-        before = json.loads(known.read_text(encoding="utf-8"))
+        before = read_json(known)
     except ValueError:  # no text, or no JSON
         before = None
     if not isinstance(before, dict):

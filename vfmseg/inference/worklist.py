@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from vfmseg.errors import DataError
 from vfmseg.inference.job import product_path
+from vfmseg.jsonfile import read_json
 
 IMAGES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 """Suffixes that count as scenes in a folder."""
@@ -81,7 +81,7 @@ def _from(folder: Path, name: str) -> str:
 def _stac(path: Path) -> list[str]:
     """One image of each item: the asset with the role `data`, else the first that is an image."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path)
         items = content["features"] if content["type"] == "FeatureCollection" else [content]
         hrefs = [_image_of(item["assets"]) for item in items]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

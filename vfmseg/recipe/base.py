@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from glob import escape, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -20,6 +21,9 @@ Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Name = Annotated[str, Field(min_length=1, pattern=r"^\S(.*\S)?$")]
+
+TOLD = 20
+"""Findings that are told in full: who reads of more has none of them in view."""
 
 
 class Problem(NamedTuple):
@@ -40,27 +44,45 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _raise_problems(self) -> Section:
-        found = list(self._problems())
+        found = list(islice(self._problems(), TOLD + 1))
         if found:
             raise PydanticCustomError("problems", "the keys do not fit together", {"problems": found})
         return self
 
 
+SHOWN = 60
+"""Characters of a value that a message shows."""
+
+
 def show(value: Any) -> str:
     """A value of a recipe on one line, as YAML would have it (flow style), cut at 60 characters."""
+    text = ""
+    for piece in _pieces(value):  # a huge value is cut before all of it is text
+        text += piece
+        if len(text) > SHOWN:
+            return f"{text[: SHOWN - 3]}..."
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
     if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return _short("{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}")
-    if isinstance(value, (list, tuple)):
-        return _short("[" + ", ".join(show(item) for item in value) + "]")
-    return _short(repr(str(value)) if isinstance(value, (str, Path)) else str(value))
-
-
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+        yield "null"
+    elif isinstance(value, bool):
+        yield "true" if value else "false"
+    elif isinstance(value, dict):
+        yield "{"
+        for number, (key, item) in enumerate(value.items()):
+            yield f"{', ' * (number > 0)}{key}: "
+            yield from _pieces(item)
+        yield "}"
+    elif isinstance(value, (list, tuple)):
+        yield "["
+        for number, item in enumerate(value):
+            yield ", " * (number > 0)
+            yield from _pieces(item)
+        yield "]"
+    else:
+        yield repr(str(value)) if isinstance(value, (str, Path)) else str(value)
 
 
 def recipe_folder(info: Info) -> Path | None:

@@ -15,7 +15,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from vfmseg.errors import nearest
-from vfmseg.recipe.base import Name, Number, Problem, Section, Whole
+from vfmseg.recipe.base import Name, Number, Problem, Section, Whole, show
 from vfmseg.recipe.sources import SOURCE_KEYS, FileSource, Source, same_scenes
 
 Color = tuple[
@@ -81,7 +81,7 @@ class ModalitySection(Section):
         if self.scale == 0:
             yield Problem("scale", "= 0 must not be 0: it would erase the image; 1 takes stored numbers as they are")
         if self.bands and len(set(self.bands)) < len(self.bands):
-            yield Problem("bands", f"= {list(self.bands)} must name each band once")
+            yield Problem("bands", f"= {show(self.bands)} must name each band once")
         if self.normalize == "encoder" and self.bands and len(self.bands) != 3:
             yield Problem(
                 "normalize", f"= 'encoder' needs 3 bands (red, green, blue), not {len(self.bands)}; use dataset"
@@ -123,12 +123,12 @@ class DataSection(Section):
         """`1: water` means {name: water}; classes without a colour take the palette's, in id order."""
         if not isinstance(value, Mapping):
             return value
-        ids = sorted(key for key in value if isinstance(key, int))
+        places = {key: place for place, key in enumerate(sorted(key for key in value if isinstance(key, int)))}
         filled = {}
         for key, spec in value.items():
             spec = {"name": spec} if isinstance(spec, str) else spec
-            if isinstance(spec, Mapping) and key in ids:
-                spec = {"color": default_color(ids.index(key)), **spec}
+            if isinstance(spec, Mapping) and key in places:
+                spec = {"color": default_color(places[key]), **spec}
             filled[key] = spec
         return filled
 
@@ -145,8 +145,8 @@ class DataSection(Section):
         yield from self._leaks()
 
     def _class_problems(self) -> Iterator[Problem]:
-        ids = ", ".join(map(str, sorted(self.classes)))
         if self.ignore_index in self.classes:
+            ids = show(sorted(self.classes)).strip("[]")
             yield Problem(
                 "ignore_index",
                 f"= {self.ignore_index} must not be a class id ({ids}); "

@@ -13,7 +13,7 @@ from vfmseg.recipe.base import show
 from vfmseg.recipe.messages import lines
 from vfmseg.recipe.overrides import KeyPath, override, parse_override
 from vfmseg.recipe.root import Recipe
-from vfmseg.recipe.text import read_yaml, write_yaml
+from vfmseg.recipe.text import LONGEST, read_yaml, write_yaml
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -49,7 +49,8 @@ def recipe_schema() -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LONGEST + 1)  # whatever is named here by mistake
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file; check its name and the current folder") from None
     except IsADirectoryError:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from vfmseg.errors import nearest
-from vfmseg.recipe.base import Problem, Section, show
+from vfmseg.recipe.base import TOLD, Problem, Section, show
 from vfmseg.recipe.overrides import KeyPath, dotted
 
 # Pydantic's type of error -> what a right value is; {...} is filled from the error's context.
@@ -56,7 +56,7 @@ def lines(
     place: str,
     overrides: Mapping[str, KeyPath],
 ) -> list[str]:
-    """One line for each finding; a key that an override set is named together with that override.
+    """One line for each finding, up to TOLD; a key that an override set is named together with that override.
 
     `written` is what was checked; values are shown as they stand there, before shorthands were filled.
     """
@@ -65,8 +65,11 @@ def lines(
         for path, text in _findings(error, root, written):
             blamed = [over for over, set_path in overrides.items() if _overlap(path, set_path)]
             line = f"{', '.join([place, *blamed[-1:]])}: {dotted(path)} {text}"
-            if line not in found:
-                found.append(line)
+            if line in found:
+                continue
+            if len(found) == TOLD:
+                return [*found, f"{place}: and more like these; mend them first"]
+            found.append(line)
     return found
 
 

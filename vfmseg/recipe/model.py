@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vfmseg.catalog import CATALOG
-from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole
+from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole, show
 
 
 class _AnyEncoder(Section):
@@ -28,7 +28,7 @@ class _AnyEncoder(Section):
     def _problems(self) -> Iterator[Problem]:
         if self.layers and any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
             suggestion = sorted(set(self.layers))
-            yield Problem("layers", f"= {list(self.layers)} must rise from shallow to deep; try {suggestion}")
+            yield Problem("layers", f"= {show(self.layers)} must rise from shallow to deep; try {show(suggestion)}")
 
 
 class _PublishedEncoder(_AnyEncoder):
@@ -50,7 +50,7 @@ class _PublishedEncoder(_AnyEncoder):
         if row.family != self.name:
             yield Problem("checkpoint", f"= '{self.checkpoint}' is a {row.family} checkpoint; set name: {row.family}")
         elif self.layers and self.layers[-1] > row.depth:
-            yield Problem("layers", f"= {list(self.layers)} reaches beyond the {row.depth} blocks of {self.checkpoint}")
+            yield Problem("layers", f"= {show(self.layers)} reaches beyond the {row.depth} blocks of {self.checkpoint}")
 
 
 class SamEncoder(_PublishedEncoder):
@@ -108,7 +108,7 @@ class LoraAdapter(Section):
 
     def _problems(self) -> Iterator[Problem]:
         if len(set(self.targets)) < len(self.targets):
-            yield Problem("targets", f"= {list(self.targets)} must name each target once")
+            yield Problem("targets", f"= {show(self.targets)} must name each target once")
 
 
 class BottleneckAdapter(Section):

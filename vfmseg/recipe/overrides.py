@@ -7,7 +7,7 @@ from typing import Any
 
 from vfmseg.errors import RecipeError
 from vfmseg.recipe.base import show
-from vfmseg.recipe.text import read_yaml
+from vfmseg.recipe.text import DEEPEST, read_yaml
 
 KeyPath = tuple[str | int, ...]
 
@@ -16,8 +16,8 @@ def parse_override(text: str, place: str) -> tuple[KeyPath, Any]:
     """`train.epochs=3` -> (("train", "epochs"), 3). Values are YAML; parts of digits are class ids."""
     path, equals, value = text.partition("=")
     parts = [part.strip() for part in path.split(".")]
-    if not equals or not all(parts):
-        raise RecipeError(f"{place}: override {text!r} is not key.path=value; write for example train.epochs=3")
+    if not equals or not all(parts) or len(parts) > DEEPEST:
+        raise RecipeError(f"{place}: override {show(text)} is not key.path=value; write for example train.epochs=3")
     return tuple(_part(part) for part in parts), read_yaml(value, f"{place}, {text}")
 
 

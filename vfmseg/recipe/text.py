@@ -1,7 +1,8 @@
 """The only reader and writer of YAML.
 
 YAML 1.2 as editors read it, not PyYAML's 1.1: `no`, `on` and dates stay text, `3e-4` is a number. A key that is
-written twice is an error, where YAML libraries silently keep the last.
+written twice is an error, where YAML libraries silently keep the last. What a short text can mean is bounded: aliases
+of aliases would multiply to any number of values.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from vfmseg.errors import RecipeError
+from vfmseg.recipe.base import show
 
 # (tag, what it looks like, first characters): the core schema of YAML 1.2, without hexadecimal and octal numbers,
 # and with the merge key `<<` of YAML 1.1. Numbers with leading zeros stay text: 010 is 8 to some readers, 10 to others.
@@ -29,15 +31,71 @@ _SCALARS = (
 )
 
 
+LONGEST = 2 * 2**20
+"""Characters of a recipe: a list of some 30,000 files."""
+
+DEEPEST = 32
+"""Lists and mappings inside each other."""
+
+REPEATED = 10_000
+"""Values that aliases (`*name`, `<<: *name`) may repeat in all."""
+
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """YAML, but not for a recipe; the problem says what to do."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML: plain values only, no Python objects."""
+    """Safe YAML: plain values only, no Python objects, and no more of them than a person writes."""
 
     # emptied, then filled below: without this, PyYAML's own 1.1 patterns would stay in force
     yaml_implicit_resolvers = dict[str, Any]()  # noqa: RUF012 (PyYAML declares it without ClassVar)
+    yaml_constructors = {  # noqa: RUF012 (as above); without dates and binary values, which fail on wrong text
+        tag: how
+        for tag, how in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix("tag:yaml.org,2002:") in _PLAIN
+    }
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.deep_construct = True  # an anchor that holds itself is then an error, not an endless value
+        self._level = 0
+        self._values = 0  # composed so far, those that aliases repeat counted in
+        self._repeated = 0
+        self._sizes: dict[int, int] = {}  # values that a node stands for, by id; nodes live as long as the loader
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node, counted: an alias as all the values that it repeats, before anything is built of them."""
+        event: Any = self.peek_event()
+        before = self._values
+        self._level += 1
+        if self._level > DEEPEST:
+            what = f"nested too deeply to be a recipe (more than {DEEPEST} levels)"
+            raise _Refused(None, None, what, event.start_mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        if isinstance(event, yaml.AliasEvent):
+            size = self._sizes.get(id(node), 0)  # 0: an anchor that holds itself, which is an error later
+            self._values += size
+            self._repeated += size
+            if self._repeated > REPEATED:
+                what = f"aliases (*name) repeat more than {REPEATED:,} values; write out what is needed"
+                raise _Refused(None, None, what, event.start_mark)
+        else:
+            self._values += 1
+            self._sizes[id(node)] = self._values - before
+            self._require_fitting(node)
+        return node
+
+    def _require_fitting(self, node: yaml.Node | None) -> None:
+        """A tag such as !!int before other text is refused here, as PyYAML's constructors would trip over it."""
+        if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN[:4]:
+            return
+        if self.resolve(yaml.ScalarNode, node.value, (True, False)) != node.tag:
+            what = f"{show(node.value)} is no {node.tag.rpartition(':')[2]}; write the value without a tag"
+            raise _Refused(None, None, what, node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping; a key that it names twice is an error at its second place."""
@@ -47,8 +105,8 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' is here a second time; keep one", key_node.start_mark
+                raise _Refused(
+                    None, None, f"the key {show(str(key))} is here a second time; keep one", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -69,21 +127,25 @@ for _tag, _pattern, _first in _SCALARS:
 
 def read_yaml(text: str, place: str) -> Any:
     """The value that a YAML text holds. Raises RecipeError with line and column if it holds none."""
+    if len(text) > LONGEST:
+        raise RecipeError(
+            f"{place}: has {len(text):,} characters or more; expected a recipe of at most {LONGEST:,}: list files by a "
+            "pattern or in a table (CSV)"
+        )
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
         what = error.problem or error.context or "not YAML"
-        hint = "" if "second time" in what else "; check indentation, colons, brackets and quotes near it"
+        hint = "" if isinstance(error, _Refused) else "; check indentation, colons, brackets and quotes near it"
         if error.context == "while scanning an alias":
             hint = '; text that starts with * needs quotes: "*.tif"'
         raise RecipeError(f"{place}: {where}: {what}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
+        # a number of too many digits, `!!map text`, characters that YAML forbids
         what = " ".join(str(error).split())
         raise RecipeError(f"{place}: not readable as YAML: {what}; save it as plain text (UTF-8)") from None
-    except RecursionError:
-        raise RecipeError(f"{place}: nested too deeply to be a recipe; check brackets and indentation") from None
 
 
 def write_yaml(value: Any) -> str:

@@ -1,0 +1,131 @@
+"""Recipes of strangers: a short text cannot mean much, and each ends in one message, soon."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from test_recipe_errors import SMALL, complaint
+
+from vfmseg.catalog import published_statistics
+from vfmseg.errors import CheckpointError, DataError, RecipeError
+from vfmseg.geo.area import read_area
+from vfmseg.geo.grid import Grid
+from vfmseg.inference.shards import _plan_in
+from vfmseg.inference.worklist import scenes_of
+from vfmseg.recipe import load_recipe
+from vfmseg.recipe.base import show
+from vfmseg.recipe.text import DEEPEST, LONGEST, read_yaml
+
+LEVELS = 12  # ten to the power of it: what the aliases below stand for
+LISTS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, LEVELS))
+MERGED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, LEVELS)
+)
+CHAIN = "".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}]\n" for i in range(1000))
+
+
+def below(key: str, text: str) -> str:
+    return SMALL.replace(f"{key}: flood\n", f"{key}:\n" + "".join(f"  {line}\n" for line in text.splitlines()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LISTS + SMALL,
+        MERGED + SMALL,
+        CHAIN + SMALL,
+        below("name", LISTS),
+        below("name", MERGED),
+        "".join(f"- {line.partition(': ')[2]}\n" for line in LISTS.splitlines()),
+        "".join(f"? {line.partition(': ')[2]}\n: 1\n" for line in LISTS.splitlines()),
+    ],
+)
+def test_f5_aliases_that_multiply_are_refused_at_once(tmp_path: Path, text: str) -> None:
+    started = time.process_time()
+    (line,) = complaint(tmp_path, text=text)
+    assert "aliases (*name) repeat more than 10,000 values; write out what is needed" in line
+    assert time.process_time() - started < 1
+
+
+def test_f5_aliases_that_multiply_in_an_override_are_refused(tmp_path: Path) -> None:
+    inner, last = "&a [x, x, x, x]", "*a"
+    for number in range(20):
+        inner, last = f"&b{number} [{inner}, {last}, {last}, {last}]", f"*b{number}"
+    (line,) = complaint(tmp_path, f"name={inner}")
+    assert "aliases (*name) repeat more than 10,000 values" in line
+
+
+def test_f5_ordinary_anchors_and_merge_keys_are_what_they_were(tmp_path: Path) -> None:
+    text = "- &file {labels: a, optical: [b, c]}\n- <<: *file\n  labels: d\n- [*file, *file]\n"
+    first = {"labels": "a", "optical": ["b", "c"]}
+    assert read_yaml(text, "x") == [first, {**first, "labels": "d"}, [first, first]]
+    rows = "&row [" + "1, " * 400 + "2]"
+    assert len(read_yaml(f"[{rows}, {', '.join(['*row'] * 20)}]", "x")) == 21
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "{a: " * 5000, "- " * 5000, "? " * 5000, "[" * 40 + "]" * 40])
+def test_f5_what_is_nested_deeply_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    started = time.process_time()
+    (line,) = complaint(tmp_path, text=text)
+    assert f"nested too deeply to be a recipe (more than {DEEPEST} levels)" in line
+    assert time.process_time() - started < 2
+
+
+def test_f5_key_path_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
+    (line,) = complaint(tmp_path, "a." * 3000 + "b=1")
+    assert line.endswith("is not key.path=value; write for example train.epochs=3")
+
+
+def test_f5_text_without_end_is_not_read_to_its_end() -> None:
+    with pytest.raises(RecipeError, match=f"expected a recipe of at most {LONGEST:,}"):
+        load_recipe("/dev/zero")
+
+
+@pytest.mark.parametrize("value", ["!!int x", "!!bool x", '!!int ""', "!!float x", "!!null x"])
+def test_f5_tag_before_other_text_is_one_message(tmp_path: Path, value: str) -> None:
+    (line,) = complaint(tmp_path, text=f"name: {value}\n")
+    assert line.endswith("write the value without a tag")
+
+
+@pytest.mark.parametrize("value", ["!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a: 1]", "!!map x", "<<"])
+def test_f5_foreign_tag_is_one_message(tmp_path: Path, value: str) -> None:
+    (line,) = complaint(tmp_path, text=f"name: {value}\n")
+    assert "YAML" in line or "column 7" in line
+
+
+def test_f5_huge_value_is_shown_without_being_written_out() -> None:
+    value: object = "x"
+    for _ in range(60):
+        value = [value, {"k": value}]  # 2 to the power of 60 values, in 120 lists and mappings
+    text = show(value)
+    assert len(text) == 60
+    assert text.startswith("[[[[")
+    assert text.endswith("...")
+
+
+def test_f5_of_many_findings_the_first_are_told(tmp_path: Path) -> None:
+    started = time.process_time()
+    lines = complaint(tmp_path, text=SMALL + "".join(f"key{i}: 1\n" for i in range(3000)))
+    assert len(lines) == 21
+    assert lines[-1] == "and more like these; mend them first"
+    classes = ", ".join(f"{i}: c{i}" for i in range(3000))
+    (line,) = complaint(tmp_path, text=SMALL.replace("0: land, 1: water", classes))
+    assert len(line) < 200
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a": ' * 200_000, '{"features": ' + "[" * 200_000, "9" * 5000])
+def test_f5_json_nested_without_end_is_one_message(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(content)
+    grid = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 8, 8)
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: not understood"):
+        published_statistics("dinov2", str(tmp_path))
+    with pytest.raises(DataError, match="is not a STAC item"):
+        scenes_of(str(file))
+    with pytest.raises(DataError, match="is not GeoJSON"):
+        read_area(str(file), grid)
+    with pytest.raises(DataError, match="is damaged"):
+        _plan_in(file)

@@ -236,11 +236,13 @@ def _load_encoder(
         if override is not None:
             raise CheckpointError(f"{folder}: this run trained its encoder and stores it; leave out encoder={override}")
         mean, std = stacked_statistics(recipe, facts)
-        encoder = build_encoder_from_config(
-            section.name, stored["config"], len(mean), mean, std, section.layers, section.upscale, section.input
-        )
         path = folder / "encoder.safetensors"
-        load_strictly(_read_tensors(path), encoder.backbone.state_dict(), path)
+        tensors = _read_tensors(path)
+        encoder = build_encoder_from_config(
+            section.name, stored["config"], len(mean), mean, std, section.layers, section.upscale, section.input,
+            most=path.stat().st_size,
+        )  # fmt: skip
+        load_strictly(tensors, encoder.backbone.state_dict(), path)
         return encoder
     try:
         encoder = published_encoder(recipe, facts, instead=override)

@@ -15,8 +15,9 @@ from vfmseg.encoders.clip import CLIP
 from vfmseg.encoders.dinov2 import DINOV2
 from vfmseg.encoders.published import check_model_type, load_published, quick_imports
 from vfmseg.encoders.sam import SAM
+from vfmseg.encoders.settings import MOST_PARAMETERS, plain_settings
 from vfmseg.encoders.stem import Project, Published, Widen
-from vfmseg.errors import CheckpointError, RecipeError, nearest
+from vfmseg.errors import RecipeError, nearest
 
 ENCODERS: dict[str, Family] = {"sam": SAM, "dinov2": DINOV2, "clip": CLIP, "builtin": BUILTIN}
 
@@ -68,15 +69,17 @@ def build_encoder_from_config(
     input: str | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    most: float = MOST_PARAMETERS,
 ) -> Encoder:
     """The architecture that `Encoder.config` described, with random weights: load the stored ones next.
 
-    Its backbone holds exactly the tensors of the encoder it was taken from. Arguments as in `build_encoder`.
+    Its backbone holds exactly the tensors of the encoder it was taken from. `most`: parameters that the stored weights
+    can hold. Other arguments as in `build_encoder`.
     """
     family = _family(name)
     statistics = _statistics(family, None, in_channels, mean, std)
     _check_input(in_channels, input, upscale)
-    backbone = _random(family, config, seed, "segmenter.json, encoder config")
+    backbone = _random(family, config, seed, "segmenter.json, encoder config", most, max(layers) if layers else None)
     base = BaseRecord(name, None, "")
     return _finish(family, backbone, base, in_channels, statistics, layers, upscale, input, gradient_checkpointing)
 
@@ -87,14 +90,17 @@ def _family(name: str) -> Family:
     return ENCODERS[name]
 
 
-def _random(family: Family, config: dict[str, Any], seed: int, place: str) -> nn.Module:
+def _random(
+    family: Family,
+    config: dict[str, Any],
+    seed: int,
+    place: str,
+    most: float = MOST_PARAMETERS,
+    blocks: int | None = None,
+) -> nn.Module:
     with quick_imports():
         cls = family.model_class(check_model_type(family, config, place))
-    try:
-        settings = cls.config_class.from_dict(config)
-    except Exception as error:  # what transformers raises for a wrong value has no class of its own
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{place}: is no configuration of this encoder ({reason}); copy it again") from None
+    settings = plain_settings(cls.config_class, config, place, most, blocks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = cls(settings)

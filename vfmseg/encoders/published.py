@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gc
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from vfmseg.encoders.base import BaseRecord, Family, sha256_of
+from vfmseg.encoders.settings import HARMLESS, MOST_PARAMETERS, plain_settings
 from vfmseg.errors import CheckpointError
+from vfmseg.jsonfile import read_json
 
 
 def load_published(family: Family, checkpoint: str, revision: str | None) -> tuple[nn.Module, BaseRecord]:
@@ -28,17 +28,16 @@ def load_published(family: Family, checkpoint: str, revision: str | None) -> tup
     if folder:
         revision = None  # a revision names a state of a hub repository
     with quick_imports():
-        from transformers.configuration_utils import PreTrainedConfig
-
-        try:
-            config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(_not_found(checkpoint, error)) from None
-        model_type = check_model_type(family, config, checkpoint)
-        cls = family.model_class(model_type)
-    model, loading = _read(cls, source, checkpoint, revision)
+        config = _config_of(source, checkpoint, revision)
+        cls = family.model_class(check_model_type(family, config, checkpoint))
+    if folder:
+        _require_own_files(folder)
+    settings = plain_settings(
+        cls.config_class, config, f"{checkpoint}: config.json", _bytes_of(folder) if folder else MOST_PARAMETERS
+    )
+    model, loading = _read(cls, settings, source, checkpoint, revision)
     _check_complete(family, checkpoint, loading)
-    commit = None if folder else config.get("_commit_hash")
+    commit = None if folder or not isinstance(config.get("_commit_hash"), str) else config["_commit_hash"]
     return model, BaseRecord(checkpoint, revision or commit, sha256_of(model.state_dict()))
 
 
@@ -86,6 +85,47 @@ def _folder_of(checkpoint: str) -> Path | None:
     return None
 
 
+def _config_of(source: str, checkpoint: str, revision: str | None) -> dict[str, Any]:
+    """The content of config.json."""
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        adapter = find_adapter_config_file(source, revision=revision)
+    except MemoryError:
+        raise
+    except Exception as error:  # not there, no JSON, no mapping, nested without end: each its own class
+        raise CheckpointError(_not_found(checkpoint, error)) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{checkpoint}: its config.json holds no settings but a list or a value; copy it again")
+    if adapter is not None:  # transformers would load it as well, or another model that it names
+        raise CheckpointError(
+            f"{checkpoint}: holds an adapter (adapter_config.json) that is not merged; expected an encoder alone: "
+            "merge it (merge_and_unload of peft) and save the model anew"
+        )
+    return config
+
+
+def _require_own_files(folder: Path) -> None:
+    """CheckpointError for an index of weights that names anything but files of this folder."""
+    for file in sorted(folder.glob("*.index.json")):
+        try:
+            named = set(read_json(file)["weight_map"].values())
+            outside = sorted(name for name in named if Path(name).name != name)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: is no index of weights ({type(error).__name__}: {error}); copy the folder again"
+            ) from None
+        if outside:
+            raise CheckpointError(f"{file}: names {outside[0]!r}; expected files of its own folder; copy it again")
+
+
+def _bytes_of(folder: Path) -> float:
+    """Size of the weights in a folder: they hold no more parameters than that."""
+    return max(HARMLESS, sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)))
+
+
 def _not_found(checkpoint: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
@@ -94,12 +134,18 @@ def _not_found(checkpoint: str, error: Exception) -> str:
     )
 
 
-def _read(cls: Any, source: str, checkpoint: str, revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def _read(
+    cls: Any, settings: Any, source: str, checkpoint: str, revision: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
     with _quiet():
         try:
             # float32 whatever the file holds: training and the hash start from one type
-            return cls.from_pretrained(source, revision=revision, dtype=torch.float32, output_loading_info=True)
-        except (SafetensorError, pickle.UnpicklingError, ValueError, RuntimeError, OSError) as error:
+            return cls.from_pretrained(
+                source, config=settings, revision=revision, dtype=torch.float32, output_loading_info=True
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # safetensors', pickle's, transformers' own and whatever these run into
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"{checkpoint}: its weights cannot be read as tensors ({reason}); expected model.safetensors as "

@@ -68,12 +68,13 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """A node, counted: an alias as all the values that it repeats, before anything is built of them."""
-        event: Any = self.peek_event()
+        event = self.peek_event()
+        place: Any = event.start_mark
         before = self._values
         self._level += 1
         if self._level > DEEPEST:
             what = f"nested too deeply to be a recipe (more than {DEEPEST} levels)"
-            raise _Refused(None, None, what, event.start_mark)
+            raise _Refused(None, None, what, place)
         node = super().compose_node(parent, index)
         self._level -= 1
         if isinstance(event, yaml.AliasEvent):
@@ -82,7 +83,7 @@ class _Loader(yaml.SafeLoader):
             self._repeated += size
             if self._repeated > REPEATED:
                 what = f"aliases (*name) repeat more than {REPEATED:,} values; write out what is needed"
-                raise _Refused(None, None, what, event.start_mark)
+                raise _Refused(None, None, what, place)
         else:
             self._values += 1
             self._sizes[id(node)] = self._values - before

@@ -336,12 +336,10 @@ def test_two_processes_share_a_scene_and_give_the_same_bytes(
     assert names_in(tmp_path) == ["labels.tif", "labels_confidence.tif"]
 
 
-def test_p37_a_piece_that_was_damaged_on_the_disk_is_labelled_anew(
-    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
-    target = tmp_path / "labels.tif"
+def interrupted(scene: Path, target: Path, fingerprint: dict[str, Any]) -> Parts:
+    """Label until three pieces are finished."""
     job = job_of(scene)
-    parts = Parts(target, job.plan, job.grid, LAYERS)
+    parts = Parts(target, job.plan, job.grid, LAYERS, fingerprint)
 
     def fails(images: Any, valid: Any) -> Any:
         if len(parts.finished()) >= 3:
@@ -349,14 +347,74 @@ def test_p37_a_piece_that_was_damaged_on_the_disk_is_labelled_anew(
         return pointwise(images, valid)
 
     with pytest.raises(ArithmeticError):
-        label(scene, target, vote=fails)
-    piece = parts.path("labels", job.plan.shards[0])
+        label(scene, target, fingerprint, vote=fails)
+    return parts
+
+
+def test_p37_a_piece_that_was_cut_short_is_labelled_anew(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    parts = interrupted(scene, tmp_path / "labels.tif", {})
+    piece = parts.path("labels", parts.plan.shards[0])
     piece.write_bytes(piece.read_bytes()[:400])
-    pieces = len(job.plan.shards)
-    told = rf"(?s)labels_000_00000\.tif: .*it was removed.*{pieces - 1} of {pieces} pieces are done and kept"
+    assert len(parts.finished()) == 2
+    files = label(scene, tmp_path / "labels.tif", resume=True)
+    assert {name: path.read_bytes() for name, path in files.items()} == undisturbed
+
+
+@pytest.mark.parametrize("place", [0.0, 0.2, 0.7, 0.95], ids=["header", "pixels", "tables", "end"])
+def test_f8_a_flipped_bit_in_a_piece_never_reaches_the_map(
+    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes], place: float
+) -> None:
+    target = tmp_path / "labels.tif"
+    parts = interrupted(scene, target, {})
+    piece = parts.path("labels", parts.plan.shards[0])
+    content = bytearray(piece.read_bytes())
+    content[int(place * (len(content) - 120))] ^= 4  # before the seal
+    piece.write_bytes(content)
+    pieces = len(parts.plan.shards)
+    told = rf"(?s)labels_000_00000\.tif: is damaged.*it was removed.*{pieces - 1} of {pieces} pieces are done and kept"
     with pytest.raises(DataError, match=told):
         label(scene, target, resume=True)
     assert not target.exists()
     assert not piece.exists()
     files = label(scene, target, resume=True)
     assert {name: path.read_bytes() for name, path in files.items()} == undisturbed
+
+
+def test_f1_a_piece_of_other_work_never_reaches_the_map(scene: Path, tmp_path: Path) -> None:
+    """Locks may not reach every machine that sees a disk: what was joined is of one work all the same."""
+    foreign = interrupted(scene, tmp_path / "other.tif", {"checkpoint": "B"})
+    target = tmp_path / "labels.tif"
+    job = job_of(scene)
+    parts = Parts(target, job.plan, job.grid, LAYERS, {"checkpoint": "A"})
+    first = job.plan.shards[0]
+
+    def with_another_run(images: Any, valid: Any) -> Any:
+        if len(parts.finished()) == 5 and not seen:
+            os.replace(foreign.path("labels", first), parts.path("labels", first))
+            seen.append(True)
+        return pointwise(images, valid)
+
+    seen: list[bool] = []
+    with pytest.raises(DataError, match=r"labels_000_00000\.tif: is of other work: another run has written there"):
+        label(scene, target, {"checkpoint": "A"}, vote=with_another_run)
+    assert not target.exists()
+
+    def without_a_piece(images: Any, valid: Any) -> Any:
+        parts.path("labels", job.plan.shards[3]).unlink(missing_ok=True)
+        return pointwise(images, valid)
+
+    with pytest.raises(DataError, match=r"labels_000_\d+\.tif: is gone: removed meanwhile by hand, or by another run"):
+        label(scene, target, {"checkpoint": "A"}, vote=without_a_piece, resume=True)
+    assert not target.exists()
+
+
+def test_f1_a_temporary_file_that_another_run_removes_is_not_blamed_on_the_disk(scene: Path, tmp_path: Path) -> None:
+    def swept(images: Any, valid: Any) -> Any:
+        for file in (tmp_path / ".labels.tif.parts").glob(".*.partial"):
+            file.unlink()
+        return pointwise(images, valid)
+
+    with pytest.raises(MachineError, match="its temporary file was removed meanwhile, by hand or by another run"):
+        label(scene, tmp_path / "labels.tif", vote=swept)

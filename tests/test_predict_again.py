@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,12 @@ import pytest
 import rasterio
 import rasterio.shutil
 from makers import finished_run, toy_scene, write_raster
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vfmseg import cli
-from vfmseg.errors import DataError, MachineError
+from vfmseg import checkpoint, cli
+from vfmseg.checkpoint import fingerprint_of
+from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
@@ -63,6 +69,125 @@ def interrupted(segmenter: Segmenter, scene: Path, target: Path, monkeypatch: py
             label(segmenter, scene, target, **wanted)
     parts = target.with_name(f".{target.name}.parts")
     return len(list(parts.glob("labels_*.tif")))
+
+
+@contextmanager
+def labelling(segmenter: Segmenter, scene: Path, target: Path, **wanted: Any) -> Iterator[None]:
+    """A run that is in the middle of labelling, in a thread of its own, while the block runs; then it ends."""
+    there, go_on, errors = threading.Event(), threading.Event(), []
+    honest = RunSink.write
+
+    def write(self: RunSink, *rows: Any) -> None:
+        honest(self, *rows)
+        if self._parts.target == target:
+            there.set()
+            assert go_on.wait(20)
+
+    def run() -> None:
+        try:
+            label(segmenter, scene, target, **wanted)
+        except BaseException as error:
+            errors.append(error)
+            there.set()
+
+    thread = threading.Thread(target=run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunSink, "write", write)
+        thread.start()
+        try:
+            assert there.wait(20)
+            yield
+        finally:
+            go_on.set()
+            thread.join()
+    assert errors == []
+
+
+def test_f1_a_second_run_for_the_same_files_is_refused_and_the_first_ends_as_if_alone(
+    segmenter: Segmenter, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyogrio")
+    scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 600, 50)[0])
+    other = write_raster(tmp_path / "other.tif", toy_scene(2, 600, 50)[0])
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    label(segmenter, scene, alone / "m.tif", extras=("confidence",), polygons=".gpkg")
+    together = tmp_path / "together"
+    with labelling(segmenter, scene, together / "m.tif", extras=("confidence",), polygons=".gpkg"):
+        held = {path.name for path in together.rglob("*")}
+        for target, wanted in (
+            ("m.tif", {"overwrite": True}),
+            ("m.tif", {"resume": True}),
+            ("m.tif", {}),
+            ("m_confidence.tif", {}),  # what the first run writes beside its labels
+            ("m.tiff", {"polygons": ".gpkg"}),
+        ):
+            with pytest.raises(BusyError, match=rf"another run is writing it \(process {os.getpid()} on .*labelling m"):
+                label(segmenter, other, together / target, **wanted)
+        with pytest.raises(BusyError):
+            segmenter.predict(other, together / "m.tif", overwrite=True)
+        assert {path.name for path in together.rglob("*")} == held
+        label(segmenter, other, together / "n.tif")  # another output is no matter
+    assert names_in(together) == ["m.gpkg", "m.tif", "m_confidence.tif", "n.tif"]
+    for name in ("m.tif", "m_confidence.tif"):
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+
+
+def test_f1_a_run_for_files_that_are_being_written_ends_with_exit_code_2(
+    folder: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 600, 50)[0])
+    words = ["predict", str(folder / "run" / "best"), str(scene), "-o", str(tmp_path / "labels.tif"), "--overwrite"]
+    with labelling(segmenter, scene, tmp_path / "labels.tif"):
+        done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 2
+    assert "labels.tif: another run is writing it" in done.stderr
+    assert "wait until it has ended, stop it, or choose another output" in done.stderr
+
+
+def test_f1_a_map_names_the_checkpoint_that_was_loaded(folder: Path, tmp_path: Path) -> None:
+    """A training run may have replaced the folder since."""
+    shutil.copytree(folder / "run" / "last", tmp_path / "best")
+    segmenter = Segmenter.from_pretrained(tmp_path / "best")
+    loaded = fingerprint_of(tmp_path / "best")
+    with (tmp_path / "best" / "segmenter.json").open("a") as record:
+        record.write("\n")
+    scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
+    label(segmenter, scene, tmp_path / "labels.tif")
+    with rasterio.open(tmp_path / "labels.tif") as labels:
+        assert labels.tags()["vfmseg_checkpoint"] == loaded
+
+
+def test_f1_a_checkpoint_that_is_replaced_while_it_is_loaded_is_never_mixed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = tmp_path / "best"
+    shutil.copytree(folder / "run" / "best", best)
+    shutil.copytree(folder / "run" / "best", tmp_path / "newer")
+    head = load_file(best / "head.safetensors")
+    newer = {name: tensor + 1 for name, tensor in head.items()}
+    save_file(newer, tmp_path / "newer" / "head.safetensors")
+    honest = checkpoint.load_recipe
+
+    def replaced(path: Path) -> Any:
+        if (tmp_path / "newer").exists():
+            shutil.rmtree(best)
+            (tmp_path / "newer").rename(best)
+        return honest(path)
+
+    monkeypatch.setattr(checkpoint, "load_recipe", replaced)
+    loaded = checkpoint.load_segmenter(best)
+    assert loaded.fingerprint == fingerprint_of(best)
+    state = loaded.model.head_state()
+    assert all((state[name] == newer[name]).all() for name in newer)
+
+    def again_and_again(path: Path) -> Any:
+        shutil.copytree(best, tmp_path / "newer")
+        return replaced(path)
+
+    monkeypatch.setattr(checkpoint, "load_recipe", again_and_again)
+    with pytest.raises(CheckpointError, match="was replaced three times while it was read"):
+        checkpoint.load_segmenter(best)
 
 
 def vrt_over(path: Path, part: str, height: int = 70, width: int = 50) -> Path:

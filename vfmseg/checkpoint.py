@@ -32,7 +32,7 @@ from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adap
 from vfmseg.catalog import CATALOG
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder_from_config
-from vfmseg.errors import CheckpointError, MachineError
+from vfmseg.errors import CheckpointError, MachineError, VfmsegError
 from vfmseg.files import require_own, whole_folder
 from vfmseg.geo.said import BandSaid
 from vfmseg.jsonfile import read_json
@@ -132,15 +132,39 @@ class Loaded:
     recipe: Recipe
     facts: InputFacts
     record: dict[str, Any]
+    fingerprint: str  # of the files that it was read from
 
 
 def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True) -> Loaded:
-    """Read a segmenter folder strictly.
+    """Read a segmenter folder strictly, all of it from one checkpoint: a training run may replace it meanwhile.
 
     `encoder` replaces where the base encoder is looked for (a folder or hub id); its tensors must still have the
     recorded hash. With `merge` a LoRA is added into the frozen weights (faster, and peft is not imported);
     without, the adapter stays a part of its own. Raises CheckpointError for anything that does not fit.
     """
+    for last in (False, False, True):
+        found = _identity(folder)
+        try:
+            loaded = _load(folder, encoder, merge)
+        except (VfmsegError, OSError):
+            if last or found == _identity(folder):
+                raise
+        else:
+            if found == _identity(folder):
+                return loaded
+    raise CheckpointError(f"{folder}: was replaced three times while it was read; copy it, and load the copy")
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What is another once the folder has been replaced."""
+    try:
+        found = (folder / MARK).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
     record = _read_record(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     facts = _facts(folder, record, recipe)
@@ -154,7 +178,7 @@ def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True)
         load_adapter(built, attached, place)
     model = with_decoder(recipe, built, attached, facts.bands)
     load_strictly(_read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
-    return Loaded(model.eval(), recipe, facts, record)
+    return Loaded(model.eval(), recipe, facts, record, fingerprint_of(folder))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

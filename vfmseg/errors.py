@@ -32,6 +32,10 @@ class OutsideError(DataError):
     """An area of interest holds nothing of a scene; in a list of scenes it is left out."""
 
 
+class BusyError(DataError):
+    """Another run writes the same files at this moment; the message names it."""
+
+
 class CheckpointError(VfmsegError):
     """A checkpoint or encoder is missing, damaged, or belongs to something else."""
 

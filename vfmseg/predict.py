@@ -179,11 +179,18 @@ def _one(
     def tick(done: Tick) -> None:
         shown[0].add(done.pixels, done.busy, done.queued)
 
+    def polygons(labels: Path) -> None:
+        for bar in shown:
+            bar.close()
+        # also of a map that was there: older polygons may be of another scene or other options
+        if vector is not None:
+            write_polygons(labels, vector, min_area=wanted.min_area, simplify=wanted.simplify)
+
     try:
         labelled = segmenter.label(
             inputs, target, how, extras=wanted.extras, area=wanted.area, cog=wanted.cog, compress=wanted.compress,
             resume=wanted.resume, overwrite=wanted.overwrite, skip_unreadable=wanted.skip_unreadable,
-            rank=rank, ranks=ranks, planned=planned, progress=tick,
+            rank=rank, ranks=ranks, beside={} if vector is None else {vector: polygons}, planned=planned, progress=tick,
         )  # fmt: skip
     finally:
         for bar in shown:
@@ -192,8 +199,6 @@ def _one(
         say(f"{target} is there already")
     files = {name: str(file) for name, file in labelled.files.items()}
     if vector is not None:
-        if rank == 0:  # also of a map that was there: older polygons may be of another scene or other options
-            write_polygons(target, vector, min_area=wanted.min_area, simplify=wanted.simplify)
         files["polygons"] = str(vector)
     report, lost, fills = labelled.report, labelled.unreadable.blocks, [bar.queue_fill for bar in shown]
     hidden = dict(labelled.hidden)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vfmseg.checkpoint import fingerprint_of, versions
+from vfmseg.checkpoint import versions
 from vfmseg.errors import DamagedError
 from vfmseg.geo.grid import Window
 from vfmseg.geo.mosaic import map_tags
@@ -26,12 +26,12 @@ WORK_TAG = "vfmseg_work"
 """Tag of a finished map that tells by which work it was made."""
 
 
-def tags_of(recipe: Recipe, record: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def tags_of(recipe: Recipe, record: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
     """Tags of every map that a segmenter makes."""
     return {
         "vfmseg_recipe": recipe.name,
         "vfmseg_encoder": str(record["encoder"]["id"]),
-        "vfmseg_checkpoint": fingerprint_of(folder),
+        "vfmseg_checkpoint": fingerprint,
         "vfmseg_version": versions()["vfmseg"],
     }
 

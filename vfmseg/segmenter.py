@@ -24,7 +24,7 @@ from vfmseg.hub import local_segmenter
 from vfmseg.inference.contracts import Area, Finished, Model, Predictor, Product, Report, Tick
 from vfmseg.inference.job import Arrays, Job, into, into_files, prepare, targets_of
 from vfmseg.inference.products import EXTRAS, Products
-from vfmseg.inference.ranks import own_device, usable_device
+from vfmseg.inference.ranks import alone, own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
 from vfmseg.inference.shards import tidy
@@ -68,6 +68,7 @@ class Segmenter:
         self.recipe = loaded.recipe
         self.record = loaded.record
         self.facts = loaded.facts
+        self.fingerprint = loaded.fingerprint  # a training run may replace the folder at any time
         self.device = device
         self.dtype = dtype
         self.model = loaded.model.to(device).eval()
@@ -164,6 +165,7 @@ class Segmenter:
         skip_unreadable: bool = False,
         rank: int = 0,
         ranks: int = 1,
+        beside: Mapping[Path, Callable[[Path], object]] | None = None,
         planned: Callable[[Job, int], None] | None = None,
         progress: Callable[[Tick], None] | None = None,
     ) -> Labelled:
@@ -175,7 +177,8 @@ class Segmenter:
         lacks it). `skip_unreadable`: damaged blocks become nodata instead of an error.
         `rank`, `ranks`: this process and the number of processes that label this scene together. `planned` is told the
         job, and the pixels that this process has to label, before it starts. With `resume`, files that the same work
-        has finished before, in the same form, are left as they are.
+        has finished before, in the same form, are left as they are. `beside` {file: what writes it, given the labels}:
+        what the first process makes of the map. BusyError if another run is writing any of these files.
         """
         target = local_path(output)
         check_compression(compress)
@@ -192,27 +195,29 @@ class Segmenter:
             unreadable = Unreadable()
             products = Products(self.ids, tuple(extras), settled.logits)
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)
-            tags = tags_of(self.recipe, self.record, self.folder)
+            tags = tags_of(self.recipe, self.record, self.fingerprint)
             work = tags | work_of(scenes[0], job, settled, products.extras, area, skip_unreadable) | self._runs_on()
             mark = mark_of(work, {"cog": cog, "compress": compress})
-            done = finished_before(files.values(), mark) if resume else set()
-            if done == set(files.values()):
-                if rank == 0:
-                    tidy(target, done, work)  # after a run that was killed at its very last step but one
-                return Labelled(files, Report(), unreadable, before=True)
-            for file in files.values():
-                if not overwrite and file not in done:
-                    require_new(file)
             classes = [self.recipe.data.classes[i] for i in self.ids]
             layers = products.layers([c.name for c in classes], [c.color for c in classes], tags | mark)
-            report = into_files(
-                job, target, layers, work, rank=rank, ranks=ranks,
-                resume=resume, overwrite=overwrite, cog=cog, compress=compress, planned=planned, progress=progress,
-            )  # fmt: skip
+            with alone([*files.values(), *(beside or {})], rank, ranks):
+                done = finished_before(files.values(), mark) if resume else set()
+                before = done == set(files.values())
+                if before and rank == 0:
+                    tidy(target, done, work)  # after a run that was killed at its very last step but one
+                for file in files.values():
+                    if not overwrite and file not in done:
+                        require_new(file)
+                report = Report() if before else into_files(
+                    job, target, layers, work, rank=rank, ranks=ranks,
+                    resume=resume, overwrite=overwrite, cog=cog, compress=compress, planned=planned, progress=progress,
+                )  # fmt: skip
+                for write in (beside or {}).values() if rank == 0 else ():
+                    write(target)
         finally:
             for one in scenes:
                 one.close()
-        return Labelled(files, report, unreadable, hidden=hidden_by(scenes))
+        return Labelled(files, report, unreadable, before, hidden_by(scenes))
 
     def evaluate(
         self, recipe: str | Path | Recipe, split: str = "test", progress: Callable[[int, int], None] | None = None

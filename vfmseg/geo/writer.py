@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +38,8 @@ class MapWriter:
 
     Missing folders are made; an existing file is replaced at the end. DataError: it cannot be created. MachineError:
     the disk is full or broken. `level`: of the compression, 1 (fast) to 9 (small). `cog`: a cloud-optimised GeoTIFF
-    with overviews, made of the finished rows. `compress`: deflate, zstd or lzw.
+    with overviews, made of the finished rows. `compress`: deflate, zstd or lzw. `last`: what is done to the closed
+    file, by its temporary name, before it is flushed and read back.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class MapWriter:
         level: int = 6,
         cog: bool = False,
         compress: str = "deflate",
+        last: Callable[[Path], None] | None = None,
     ) -> None:
         if elsewhere(os.fspath(path)):  # Path would make folders of these names
             raise DataError(f"{os.fspath(path)}: maps are written to this machine's disks only; choose a path there")
@@ -61,18 +63,21 @@ class MapWriter:
         self._compress = compress
         self._level = level
         self._cog = cog
+        self._last = last
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._rows = np.empty((len(layer.names), BLOCK, 0), dtype=layer.dtype)  # of the strip that is written
         self._col = 0  # first column of that strip
         self._next = grid.height  # first row that is still to come
         self._sums: dict[Window, int] = {}  # checksum of what was written, to compare with what the disk holds
         self._dataset: Any = None
+        self._made = False  # whether there should be a temporary file
 
     def __enter__(self) -> MapWriter:
         try:
             with self._machine():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._partial.touch()  # Python says why a file cannot be made, GDAL does not
+                self._made = True
                 with gdal():
                     self._dataset = self._create()
         except BaseException:
@@ -173,11 +178,14 @@ class MapWriter:
                 self._dataset.close()
                 if self._cog:
                     self._optimise()
+            if self._last is not None:
+                self._last(self._partial)
             _sync(self._partial)
             self._check()
             for suffix in SIDECARS:
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
             os.replace(self._partial, self.path)
+            self._made = False
             if os.name == "posix":
                 _sync(self.path.parent)
 
@@ -227,6 +235,11 @@ class MapWriter:
             raise MachineError(self._lost(str(error.__cause__ or error))) from error
 
     def _lost(self, reason: str) -> str:
+        if self._made and not self._partial.exists():
+            return (
+                f"{self.path}: could not be written: its temporary file was removed meanwhile, by hand or by another "
+                f"run that writes there ({reason}); see to it that only one does, then run again"
+            )
         free = "unknown"
         with contextlib.suppress(OSError):
             free = f"{shutil.disk_usage(self.path.parent).free / 1e6:.0f} MB"

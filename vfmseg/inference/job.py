@@ -158,10 +158,11 @@ def into_files(
 ) -> Report:
     """Label the scene into `target` and, for other products, files named after it; each process does its share.
 
-    Finished pieces are kept beside the target until all are there. `planned` is told the job and how many pixels this
-    process has to label. Returns what this process did.
+    Finished pieces are kept beside the target until all are there. The caller sees to it that no other run writes there
+    meanwhile (`ranks.alone`). `planned` is told the job and how many pixels this process has to label. Returns what
+    this process did.
     """
-    parts = Parts(target, job.plan, job.grid, layers)
+    parts = Parts(target, job.plan, job.grid, layers, fingerprint)
 
     def together() -> None:
         if ranks > 1:  # processes that label scenes of their own have nothing to wait for
@@ -169,7 +170,7 @@ def into_files(
 
     together()  # first of all: processes that are not connected must not touch the pieces
     if rank == 0:
-        parts.prepare(fingerprint, resume, overwrite)
+        parts.prepare(resume, overwrite)
     together()
     if not parts.folder.is_dir():
         raise MachineError(

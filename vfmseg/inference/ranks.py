@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from vfmseg.errors import MachineError, RecipeError
+from vfmseg.lock import also_held, held, lock_beside
 
 T = TypeVar("T")
 
@@ -48,6 +50,24 @@ def meet() -> None:
         )
     with _together():
         torch.distributed.barrier()
+
+
+@contextmanager
+def alone(files: Iterable[Path], rank: int, ranks: int) -> Iterator[None]:
+    """No other run writes these files, or removes what lies beside them, while the block runs; BusyError if one does.
+
+    Each of the processes that label a scene together holds the locks: they go on if their launcher is killed.
+    """
+    if ranks > 1:
+        meet()  # first of all: processes that are not connected must not touch anything
+    with ExitStack() as stack:
+        for file in sorted(files) if rank == 0 else ():
+            stack.enter_context(held(lock_beside(file), file, f"labelling {file.name}", shared=ranks > 1))
+        if ranks > 1:
+            meet()
+        for file in sorted(files) if rank else ():
+            stack.enter_context(also_held(lock_beside(file), file, f"labelling {file.name}"))
+        yield
 
 
 def gather(value: T) -> list[T]:

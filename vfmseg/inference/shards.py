@@ -2,14 +2,18 @@
 
     .labels.tif.parts/       plan.json, labels_000_00000.tif ..., labels.vrt (a view of what is there already)
 
-A piece under its name is complete. `assemble` joins them into the target, which takes its name last.
+A piece under its name is complete, and sealed: with the mark of its work and a checksum of its bytes. `assemble` joins
+them into the target, which takes its name last.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +28,7 @@ from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.writer import BLOCK, MapWriter, remove_leftovers
 from vfmseg.inference.plan import Plan, Run, Shard
 from vfmseg.jsonfile import read_json
+from vfmseg.seal import is_intact, mark_of_seal, seal
 
 PLAN = "plan.json"
 
@@ -53,17 +58,22 @@ def tidy(target: Path, complete: Iterable[Path], fingerprint: Mapping[str, Any])
 
 
 class Parts:
-    """The folder of a target's pieces."""
+    """The folder of a target's pieces. `fingerprint`: of what work they are."""
 
-    def __init__(self, target: Path, plan: Plan, grid: Grid, layers: Mapping[str, Layer]) -> None:
+    def __init__(
+        self, target: Path, plan: Plan, grid: Grid, layers: Mapping[str, Layer], fingerprint: Mapping[str, Any]
+    ) -> None:
         self.target = target
         self.folder = pieces_folder(target)
         self.plan = plan
         self.grid = grid
         self.layers = dict(layers)
+        self.fingerprint = dict(fingerprint)
+        self.mark = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+        self._intact: set[Path] = set()
 
-    def prepare(self, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-        """Make the folder, or with `resume` go on with one of the same work (`fingerprint`)."""
+    def prepare(self, resume: bool, overwrite: bool) -> None:
+        """Make the folder, or with `resume` go on with one of the same work."""
         known = self.folder / PLAN
         # pieces without a plan are what an interrupted removal has left, of whatever work
         if self.folder.exists() and not (resume and known.is_file()):
@@ -75,7 +85,7 @@ class Parts:
                 )
             shutil.rmtree(self.folder)
         if known.is_file():
-            self._same_work(_plan_in(known), fingerprint)
+            self._same_work(_plan_in(known), self.fingerprint)
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +94,7 @@ class Parts:
                 f"{self.target}: cannot be created ({error.strerror}: {error.filename}); choose a folder where you may "
                 "write"
             ) from error
-        write_json(known, dict(fingerprint))
+        write_json(known, self.fingerprint)
 
     def _same_work(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
@@ -100,8 +110,11 @@ class Parts:
         return self.folder / f"{product}_{shard.name}.tif"
 
     def finished(self) -> set[Shard]:
-        """Shards of which every product is there."""
-        return {s for s in self.plan.shards if all(self.path(name, s).is_file() for name in self.layers)}
+        """Shards of which every product is there, of this work."""
+        return {s for s in self.plan.shards if all(self._is_ours(self.path(name, s)) for name in self.layers)}
+
+    def _is_ours(self, piece: Path) -> bool:
+        return mark_of_seal(piece) == self.mark
 
     def missing(self, shards: Iterable[Shard]) -> list[Shard]:
         """The shards that are still to be labelled."""
@@ -150,13 +163,27 @@ class Parts:
         return np.concatenate(pieces, axis=2)
 
     def _piece(self, name: str, shard: Shard, part: Window) -> np.ndarray:
-        """Stored numbers of a part of a piece. One that is damaged is removed, so that it counts as missing."""
+        """Stored numbers of a part of a piece. One that is not as it was written goes, so that it counts as missing."""
         path = self.path(name, shard)
+        if not path.is_file():
+            raise DataError(
+                f"{path}: is gone: removed meanwhile by hand, or by another run that writes there; --resume labels it "
+                "anew"
+            )
         try:
+            if path not in self._intact:
+                self._require_intact(path)
+                self._intact.add(path)
             return read_map(path, part)
         except DataError as error:
             path.unlink(missing_ok=True)
             raise DataError(f"{error}; it was removed, so that --resume labels it anew") from error
+
+    def _require_intact(self, piece: Path) -> None:
+        if not self._is_ours(piece) and mark_of_seal(piece) is not None:
+            raise DataError(f"{piece}: is of other work: another run has written there meanwhile")
+        if not is_intact(piece):
+            raise DataError(f"{piece}: is damaged: it does not hold what was written (checksum)")
 
 
 def _plan_in(known: Path) -> dict[str, Any]:
@@ -192,7 +219,8 @@ class RunSink:
         if not self._writers:
             grid = self._parts.grid.crop(shard.window)
             for name, layer in self._parts.layers.items():
-                writer = MapWriter(self._parts.path(name, shard), grid, layer, level=1)
+                finish = partial(seal, mark=self._parts.mark)
+                writer = MapWriter(self._parts.path(name, shard), grid, layer, level=1, last=finish)
                 self._writers[name] = self._stack.enter_context(writer)
         for name, writer in self._writers.items():
             writer.write(window.row - shard.window.row, arrays[name])

@@ -288,7 +288,7 @@ def _save_encoder(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{file or folder: what it holds}, hidden ones too; times that a run notes, and this folder's name, are left out."""
+    """{file or folder: what it holds}, hidden ones too; without times that a run notes and the name of this folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from makers import recipe_dict, save_encoder, toy_folder, write_raster, write_recipe
 from safetensors.torch import load_file
 
-from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
+from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.loop import _plain_errors, dropout_seed, learning_rate
 from vfmseg.recipe import load_recipe
@@ -407,8 +408,84 @@ def test_p37_full_disk_is_one_message_and_names_the_file(
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     assert guarded(lambda: run(tmp_path, content) and None) == 3
     assert f"run/{file}: could not be written" in capsys.readouterr().err
-    held = {p.name for p in (tmp_path / "run").iterdir()}
+    held = {p.name for p in (tmp_path / "run").glob("*")}
     assert not [name for name in held if name.startswith(".") or name == file]
+
+
+@contextmanager
+def training(folder: Path, content: dict[str, Any], how: str) -> Iterator[None]:
+    """A run that is about to train its second epoch, in a thread of its own, while the block runs; then it ends."""
+    from vfmseg import loop
+
+    there, go_on, errors = threading.Event(), threading.Event(), []
+    honest = loop.Loop._train_epoch
+
+    def wait(self: loop.Loop, number: int) -> None:
+        if number == 1 and threading.current_thread() is thread:
+            there.set()
+            assert go_on.wait(60)
+        honest(self, number)
+
+    def start() -> None:
+        try:
+            run(folder, content, **({how: True} if how else {}))
+        except BaseException as error:
+            errors.append(error)
+            there.set()
+
+    thread = threading.Thread(target=start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_train_epoch", wait)
+        thread.start()
+        try:
+            assert there.wait(60)
+            yield
+        finally:
+            go_on.set()
+            thread.join()
+    assert errors == []
+
+
+@pytest.mark.parametrize("how", ["", "overwrite"])
+def test_f2_a_second_run_in_one_folder_is_refused_and_the_first_ends_as_if_alone(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "alone")
+    run(tmp_path, content)
+    content["output_dir"] = str(tmp_path / "run")
+    if how:
+        run(tmp_path, content)
+    other = copy.deepcopy(content)
+    other["seed"] = 5
+    with training(tmp_path, content, how):
+        mine = tmp_path / "run" / f".last.{os.getpid()}.partial"  # as while a segmenter is written
+        mine.mkdir()
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        for second in ("overwrite", "resume", ""):
+            with pytest.raises(BusyError, match=rf"run: another run .*process {os.getpid()}.*training toy"):
+                run(tmp_path, other, **({second: True} if second else {}))
+        assert mine.is_dir()
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+        assert guarded(lambda: run(tmp_path, other, overwrite=True) and None) == 2
+    whole, together = trained_tensors(tmp_path / "alone"), trained_tensors(tmp_path / "run")
+    assert all(torch.equal(whole[name], together[name]) for name in whole)
+    names = ["best", "last", "metrics.json", "metrics.jsonl", "recipe.yaml", "state.pt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no flock")
+def test_f2_a_killed_run_leaves_no_lock_that_holds(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
+    script = (
+        "import os, sys; from vfmseg import finetune, loop\n"
+        "loop.Loop._train_epoch = lambda self, number: os.kill(os.getpid(), 9)\n"
+        "finetune.main([sys.argv[1]])"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(recipe)], capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / "run" / ".lock").is_file()
+    finetune(load_recipe(recipe), resume=True)
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_p62_output_below_a_file_is_refused_before_training(

@@ -10,6 +10,7 @@ from typing import Any
 from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.files import whole_file, write_json
 from vfmseg.jsonfile import read_json
+from vfmseg.lock import LOCK, held
 from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.terminal import say
 
@@ -32,8 +33,15 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
     Without it the built-in encoder is trained whole. Returns the content of `metrics.json`.
     """
     started = time.perf_counter()
-    if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise RecipeError(f"--output {output} is not empty; replace an earlier demo by --overwrite, or choose another")
+    with held(output / LOCK, output, "the demo"):
+        if not overwrite and set(output.iterdir()) - {output / LOCK}:
+            raise RecipeError(
+                f"--output {output} is not empty; replace an earlier demo by --overwrite, or choose another"
+            )
+        return _run(output, encoder, overwrite, started)
+
+
+def _run(output: Path, encoder: str | None, overwrite: bool, started: float) -> dict[str, Any]:
     recipe = demo_recipe(output, encoder)
     if encoder is None:
         say("the built-in encoder has no pretrained weights yet: the demo trains all of it, from random numbers")

@@ -13,28 +13,33 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vfmseg.curves import Curves, remove_curves
-from vfmseg.errors import RecipeError
-from vfmseg.files import require_own, whole_file, write_json
+from vfmseg.files import whole_file, write_json
 from vfmseg.processes import connect, launch_command
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 from vfmseg.recipe.train import PredictSection
+from vfmseg.run_folder import (
+    CURVES_FOLDER,
+    RUN_FOLDERS,
+    STATE_FILE,
+    alone,
+    check_output,
+    check_place,
+    holds_run,
+    remove_leftovers,
+    with_the_others,
+)
 from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
 
 if TYPE_CHECKING:
     from vfmseg.loop import RunState
     from vfmseg.model import SegmentationModel
-
-STATE_FILE = "state.pt"
-RUN_FILES = (STATE_FILE, "metrics.jsonl", "metrics.json", "recipe.yaml")
-RUN_FOLDERS = ("best", "last")
-CURVES_FOLDER = "tensorboard"
 
 
 def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -46,10 +51,21 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     this; rank 0 writes.
     """
     quiet_libraries()
+    check_place(recipe.output_dir, resume, overwrite)
+    with ExitStack() as stack:
+        if is_main_process():
+            several = os.environ.get("WORLD_SIZE", "1") != "1"
+            stack.enter_context(alone(recipe.output_dir, recipe.name, several))
+        check_output(recipe.output_dir, resume, overwrite)
+        return _train(recipe, resume, overwrite, stack)
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> dict[str, Any]:
     output = recipe.output_dir
-    _check_output(output, resume, overwrite)
     curves = Curves(output / CURVES_FOLDER) if recipe.train.track == "tensorboard" else None
     accelerator = connect(recipe.train.precision)
+    if not is_main_process():  # which has come as far, and so has the folder
+        stack.enter_context(with_the_others(output, recipe.name))
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
     from vfmseg.checkpoint import save_segmenter
     from vfmseg.data.augment import Augment, Radiometry
@@ -141,8 +157,8 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     elif resume:
         say(f"{output}: no epoch was finished there, so the run starts with the first one")
     if is_main_process():
-        _remove_leftovers(output)
-        if overwrite and _holds_run(output):
+        remove_leftovers(output)
+        if overwrite and holds_run(output):
             # from now on --resume goes on with this run; what the earlier one reached stays until the first epoch ends
             save_run(output / STATE_FILE, loop, origin)
     progress = TrainingProgress(loop.steps_total, section.epochs, loop.state.step)
@@ -161,59 +177,12 @@ def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> d
     return result
 
 
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds another run; nothing is created here."""
-    if resume and overwrite:
-        raise RecipeError("--resume and --overwrite exclude each other: go on with a run, or replace it")
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        found = "may not be written to" if there.is_dir() else "is a file"
-        raise RecipeError(f"output_dir = {output}: {there} {found}; expected a folder that can be created")
-    for name in RUN_FOLDERS:
-        require_own(output / name, "segmenter.json")
-    held = sorted(set(output.iterdir()) - set(_leftovers(output))) if there == output else []
-    some = ", ".join(path.name for path in held[:4])
-    if held and not _holds_run(output):
-        raise RecipeError(
-            f"output_dir = {output} holds {some}, but no run to go on with by --resume or to replace by "
-            "--overwrite; choose another output_dir"
-        )
-    if held and not (resume or overwrite):
-        raise RecipeError(
-            f"output_dir = {output} already holds {some}; "
-            "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
-        )
-    if held and resume and not (output / STATE_FILE).is_file():
-        raise RecipeError(
-            f"output_dir = {output} holds {some}, but no {STATE_FILE}, without which a run cannot go on; replace it by "
-            "--overwrite, or choose another output_dir"
-        )
-
-
-def _holds_run(output: Path) -> bool:
-    return (output / STATE_FILE).is_file() or any((output / name / "segmenter.json").is_file() for name in RUN_FOLDERS)
-
-
 def _what_decides(recipe: Recipe) -> str:
     """The recipe without what may change between sittings: it decides no weight."""
     train = recipe.train.model_copy(update={"track": "none"})
     data = recipe.data.model_copy(update={"workers": 0})
     update = {"train": train, "data": data, "predict": PredictSection(), "output_dir": Path()}
     return dump_recipe(recipe.model_copy(update=update))
-
-
-def _leftovers(output: Path) -> list[Path]:
-    """What a killed run was just writing beside its files."""
-    names = (f".{name}.*.{kind}" for name in (*RUN_FILES, *RUN_FOLDERS) for kind in ("partial", "old"))
-    return [path for name in names for path in output.glob(name)]
-
-
-def _remove_leftovers(output: Path) -> None:
-    for path in _leftovers(output):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _parameter_lines(model: SegmentationModel) -> str:

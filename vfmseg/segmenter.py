@@ -32,6 +32,7 @@ from vfmseg.inference.sources import Input, OpenScene, hidden_by, open_scenes, t
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
+from vfmseg.lock import held, lock_beside
 from vfmseg.metrics import Confusion
 from vfmseg.provenance import finished_before, mark_of, tags_of, work_of
 from vfmseg.recipe import Recipe, load_recipe
@@ -260,7 +261,7 @@ class Segmenter:
             return Path(folder)
         if source in target.parents or target in source.parents:
             raise CheckpointError(f"{folder}: one of it and {self.folder} lies in the other; choose a folder beside it")
-        with segmenter_folder(target) as aside:
+        with held(lock_beside(target), target, "saving a segmenter"), segmenter_folder(target) as aside:
             shutil.copytree(self.folder, aside, dirs_exist_ok=True)
         return Path(folder)
 

@@ -1,0 +1,83 @@
+"""The folder of a training run: what belongs to it, whose it is, and what a killed run has left there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from vfmseg.errors import RecipeError
+from vfmseg.files import require_own
+from vfmseg.lock import LOCK, also_held, held
+
+STATE_FILE = "state.pt"
+RUN_FILES = (STATE_FILE, "metrics.jsonl", "metrics.json", "recipe.yaml")
+RUN_FOLDERS = ("best", "last")
+CURVES_FOLDER = "tensorboard"
+
+
+def check_place(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that cannot be made, before anything is; RecipeError."""
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other: go on with a run, or replace it")
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        found = "may not be written to" if there.is_dir() else "is a file"
+        raise RecipeError(f"output_dir = {output}: {there} {found}; expected a folder that can be created")
+
+
+def alone(output: Path, name: str, several: bool) -> AbstractContextManager[None]:
+    """No other run writes into the folder, or removes anything there, while the block runs; BusyError if one does.
+
+    For the first process of a run; `several`: others follow, by `with_the_others`.
+    """
+    return held(output / LOCK, output, f"training {name}", shared=several)
+
+
+def with_the_others(output: Path, name: str) -> AbstractContextManager[None]:
+    """The same for its other processes: if the first one dies, they may go on for a while."""
+    return also_held(output / LOCK, output, f"training {name}")
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds another run; nothing is created here."""
+    for name in RUN_FOLDERS:
+        require_own(output / name, "segmenter.json")
+    found = sorted(set(output.iterdir()) - {output / LOCK, *leftovers(output)}) if output.exists() else []
+    some = ", ".join(path.name for path in found[:4])
+    if found and not holds_run(output):
+        raise RecipeError(
+            f"output_dir = {output} holds {some}, but no run to go on with by --resume or to replace by "
+            "--overwrite; choose another output_dir"
+        )
+    if found and not (resume or overwrite):
+        raise RecipeError(
+            f"output_dir = {output} already holds {some}; "
+            "go on with that run by --resume, replace it by --overwrite, or choose another output_dir"
+        )
+    if found and resume and not (output / STATE_FILE).is_file():
+        raise RecipeError(
+            f"output_dir = {output} holds {some}, but no {STATE_FILE}, without which a run cannot go on; replace it by "
+            "--overwrite, or choose another output_dir"
+        )
+
+
+def holds_run(output: Path) -> bool:
+    """Whether there is something to go on with or to replace."""
+    return (output / STATE_FILE).is_file() or any((output / name / "segmenter.json").is_file() for name in RUN_FOLDERS)
+
+
+def leftovers(output: Path) -> list[Path]:
+    """What a killed run was just writing beside its files."""
+    names = (f".{name}.*.{kind}" for name in (*RUN_FILES, *RUN_FOLDERS) for kind in ("partial", "old"))
+    return [path for name in names for path in output.glob(name)]
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove it; to be called by the run whose folder it is."""
+    for path in leftovers(output):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from vfmseg.run_folder import (
     alone,
     check_output,
     check_place,
-    holds_run,
+    forget_beginning,
     remove_leftovers,
     with_the_others,
 )
@@ -150,7 +150,8 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
         on_epoch,
     )
     origin = Origin(_what_decides(recipe), model.encoder.base.sha256, asdict(facts), accelerator.num_processes)
-    if resume and (output / STATE_FILE).is_file():
+    known = resume and (output / STATE_FILE).is_file()
+    if known:
         load_run(output / STATE_FILE, loop, origin)
     if loop.state.epoch:
         say(f"resuming after epoch {loop.state.epoch} of {section.epochs}")
@@ -158,12 +159,17 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
         say(f"{output}: no epoch was finished there, so the run starts with the first one")
     if is_main_process():
         remove_leftovers(output)
-        if overwrite and holds_run(output):
-            # from now on --resume goes on with this run; what the earlier one reached stays until the first epoch ends
+        if not known:
+            # first of all, so that --resume goes on with this run wherever it is stopped; what an earlier one has
+            # reached stays until the first epoch ends
             save_run(output / STATE_FILE, loop, origin)
     progress = TrainingProgress(loop.steps_total, section.epochs, loop.state.step)
     try:
         state = loop.run()
+    except BaseException:
+        if is_main_process() and not known:
+            forget_beginning(output)
+        raise
     finally:
         progress.close()
         if curves:

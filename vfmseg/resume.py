@@ -41,8 +41,8 @@ def save_run(path: Path, loop: Loop, origin: Origin) -> None:
             torch.save(content, aside)
         except RuntimeError as error:  # how torch's own writer reports a full disk
             raise MachineError(
-                f"{path}: could not be written, the disk seems to be full ({str(error).splitlines()[0]}); the state of "
-                "the epoch before is kept: free some space and --resume"
+                f"{path}: could not be written, the disk seems to be full ({str(error).splitlines()[0]}); what the run "
+                "has reached before is kept: free some space and --resume"
             ) from None
 
 

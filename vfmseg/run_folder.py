@@ -68,6 +68,12 @@ def holds_run(output: Path) -> bool:
     return (output / STATE_FILE).is_file() or any((output / name / "segmenter.json").is_file() for name in RUN_FOLDERS)
 
 
+def forget_beginning(output: Path) -> None:
+    """Remove the state of a run that ends before anything was reached, so that it can be started again as it was."""
+    if not set(output.iterdir()) - {output / STATE_FILE, output / LOCK, *leftovers(output)}:
+        (output / STATE_FILE).unlink(missing_ok=True)
+
+
 def leftovers(output: Path) -> list[Path]:
     """What a killed run was just writing beside its files."""
     names = (f".{name}.*.{kind}" for name in (*RUN_FILES, *RUN_FOLDERS) for kind in ("partial", "old"))

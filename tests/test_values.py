@@ -309,6 +309,9 @@ def test_f16_order_by_colours(tmp_path: Path) -> None:
     assert notes_of(raster)["order"] == "has red, green, blue as its bands 3, 2, 1, and is read so"
     same = read(tmp_path / "rgb.tif", Bands(like=like))[2]
     assert (same.places, notes_of(same)) == ((1, 2, 3), {})
+    alpha = np.concatenate([array, np.full_like(array[:1], 255)])
+    same = read(write_raster(tmp_path / "rgba.tif", alpha), Bands(like=like))[2]
+    assert (same.places, notes_of(same)) == ((1, 2, 3), {})
 
 
 def test_f16_order_by_names(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-import numpy as np
-
 from vfmseg.data.split import (
     SceneLike,
     disjoint,
@@ -16,24 +14,15 @@ from vfmseg.data.split import (
     scenes_from_table,
 )
 from vfmseg.data.statistics import stream_statistics
-from vfmseg.data.survey import Survey, survey
+from vfmseg.data.survey import survey
 from vfmseg.errors import DataError, RecipeError
-from vfmseg.geo.footprints import ground_shared
 from vfmseg.geo.labels import LabelMap
 from vfmseg.geo.reader import Bands
 from vfmseg.geo.said import BandSaid
 from vfmseg.model import InputFacts, normalization
 from vfmseg.recipe import Recipe
+from vfmseg.remarks import tell_absent, tell_implausible, tell_notes, tell_shared_ground, tell_survey
 from vfmseg.terminal import say_once
-
-SHARED = 0.1
-"""Share of a scene that must lie in another one to be told: boxes of neighbours may overlap a little."""
-
-PLAUSIBLE = 1e10
-"""Means and standard deviations beyond are told: 32-bit numbers stay below."""
-
-MOST_HIDDEN = 0.5
-"""Share of a class's labelled pixels from which it is told that they are hidden."""
 
 
 def bands_of(recipe: Recipe) -> dict[str, Bands]:
@@ -79,7 +68,7 @@ def open_split(recipe: Recipe, split: str, like: Mapping[str, Sequence[BandSaid]
     for scene in scenes:
         scene.follow(said)
     _check_alike(scenes, split)
-    _tell_notes(scenes)
+    tell_notes(scenes)
     if not any(scene.grid.georeferenced for scene in scenes):
         say_once("the scenes carry no CRS: labels will have none either, pixels are matched by position")
     return scenes
@@ -91,7 +80,7 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     like = said_by(splits["train"])
     splits |= {name: open_split(recipe, name, like) for name in ("val", "test") if getattr(recipe.data, name)}
     disjoint(splits)
-    _tell_shared_ground(splits)
+    tell_shared_ground(splits)
     for name, scenes in splits.items():
         _check_alike([splits["train"][0], *scenes], name)
     training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
@@ -99,65 +88,9 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     for name, scenes in training.items():
         counts = require_labels(scenes, name, len(ids))
         pixels = sum(scene.grid.height * scene.grid.width for scene in scenes)
-        _tell_absent(recipe, name, dict(zip(ids, counts, strict=True)), pixels)
-        _tell_survey(name, survey(scenes, len(ids)), [recipe.data.classes[i].name for i in ids])
+        tell_absent(recipe, name, dict(zip(ids, counts, strict=True)), pixels)
+        tell_survey(name, survey(scenes, len(ids)), [recipe.data.classes[i].name for i in ids])
     return training
-
-
-def _tell_absent(recipe: Recipe, split: str, counts: Mapping[int, int], pixels: int) -> None:
-    """Say which classes have no label in a split, what follows from it, and what may hide them.
-
-    counts: labelled pixels by class id, of so many pixels in all. DataError where only one of several classes is there
-    to be learned.
-    """
-    named = {i: f"{i} ({recipe.data.classes[i].name})" for i in counts}
-    absent, found = ([named[i] for i in counts if bool(counts[i]) == there] for there in (False, True))
-    if not absent:
-        return
-    ignored, hidden = recipe.data.ignore_index, 1 - sum(counts.values()) / pixels
-    remedy = "check data.classes against the label files"
-    if hidden:
-        remedy = (
-            f"{max(hidden, 0.0001):.2%} of its label pixels count as unlabelled (data.ignore_index = {ignored}, nodata "
-            f"or a mask): if {ignored} is a class in the files, name it in data.classes and choose another "
-            f"data.ignore_index; else {remedy}"
-        )
-    if split == "train" and len(found) == 1:
-        raise DataError(
-            f"data.train: every labelled pixel is of class {found[0]}, none of {', '.join(absent)}: there is nothing "
-            f"to tell apart and so nothing to learn; {remedy}"
-        )
-    if split == "train":
-        follows = "which so cannot be learned"
-    elif len(found) == 1:
-        follows = (
-            f"all labels are {found[0]}: a model that predicts nothing else scores 1, so the score says nothing, and "
-            "the last epoch is kept as the best"
-        )
-    else:
-        follows = "which no score is about; the best epoch is chosen by the mean IoU of the other classes"
-    say_once(f"data.{split}: no pixel of class {', '.join(absent)}, {follows}; {remedy}")
-
-
-def _tell_survey(split: str, found: Survey, classes: Sequence[str]) -> None:
-    """Say what is hidden and by what, which classes that takes, and which numbers look like a filling."""
-    for name, hidden in found.hidden.items():
-        if hidden.causes:
-            say_once(f"data.{split}: of the pixels of {name}, hidden are {hidden.text()}")
-    causes = " and ".join(sorted({cause for hidden in found.hidden.values() for cause in hidden.causes}))
-    for name, labelled, visible in zip(classes, found.labelled, found.visible, strict=True):
-        if labelled and visible < (1 - MOST_HIDDEN) * labelled:
-            say_once(
-                f"data.{split}: {1 - visible / labelled:.0%} of the pixels labelled {name} are hidden by {causes}, and "
-                "count in no loss and no score; if they are measurements, mend the files' nodata or mask, or name the "
-                "bands in data.modalities.NAME.bands"
-            )
-    for fill in found.fills:
-        say_once(
-            f"data.{split}: {fill.share:.1%} of the pixels of {fill.modality} hold {fill.value:g} in band {fill.band}, "
-            f"far from all others ({fill.low:g} to {fill.high:g}); if that means that nothing was measured, set "
-            f"data.modalities.{fill.modality}.nodata to the stored number"
-        )
 
 
 def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
@@ -166,13 +99,7 @@ def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
     chosen = normalization(recipe, facts)
     by_dataset = [name for name, how in chosen.items() if how == "dataset"]
     statistics = stream_statistics(train) if by_dataset else {}
-    for name in by_dataset:
-        for number, (mean, std) in enumerate(zip(*statistics[name], strict=True), 1):
-            if max(abs(mean), std) > PLAUSIBLE:
-                say_once(
-                    f"{name}: band {number} has mean {mean:g} and std {std:g}, which no sensor measures; if some "
-                    f"number stands for nothing, set data.modalities.{name}.nodata to it"
-                )
+    tell_implausible({name: statistics[name] for name in by_dataset})
     for name, count in facts.bands.items():
         source = "the encoder's own" if chosen[name] == "encoder" else "the training split's"
         say_once(f"{name}: {count} bands ({facts.dtypes[name]}), normalised by {source} mean and std")
@@ -209,7 +136,7 @@ def require_same_task(recipe: Recipe, trained: Recipe) -> None:
         changed = [
             f"{'bands' if key == 'indexes' else key} = {value} instead of {was}"
             for (key, value), was in zip(asdict(bands[name]).items(), asdict(before[name]).values(), strict=True)
-            if value != was
+            if value != was and not (value is None and key in ("scale", "offset"))  # then as in training
         ]
         if changed:
             say_once(
@@ -221,39 +148,6 @@ def require_same_task(recipe: Recipe, trained: Recipe) -> None:
 def value_ranges(facts: InputFacts) -> dict[str, float]:
     """255 for modalities that hold 8-bit values as stored, 0 (unknown) for the others."""
     return {name: 255.0 if dtype == "uint8" and facts.plain(name) else 0.0 for name, dtype in facts.dtypes.items()}
-
-
-def _tell_shared_ground(splits: Mapping[str, Sequence[SceneLike]]) -> None:
-    """Say where a split lies on ground of one before it: its scores say little about other places then.
-
-    Not an error: the same place at another time, or a strip that neighbours share, may be meant.
-    """
-    for split, scenes in splits.items():
-        for other in splits:
-            if other == split:
-                break
-            shares, which = ground_shared([s.grid for s in scenes], [s.grid for s in splits[other]])
-            found = int((shares > SHARED).sum())
-            if found:
-                worst = int(np.argmax(shares))
-                say_once(
-                    f"data.{split}: {found} of {len(scenes)} scenes lie on ground of data.{other} (most of all "
-                    f"{scenes[worst].name}: {shares[worst]:.0%} is in {splits[other][which[worst]].name}); scores "
-                    "there do not tell how well other places are labelled"
-                )
-
-
-def _tell_notes(scenes: Sequence[SceneLike]) -> None:
-    """Say what is read otherwise than somebody may expect: once for each kind, with the number of scenes."""
-    first: dict[tuple[str, str], str] = {}
-    count: dict[tuple[str, str], int] = {}
-    for scene in scenes:
-        for key, text in scene.notes().items():
-            first.setdefault(key, text)
-            count[key] = count.get(key, 0) + 1
-    for key, text in first.items():
-        more = f" (and so {count[key] - 1} more)" if count[key] > 1 else ""
-        say_once(f"{key[0]}: {text}{more}")
 
 
 def _check_alike(scenes: Sequence[SceneLike], split: str) -> None:

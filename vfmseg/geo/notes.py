@@ -37,7 +37,8 @@ def _of_order(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
     names = ", ".join(band.called for band in like)
     places = ", ".join(map(str, raster.places))
     if places_by_name(like, there) is not None:
-        expected = raster.bands.indexes or tuple(range(1, len(like) + 1))
+        count = len(there) - sum(len(info.alpha) for info in raster.infos.values())
+        expected = raster.bands.indexes or tuple(range(1, count + 1))
         return {} if raster.places == expected else {"order": f"has {names} as its bands {places}, and is read so"}
     if places_by_name(like, like) is None:  # the training files do not say it either
         return {}

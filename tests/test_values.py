@@ -88,6 +88,14 @@ def test_f13_nodata_of_signed_numbers(tmp_path: Path, dtype: str, value: float) 
     assert raster.hidden.shares() == {f"nodata {value:g}": 1 / 600}
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_f13_nodata_at_the_end_of_64_bits(tmp_path: Path, dtype: str) -> None:
+    array, top = noise(1, dtype=dtype), np.iinfo(dtype).max
+    array[0, 2, 3] = top
+    path = write_raster(tmp_path / "a.tif", array)
+    assert hidden(read(path, Bands(nodata=float(top)))[1]) == [(2, 3)]
+
+
 def test_f13_nodata_zero(tmp_path: Path) -> None:
     array = noise(dtype="int16")
     array[0, 2, 3] = array[:, 4, 5] = 0

@@ -27,9 +27,9 @@ def as_stored(value: float, dtype: np.dtype) -> np.generic | None:
     """A nodata value as a number of this type; None if no measurement can equal it (-9999 in uint8, NaN, -3.4e38)."""
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        if not np.isfinite(value) or value != int(value) or not limits.min <= value <= limits.max:
+        if not np.isfinite(value) or value != int(value) or not limits.min <= value <= float(limits.max):
             return None
-        return dtype.type(int(value))
+        return dtype.type(min(int(value), limits.max))  # GDAL tells nodata in float64, which rounds the largest int64
     return dtype.type(value) if abs(value) < LIMIT else None
 
 

@@ -326,7 +326,7 @@ def test_rows_travel_to_workers_and_become_samples(tmp_path: Path) -> None:
     assert {scene.grid.width for scene in scenes} == {32}
     before = len(pickle.dumps(scenes))
     check(scenes)
-    assert len(pickle.dumps(scenes)) == before  # the decoded pixels stay here
+    assert len(pickle.dumps(scenes)) < before + 100  # the decoded pixels stay here, only counts travel
     check(pickle.loads(pickle.dumps(scenes)))
     sample = TrainingWindows(scenes, 16, 0, None)[Draw(0, 3)]
     assert sample.images["rgb"].shape == (3, 16, 16)

@@ -14,7 +14,7 @@ from vfmseg import terminal
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Window
 from vfmseg.inference.sources import OpenScene
-from vfmseg.model import normalization
+from vfmseg.model import InputFacts, normalization
 from vfmseg.recipe import Recipe, parse_recipe
 from vfmseg.scenes import bands_of, label_map_of, open_split, open_training
 
@@ -221,7 +221,7 @@ def test_p21_the_encoders_statistics_for_other_types_are_told(
     content["data"]["modalities"]["rgb"] = {"normalize": "encoder"}
     recipe = parse_recipe(content, tmp_path, "toy.yaml")
     monkeypatch.setattr(terminal, "_said", set())
-    assert normalization(recipe, {"rgb": 3}, {"rgb": "uint8"}) == {"rgb": "encoder"}
+    assert normalization(recipe, InputFacts({"rgb": 3}, {"rgb": "uint8"}, {})) == {"rgb": "encoder"}
     assert capsys.readouterr().err == ""
-    assert normalization(recipe, {"rgb": 3}, {"rgb": "uint16"}) == {"rgb": "encoder"}
+    assert normalization(recipe, InputFacts({"rgb": 3}, {"rgb": "uint16"}, {})) == {"rgb": "encoder"}
     assert "rgb.normalize = encoder takes values as 0 to 255, but the files hold uint16" in capsys.readouterr().err

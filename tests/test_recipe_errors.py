@@ -97,7 +97,7 @@ WRONG = {
     "data.modalities.dem.normalize=encoder": "data.modalities.dem.normalize = 'encoder' needs 3 bands "
     "(red, green, blue), not 1; use dataset",
     "data.modalities.dem.scale=0": "data.modalities.dem.scale = 0 must not be 0: it would erase the image; "
-    "the default is 1.0",
+    "1 takes stored numbers as they are",
     "data.train.optcal=x": "data.train.optcal is not one of data.modalities; did you mean 'optical'?",
     "data.val={table: split.csv, split: val, optical: rgb, labels: label}": "data.val.dem is missing; "
     "say where the images of modality dem are",

@@ -218,6 +218,16 @@ def test_p26_alpha_is_validity_and_16_bit_stays_16_bit(tmp_path: Path) -> None:
     assert (deep.read(whole)["rgb"].pixels[0] == ramp).all()
 
 
+def test_f7_pictures_that_start_a_program_are_refused(tmp_path: Path) -> None:
+    encoded = BytesIO()
+    Image.fromarray(pixels(0)).save(encoded, "EPS")
+    rows = {"photo": [{"bytes": encoded.getvalue(), "path": None}], "mask": [Image.fromarray(classes(0))]}
+    features = datasets.Features({"photo": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"row 0.*is EPS, which another program has to draw"):
+        open_set(tmp_path / "set")[0].read(Window(0, 0, 24, 32))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -35,6 +35,7 @@ from vfmseg.encoders.build import build_encoder_from_config
 from vfmseg.errors import CheckpointError, MachineError, VfmsegError
 from vfmseg.files import require_own, whole_folder
 from vfmseg.geo.said import BandSaid
+from vfmseg.geo.trust import require_file
 from vfmseg.jsonfile import read_json
 from vfmseg.metrics import mean_text
 from vfmseg.model import (
@@ -165,6 +166,8 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
 
 
 def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
+    for path in folder.rglob("*"):
+        require_file(path)
     record = _read_record(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     facts = _facts(folder, record, recipe)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vfmseg.errors import RecipeError
+from vfmseg.geo.trust import close_services
 from vfmseg.terminal import deliver, guarded, is_main_process, keep_displays, quiet_libraries, say
 
 app = typer.Typer(
@@ -255,6 +256,7 @@ def demo(
 def main() -> None:
     """Entry point of the `vfmseg` command."""
     keep_displays()
+    close_services()
     app()
 
 

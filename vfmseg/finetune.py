@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfmseg.curves import Curves, remove_curves
 from vfmseg.files import whole_file, write_json
+from vfmseg.geo.trust import close_services
 from vfmseg.processes import connect, launch_command
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
@@ -248,4 +249,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     keep_displays()
+    close_services()
     sys.exit(main())

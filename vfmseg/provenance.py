@@ -14,8 +14,9 @@ from vfmseg.checkpoint import versions
 from vfmseg.errors import DamagedError
 from vfmseg.geo.grid import Window
 from vfmseg.geo.mosaic import map_tags
-from vfmseg.geo.rasterfile import FileInfo, is_remote
+from vfmseg.geo.rasterfile import FileInfo
 from vfmseg.geo.reader import Raster
+from vfmseg.geo.trust import is_remote
 from vfmseg.how import Settled
 from vfmseg.inference.job import Job
 from vfmseg.inference.sources import OpenScene

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vfmseg.errors import DataError, nearest
+from vfmseg.geo.trust import require_file
 
 # PIL's name of a pixel layout -> (bands without alpha, stored type); every other layout is read as RGB
 _MODES = {
@@ -129,10 +130,14 @@ class Rows:
         cell = None if self._encoded is None else self._encoded[row][column]
         if cell is None:
             raise DataError(f"{self.where(row, column)}: the cell is empty; expected an image")
+        if cell["bytes"] is None:
+            require_file(cell["path"] or "")
         try:
             image = Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.where(row, column)}: cannot be read as an image ({error})") from error
+        if image.format == "EPS":
+            raise DataError(f"{self.where(row, column)}: is EPS, which another program has to draw; save it as PNG")
         if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(part) for part in image.tile):
             raise DataError(  # PIL keeps 16 bits of single bands only, and cuts the others to 8 without a word
                 f"{self.where(row, column)}: holds 16 bits a band in {len(image.getbands())} bands; expected 8, or one "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vfmseg.errors import DataError
+from vfmseg.geo.trust import require_file
 from vfmseg.paths import elsewhere, files_behind
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img")
@@ -59,6 +60,7 @@ def find(entries: str | Sequence[str], place: str) -> list[Found]:
 
 
 def _find_one(entry: str, place: str) -> list[Found]:
+    require_file(entry)
     if elsewhere(entry) or os.path.isfile(entry):
         return [Found(entry, Path(entry).stem, Path(entry).stem, literal=True)]
     if files_behind(entry):  # a data set inside a file: GPKG:FILE:TABLE

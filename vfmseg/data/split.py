@@ -18,6 +18,7 @@ from vfmseg.errors import DataError, nearest
 from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
 from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.trust import require_file
 from vfmseg.paths import elsewhere, files_behind, made_absolute
 
 __all__ = [
@@ -88,6 +89,7 @@ def scenes_from_table(
 
 def _read_table(table: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Columns, and (line number, cells) of each row; fields split by comma, semicolon or tab."""
+    require_file(table)
     try:
         text = Path(table).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -14,6 +14,7 @@ from torch import nn
 from vfmseg.encoders.base import BaseRecord, Family, sha256_of
 from vfmseg.encoders.settings import HARMLESS, MOST_PARAMETERS, plain_settings
 from vfmseg.errors import CheckpointError
+from vfmseg.geo.trust import require_file
 from vfmseg.jsonfile import read_json
 
 
@@ -73,6 +74,8 @@ def _folder_of(checkpoint: str) -> Path | None:
             "(save_pretrained of transformers writes one)"
         )
     if path.is_dir():
+        for file in path.iterdir():
+            require_file(file)
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{checkpoint}: has no config.json; expected a folder that save_pretrained of transformers has written"

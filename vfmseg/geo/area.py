@@ -15,6 +15,7 @@ from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.dateline import Rings, brought_to, crosses, goes_round, period, x_range
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.inside import Polygons
+from vfmseg.geo.trust import require_file, vet_vector
 from vfmseg.jsonfile import read_json
 
 LONGITUDE_LATITUDE = "OGC:CRS84"
@@ -35,6 +36,7 @@ def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:
         turn = period(grid.crs)
         return Polygons(brought_to([_rectangle(area, turn)], *x_range(grid), turn), grid, f"bounds {list(area)}")
     path = Path(area)
+    require_file(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; expected polygons (GeoJSON, GeoPackage) or four bounds")
     geometries, crs = _geojson(path) if path.suffix.lower() in (".geojson", ".json") else _vector_file(path)
@@ -169,6 +171,7 @@ def _geojson(path: Path) -> tuple[list[Any], str]:
 
 def _vector_file(path: Path) -> tuple[list[Any], str | None]:
     """Geometries of the only layer that has some, and the CRS."""
+    vet_vector(path)
     try:
         import pyogrio
         import shapely

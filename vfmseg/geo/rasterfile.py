@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,15 @@ from rasterio._err import CPLE_BaseError  # the only name that rasterio has for 
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DamagedError, DataError
+from vfmseg.geo import trust
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.orientation import Turn, orientation_of
 from vfmseg.geo.said import BandSaid, said_of, split_alpha
+from vfmseg.geo.trust import is_remote
 from vfmseg.paths import elsewhere, files_behind
 
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
@@ -37,6 +39,7 @@ _OPTIONS: dict[str, Any] = {
     # bytes, which rasterio hands on as they are; GDAL would take 5 % of the memory, and windows are read once
     "GDAL_CACHEMAX": 32 * 2**20,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a grey area
+    "GDAL_VRT_ENABLE_PYTHON": "NO",  # no code from files, whatever the environment says
 }
 
 _SERVERS = {
@@ -48,8 +51,6 @@ _SERVERS = {
 }
 """For files behind a server, unless the environment says otherwise: GDAL alone would neither retry nor ever give up."""
 
-_REMOTE = re.compile(r"://|/vsi(?:curl|s3|gs|az|adls|oss|swift|hdfs|webhdfs)(?:_streaming)?/")
-
 _NO_PIXELS = (".aux.xml", ".ovr")
 """Files that GIS programs put beside a raster when they show it."""
 
@@ -60,17 +61,33 @@ _warnings_lock = threading.Lock()  # Python's warning filters belong to the proc
 
 
 @contextmanager
-def gdal() -> Iterator[None]:
-    """GDAL with our options, and its messages turned into Python errors instead of lines on stderr."""
-    servers = {name: value for name, value in _SERVERS.items() if name not in os.environ}
+def gdal(path: str = "") -> Iterator[None]:
+    """GDAL with our options, and its messages turned into Python errors instead of lines on stderr.
+
+    `path`: what the user asks for, which may lie behind a server.
+    """
+    servers = trust.closed_network(path) or {name: value for name, value in _SERVERS.items() if name not in os.environ}
     with rasterio.Env(**_OPTIONS, **servers):
         yield
 
 
 def open_dataset(path: str, mode: str = "r", **profile: Any) -> Any:
-    """`rasterio.open` inside `gdal()`, silent about a missing georeference: a verb says that once."""
+    """`rasterio.open` inside `gdal()`, silent about a missing georeference: a verb says that once.
+
+    What is read is looked at first, see `trust`: DataError if it reaches further than its name says.
+    """
+    if mode == "r":
+        trust.vet(path)
     with in_pixels():
-        return rasterio.open(path, mode, **profile)
+        if mode != "r" or trust.trusted():
+            return rasterio.open(path, mode, **profile)
+        dataset = rasterio.open(path) if is_remote(path) else DatasetReader(path, driver=trust.drivers_for(path))
+    try:
+        trust.vet_opened(path, dataset.driver, dataset.tags(ns="OVERVIEWS"))
+    except DataError:
+        dataset.close()
+        raise
+    return dataset
 
 
 @contextmanager
@@ -178,7 +195,7 @@ class RasterFile:
     def _handle(self) -> Iterator[Any]:
         if self._pid != os.getpid():
             self._reset()  # a handle inherited through fork shares its file position with the parent process
-        with self._lock, gdal():
+        with self._lock, gdal(self.path):
             if self._dataset is None:
                 self._dataset = _open(self.path)
             try:
@@ -220,14 +237,9 @@ def _open(path: str) -> Any:
     return dataset
 
 
-def is_remote(path: str) -> bool:
-    """Whether GDAL reads a path from a server."""
-    return _REMOTE.search(path) is not None
-
-
 def _why_not_opened(path: str, error: Exception) -> str:
     if elsewhere(path) or files_behind(path) not in ([], [path]):  # a data set inside a file, or a file in an archive
-        return f"{path}: cannot be opened ({error})"
+        return f"{path}: cannot be opened ({error}){trust.or_trust_it(path)}"
     if not os.path.exists(path):
         return f"{path}: there is no such file; check the path"
     if os.path.isdir(path):
@@ -236,7 +248,7 @@ def _why_not_opened(path: str, error: Exception) -> str:
         return f"{path}: is empty (0 bytes); expected a raster file; copy or download it again"
     return (
         f"{path}: is not a raster that GDAL can open, or its header is damaged ({error}); "
-        "expected GeoTIFF, PNG, JPEG or another GDAL format"
+        f"expected GeoTIFF, PNG, JPEG or another plain GDAL format{trust.or_trust_it(path)}"
     )
 
 

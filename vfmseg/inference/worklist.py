@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vfmseg.errors import DataError
+from vfmseg.geo.trust import require_file
 from vfmseg.inference.job import product_path
 from vfmseg.jsonfile import read_json
 
@@ -21,6 +22,7 @@ def scenes_of(given: str) -> list[str] | None:
     DataError if it names none.
     """
     path = Path(os.path.expanduser(given))
+    require_file(path)
     if path.is_dir() and path.suffix.upper() != ".SAFE":
         found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith("."))
         return _some(found, f"{given}: the folder holds no image ({', '.join(IMAGES)})")

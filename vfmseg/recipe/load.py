@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from vfmseg.errors import RecipeError
+from vfmseg.geo.trust import require_file
 from vfmseg.recipe.base import show
 from vfmseg.recipe.messages import lines
 from vfmseg.recipe.overrides import KeyPath, override, parse_override
@@ -48,6 +49,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
+    require_file(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(LONGEST + 1)  # whatever is named here by mistake

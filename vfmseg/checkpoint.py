@@ -188,9 +188,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / MARK
     if not path.is_file():
         found = "it does not exist" if not folder.is_dir() else "it has no segmenter.json"
-        raise CheckpointError(
-            f"{folder}: not a segmenter: {found}; expected a folder written by a training run, such as runs/NAME/best"
-        )
+        remedy = "expected a folder written by a training run, such as runs/NAME/best"
+        if (folder / "best" / MARK).is_file():
+            remedy = f"it is the folder of a run: name {folder / 'best'}"
+        elif (folder / "config.json").is_file():
+            remedy = "it is an encoder, which labels nothing before a segmenter is trained on it (vfmseg finetune)"
+        raise CheckpointError(f"{folder}: not a segmenter: {found}; {remedy}")
     try:
         record: dict[str, Any] = read_json(path)
     except ValueError as error:

@@ -15,7 +15,8 @@ def local_segmenter(checkpoint: str | Path) -> Path:
         return path
     looks_like_path = path.is_absolute() or str(checkpoint).startswith((".", "~")) or str(checkpoint).count("/") != 1
     if looks_like_path or path.exists():
-        raise CheckpointError(f"{checkpoint}: no such folder; expected a segmenter folder such as runs/NAME/best")
+        found = "is a file" if path.exists() else "no such folder"
+        raise CheckpointError(f"{checkpoint}: {found}; expected a segmenter folder such as runs/NAME/best")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from vfmseg.encoders.base import BaseRecord, Family, sha256_of
 from vfmseg.encoders.settings import HARMLESS, MOST_PARAMETERS, plain_settings
+from vfmseg.encoders.strangers import stranger
 from vfmseg.errors import CheckpointError
 from vfmseg.geo.trust import require_file
 from vfmseg.jsonfile import read_json
@@ -60,7 +61,8 @@ def check_model_type(family: Family, config: dict[str, Any], checkpoint: str) ->
     if model_type not in family.model_types:
         raise CheckpointError(
             f"{checkpoint}: config.json says model_type = {model_type}, but the encoder {family.name} reads "
-            f"{' or '.join(family.model_types)}; choose the encoder that fits the checkpoint"
+            f"{' or '.join(family.model_types)}; choose the encoder that fits the checkpoint, or a "
+            "checkpoint that vfmseg reads (checkpoints.md)"
         )
     return model_type
 
@@ -68,18 +70,12 @@ def check_model_type(family: Family, config: dict[str, Any], checkpoint: str) ->
 def _folder_of(checkpoint: str) -> Path | None:
     """The local folder that `checkpoint` names, or None for a hub id."""
     path = Path(checkpoint).expanduser()
-    if path.is_file():
-        raise CheckpointError(
-            f"{checkpoint}: is a file, but an encoder is a folder with config.json and model.safetensors "
-            "(save_pretrained of transformers writes one)"
-        )
-    if path.is_dir():
-        for file in path.iterdir():
+    if path.is_file() or path.is_dir():
+        for file in path.iterdir() if path.is_dir() else ():
             require_file(file)
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{checkpoint}: has no config.json; expected a folder that save_pretrained of transformers has written"
-            )
+        other = stranger(path)
+        if other is not None:
+            raise CheckpointError(f"{checkpoint}: {other}")
         return path
     if path.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
         raise CheckpointError(
@@ -163,9 +159,14 @@ def _check_complete(family: Family, checkpoint: str, loading: dict[str, Any]) ->
     parts = [("missing", missing), ("not expected", extra), ("of another shape", shapes)]
     found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in parts if names]
     if found:
+        unmerged = any(".lora_" in name or ".base_layer." in name for name in extra)
+        remedy = (
+            "an adapter is not merged into them: merge it (merge_and_unload of peft), then save_pretrained"
+            if unmerged
+            else "copy or download the checkpoint again"
+        )
         raise CheckpointError(
-            f"{checkpoint}: tensors of the image encoder do not fit its config.json: {'; '.join(found)}; "
-            "copy or download the checkpoint again"
+            f"{checkpoint}: tensors of the image encoder do not fit its config.json: {'; '.join(found)}; {remedy}"
         )
 
 

@@ -13,6 +13,9 @@ from typing import Any
 from vfmseg.errors import CheckpointError, DataError
 from vfmseg.paths import SIDECARS, elsewhere, files_behind
 
+_ASIDE = 30
+"""Bytes by which the names of temporary files beside a file are longer than its own (.NAME.PID.partial.ovr.tmp)."""
+
 
 def _flush(path: Path) -> None:
     with path.open("r+b") as file:  # some systems flush no file that is open for reading only
@@ -44,6 +47,24 @@ def local_path(output: str | Path) -> Path:
     return Path(os.path.expanduser(output))
 
 
+def unfit_name(target: Path) -> str | None:
+    """Why no file of this name can be written, and what to do; None if one can."""
+    try:
+        target.name.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{target}: its name is not UTF-8, in which GDAL takes names; choose another name"
+    folder = next((folder for folder in target.absolute().parents if os.path.isdir(folder)), None)
+    most = os.pathconf(folder, "PC_NAME_MAX") if folder and os.name == "posix" else 255
+    length = len(os.fsencode(target.name))
+    if length + _ASIDE > most:
+        return (
+            f"{target}: its name has {length} bytes, and temporary files beside it have {_ASIDE} more; expected at "
+            f"most {most - _ASIDE} of the {most} that this disk allows: name the output shorter (in a list outputs are "
+            "named after the scenes: link or rename the scene)"
+        )
+    return None
+
+
 def require_new(target: Path) -> None:
     """DataError if something is there already."""
     if target.exists():
@@ -51,7 +72,10 @@ def require_new(target: Path) -> None:
 
 
 def check_label_file(target: Path) -> None:
-    """Labels are a GeoTIFF and are called one (DataError)."""
+    """Labels are a GeoTIFF and are called one, by a name that fits (DataError)."""
+    unfit = unfit_name(target)
+    if unfit is not None:
+        raise DataError(unfit)
     if target.is_dir():
         raise DataError(f"{target}: is a folder; expected the name of a GeoTIFF to write")
     if target.suffix.lower() not in (".tif", ".tiff"):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vfmseg.errors import DataError, OutsideError, RecipeError
-from vfmseg.files import local_path, never_an_input, require_new
-from vfmseg.geo.polygons import check_place, check_polygons, is_ours, write_polygons
+from vfmseg.files import local_path, never_an_input, require_new, unfit_name
+from vfmseg.geo.polygons import check_place, check_polygons, is_ours, unfit_vector_name, write_polygons
 from vfmseg.geo.rasterfile import RasterFile, files_of
 from vfmseg.geo.validity import Hidden
 from vfmseg.how import How
@@ -76,11 +76,14 @@ def predict(
         jobs = list(zip(scene, targets_for(scene, output, wanted.extras), strict=True))
     if wanted.polygons is not None and not wanted.polygons.startswith("."):
         raise RecipeError(f"--polygons {wanted.polygons}: expected a suffix with its dot, such as .gpkg")
-    _spare_inputs(jobs, others, wanted)
-    vectors = [_vector_of(target, wanted) for _, target in jobs]
+    unfit = {number: why for number, (_, target) in enumerate(jobs) if (why := _unfit(target, wanted)) is not None}
+    _spare_inputs([job for number, job in enumerate(jobs) if number not in unfit], others, wanted)
+    vectors = [None if number in unfit else _vector_of(target, wanted) for number, (_, target) in enumerate(jobs)]
 
     def one(number: int, rank: int, ranks: int) -> dict[str, Any]:
         path, target = jobs[number]
+        if number in unfit:
+            raise DataError(unfit[number])
         return _one(segmenter, {first: path, **others}, path, target, vectors[number], how, wanted, rank, ranks)
 
     with joined() as (rank, ranks):
@@ -104,6 +107,17 @@ def _spare_inputs(jobs: Sequence[tuple[str, Path]], others: Mapping[str, str], w
     if len(jobs) > 1 and not wanted.resume and not wanted.overwrite:
         for file in maps:
             require_new(file)
+
+
+def _unfit(target: Path, wanted: Wanted) -> str | None:
+    """Why a scene's files cannot be written under their names; None if they can."""
+    for file in targets_of(target, ("labels", *wanted.extras)).values():
+        if (why := unfit_name(file)) is not None:
+            return why
+    if wanted.polygons is None:
+        return None
+    vector = target.with_suffix(wanted.polygons)
+    return unfit_name(vector) or unfit_vector_name(vector)
 
 
 def _shared(

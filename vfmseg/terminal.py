@@ -73,6 +73,9 @@ def guarded(verb: Callable[[], None], resume_line: str | None = None) -> int:
         complain(f"{error.filename}: {error.strerror}; check the path, and whether you may read and write there")
         return 2
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            complain(f"{error.filename}: {error.strerror}; choose a shorter name")
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         complain(f"{error.filename or 'the target'}: {error.strerror}; free some space or choose another folder")

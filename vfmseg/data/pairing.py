@@ -17,6 +17,7 @@ from pathlib import Path
 from vfmseg.errors import DataError
 from vfmseg.geo.trust import require_file
 from vfmseg.paths import elsewhere, files_behind
+from vfmseg.patterns import readings
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img")
 """What is picked up from a folder that is named without a pattern."""
@@ -76,10 +77,11 @@ def _find_one(entry: str, place: str) -> list[Found]:
         return [Found(os.path.join(entry, name), Path(name).stem, Path(name).stem, literal=False) for name in names]
     if not _WILDCARD.search(entry):
         raise DataError(f"{place}: {entry} does not exist; {_nearby(entry)}")
-    paths = [p for p in sorted(glob.glob(entry, recursive=True)) if _is_image(p, entry)]
-    if not paths:
-        raise DataError(f"{place}: the pattern {entry} matches no file; {_nearby(entry)}")
-    return [Found(path, Path(path).stem, _wild_part(entry, path), literal=False) for path in paths]
+    for pattern in readings(entry):
+        paths = [p for p in sorted(glob.glob(pattern, recursive=True)) if _is_image(p, entry)]
+        if paths:
+            return [Found(path, Path(path).stem, _wild_part(pattern, path), literal=False) for path in paths]
+    raise DataError(f"{place}: the pattern {entry} matches no file; {_nearby(entry)}")
 
 
 def _is_listed(folder: str, name: str) -> bool:
@@ -96,7 +98,9 @@ def _is_image(path: str, pattern: str) -> bool:
 
 def _nearby(entry: str) -> str:
     """What there is instead, for the message."""
-    folder = os.path.dirname(_WILDCARD.split(entry)[0]) or "."
+    folder = os.path.dirname(entry)
+    if not os.path.isdir(folder):
+        folder = os.path.dirname(_WILDCARD.split(entry)[0]) or "."
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder) or "."
     names = sorted(os.listdir(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from vfmseg.jsonfile import read_json
 LONGITUDE_LATITUDE = "OGC:CRS84"
 """What GeoJSON is in (RFC 7946) unless it says otherwise."""
 
+_JSON = (".geojson", ".json")
+
 _PIECES = 100
 """Edges longer than this part of the scene are split before they are projected: straight lines become curves."""
 
@@ -36,10 +39,12 @@ def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:
         turn = period(grid.crs)
         return Polygons(brought_to([_rectangle(area, turn)], *x_range(grid), turn), grid, f"bounds {list(area)}")
     path = Path(area)
+    if re.search(r"[\t\n\r]", str(path.absolute())) and path.suffix.lower() not in _JSON:
+        raise DataError(f"{str(path)!r}: holds a line break or a tab, which pyogrio takes out of names; rename it")
     require_file(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; expected polygons (GeoJSON, GeoPackage) or four bounds")
-    geometries, crs = _geojson(path) if path.suffix.lower() in (".geojson", ".json") else _vector_file(path)
+    geometries, crs = _geojson(path) if path.suffix.lower() in _JSON else _vector_file(path)
     polygons = [rings for i, one in enumerate(geometries, 1) for rings in _polygons(one, f"{path}: feature {i}")]
     if not polygons:
         raise DataError(f"{path}: holds no polygon among its {len(geometries)} features; expected at least one")

@@ -97,6 +97,9 @@ def check_polygons(target: Path, min_area: float, simplify: float) -> None:
     """What can be known before there are labels: DataError for a wrong argument, MachineError for a missing extra."""
     if target.suffix.lower() not in _DRIVERS:
         raise DataError(f"{target}: polygons cannot be written as {target.suffix!r}; expected {', '.join(_DRIVERS)}")
+    unfit = unfit_vector_name(target)
+    if unfit is not None:
+        raise DataError(unfit)
     if target.is_dir():
         raise DataError(f"{target}: is a folder; expected the name of a vector file to write")
     if not (0 <= min_area < float("inf") and 0 <= simplify < float("inf")):
@@ -106,6 +109,16 @@ def check_polygons(target: Path, min_area: float, simplify: float) -> None:
         import shapely  # noqa: F401
     except ImportError:
         raise MachineError(f"{target}: writing it needs pyogrio and shapely: pip install 'vfmseg[vector]'") from None
+
+
+def unfit_vector_name(target: Path) -> str | None:
+    """Why no vector file of this name can be written, and what to do; None if one can."""
+    if re.search(r"[\t\n\r]", str(target.absolute())) is None:
+        return None
+    return (
+        f"{str(target)!r}: holds a line break or a tab, which pyogrio takes out of names, so that polygons would go "
+        "elsewhere; name the output and its folders without"
+    )
 
 
 def is_ours(target: Path) -> bool:

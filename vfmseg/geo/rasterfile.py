@@ -227,6 +227,8 @@ def _damage(path: str, window: Window) -> Iterator[None]:
 def _open(path: str) -> Any:
     try:
         dataset = open_dataset(path)
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: its name is not UTF-8, in which GDAL takes names; rename it, or link it") from None
     except RasterioError as error:
         raise DataError(_why_not_opened(path, error)) from error
     if dataset.count == 0:

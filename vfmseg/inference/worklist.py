@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from vfmseg.errors import DataError
 from vfmseg.geo.trust import require_file
 from vfmseg.inference.job import product_path
 from vfmseg.jsonfile import read_json
+from vfmseg.patterns import readings
 
 IMAGES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 """Suffixes that count as scenes in a folder."""
@@ -31,9 +33,8 @@ def scenes_of(given: str) -> list[str] | None:
     if path.suffix.lower() in (".json", ".geojson"):
         return _some(_stac(path), f"{given}: no item has an image asset; expected a STAC item or item collection")
     if not path.exists() and "://" not in given and not given.startswith("/vsi") and any(c in given for c in "*?["):
-        base = Path(path.anchor) if path.is_absolute() else Path()
-        pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else given
-        return _some(sorted(str(p) for p in base.glob(pattern)), f"{given}: no file matches; check the pattern")
+        found = next((some for one in readings(str(path)) if (some := glob.glob(one, recursive=True))), [])
+        return _some(sorted(str(Path(p)) for p in found), f"{given}: no file matches; check the pattern")
     return None
 
 

@@ -1,0 +1,137 @@
+"""Names of files as people have them: long, with brackets, with a line break, not UTF-8."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from makers import finished_run, toy_scene, write_raster
+
+from vfmseg.data.pairing import find, pair
+from vfmseg.errors import DataError
+from vfmseg.files import unfit_name
+from vfmseg.geo.area import read_area
+from vfmseg.geo.grid import Grid
+from vfmseg.geo.polygons import write_polygons
+from vfmseg.geo.rasterfile import RasterFile
+from vfmseg.how import How
+from vfmseg.inference.worklist import scenes_of
+from vfmseg.patterns import readings
+from vfmseg.predict import Wanted, predict
+from vfmseg.segmenter import Segmenter
+from vfmseg.terminal import guarded
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="such names exist on POSIX systems only")
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    return Segmenter.from_pretrained(finished_run(tmp_path_factory.mktemp("names")) / "run" / "best")
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+# --- long names, and names that are no text -----------------------------------------------------------------
+
+
+def test_f19_the_longest_name_that_is_taken_can_be_written(segmenter: Segmenter, tmp_path: Path) -> None:
+    most = os.pathconf(tmp_path, "PC_NAME_MAX") - 30
+    scene = str(write_raster(tmp_path / "s.tif", toy_scene(1, 40, 40)[0]))
+    name = "n" * (most - len("_confidence.tif")) + ".tif"
+    predict(segmenter, scene, {}, tmp_path / "out" / name, How(), Wanted(("confidence",), cog=True))
+    assert max(map(len, os.listdir(tmp_path / "out"))) == most
+    with pytest.raises(DataError, match=f"has {most + 1} bytes.*expected at most {most}.*name the output shorter"):
+        predict(segmenter, scene, {}, tmp_path / "new" / ("n" * (most - 3) + ".tif"), How(), Wanted())
+    with pytest.raises(DataError, match="name the output shorter"):  # GeoJSON's ending is longer
+        predict(
+            segmenter, scene, {}, tmp_path / "new" / ("n" * (most - 4) + ".tif"), How(), Wanted(polygons=".geojson")
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_f19_a_long_name_ends_no_list(segmenter: Segmenter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b" * 246, "c"):
+        write_raster(tmp_path / "in" / f"{name}.tif", toy_scene(1, 40, 40)[0])
+    scenes = scenes_of(str(tmp_path / "in"))
+    assert scenes is not None
+    records = predict(segmenter, scenes, {}, tmp_path / "out", How(), Wanted(polygons=".gpkg"))
+    assert ["error" in record for record in records] == [False, True, False]
+    assert "name has 250 bytes" in records[1]["error"]
+    assert "not labelled: " in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.gpkg", "a.tif", "c.gpkg", "c.tif"]
+
+
+def test_f19_other_long_names_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda: (tmp_path / ("x" * 300)).mkdir()) == 2
+    assert "File name too long; choose a shorter name" in capsys.readouterr().err
+    assert unfit_name(Path("labels.tif")) is None
+    assert "name has 226 bytes" in str(unfit_name(tmp_path / "nowhere" / ("é" * 111 + ".tif")))
+
+
+def test_f19_a_name_that_is_not_utf_8_is_one_message(segmenter: Segmenter, tmp_path: Path) -> None:
+    scene = os.fsencode(write_raster(tmp_path / "s.tif", toy_scene(1, 40, 40)[0]))
+    name = os.fsdecode(scene.replace(b"s.tif", b"caf\xe9.tif"))
+    try:
+        os.rename(scene, name)
+    except OSError:
+        pytest.skip("this disk holds no such names")
+    with pytest.raises(DataError, match=r"is not UTF-8.*rename it"):
+        RasterFile(name).info  # noqa: B018
+    with pytest.raises(DataError, match=r"is not UTF-8.*choose another name"):
+        predict(segmenter, "s.tif", {}, name, How(), Wanted())
+
+
+# --- line breaks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\rb", "folder\n/a"])
+def test_f19_a_line_break_is_no_full_disk(segmenter: Segmenter, tmp_path: Path, name: str) -> None:
+    scene = str(write_raster(tmp_path / f"{name}.tif", toy_scene(1, 40, 40)[0]))
+    target = tmp_path / "out" / f"{name}.tif"
+    with pytest.raises(DataError, match=r"holds a line break or a tab, which pyogrio takes out.*without"):
+        predict(segmenter, scene, {}, target, How(), Wanted(polygons=".gpkg"))
+    assert not target.exists()
+    predict(segmenter, scene, {}, target, How(), Wanted())
+    assert target.is_file()
+    with pytest.raises(DataError, match="holds a line break"):
+        write_polygons(target, target.with_suffix(".gpkg"))
+    with pytest.raises(DataError, match="holds a line break"):
+        read_area(tmp_path / f"{name}.gpkg", Grid("EPSG:32633", (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), 4, 4))
+
+
+# --- brackets -------------------------------------------------------------------------------------------------
+
+
+def test_f19_a_folder_with_brackets_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(
+        tmp_path, "data[1]/img/a.tif", "data[1]/img/b.tif", "data[1]/lab/a.png", "data[1]/lab/b.png", "data1/img/c.tif"
+    )
+    place = tmp_path / "data[1]"
+    images, labels = (find(str(place / pattern), "data.train") for pattern in ("img/*.tif", "*/[ab].png"))
+    assert [file.stem for file in images] == ["a", "b"]
+    assert [p.name for p in pair({"rgb": images}, labels, "data.train")] == ["a", "b"]
+    assert scenes_of(str(place / "img" / "*.tif")) == [str(place / "img" / name) for name in ("a.tif", "b.tif")]
+    monkeypatch.chdir(tmp_path)
+    assert scenes_of("data[1]/img/?.tif") == ["data[1]/img/a.tif", "data[1]/img/b.tif"]
+    assert scenes_of("data[12]/img/*.tif") == ["data1/img/c.tif"]  # no such folder: a pattern
+    with pytest.raises(DataError, match=r"matches no file; data\[1\]/img holds a\.tif, b\.tif"):
+        find("data[1]/img/*.jp2", "data.train")
+
+
+def test_f19_brackets_that_match_nothing_are_letters(tmp_path: Path) -> None:
+    touch(tmp_path, "x/s[1]_a.tif", "x/s[1]_b.tif", "y/s[1]_a.tif", "y/s1_a.tif")
+    assert [file.wild for file in find(str(tmp_path / "x" / "s[1]_*.tif"), "t")] == ["a", "b"]
+    assert scenes_of(str(tmp_path / "x" / "s[1]_*.tif")) == [str(tmp_path / "x" / f"s[1]_{n}.tif") for n in "ab"]
+    assert [Path(file.path).name for file in find(str(tmp_path / "y" / "s[1]_*.tif"), "t")] == ["s1_a.tif"]
+
+
+def test_f19_patterns_without_brackets_have_one_reading() -> None:
+    for pattern in ("a/*.tif", "*.tif", "/nowhere/**/x?.tif", "a.tif"):
+        assert readings(pattern) == [pattern]
+    assert np.all([one.count("[") for one in readings("q/[ab].tif")])

@@ -135,3 +135,31 @@ def test_f19_patterns_without_brackets_have_one_reading() -> None:
     for pattern in ("a/*.tif", "*.tif", "/nowhere/**/x?.tif", "a.tif"):
         assert readings(pattern) == [pattern]
     assert np.all([one.count("[") for one in readings("q/[ab].tif")])
+
+
+# --- what is no area, and no list -----------------------------------------------------------------------------
+
+GRID = Grid("EPSG:32633", (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), 20, 20)
+
+
+def test_f19_areas_that_are_folders_or_name_no_system_are_called_so(tmp_path: Path) -> None:
+    pyogrio, shapely = pytest.importorskip("pyogrio"), pytest.importorskip("shapely")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"folder: is a folder; expected a file"):
+        read_area(tmp_path / "folder", GRID)
+    (tmp_path / "a.txt").write_text("POLYGON ((0 0, 1 0, 1 1, 0 0))")
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read as a vector file") as error:
+        read_area(tmp_path / "a.txt", GRID)
+    assert "DRIVER" not in str(error.value)
+    shapes = shapely.to_wkb([shapely.box(14.9, 45.1, 15.1, 45.2)])
+    pyogrio.raw.write(tmp_path / "a.shp", shapes, [], [], driver="ESRI Shapefile", geometry_type="Polygon", crs=None)
+    with pytest.raises(
+        DataError, match=r"names no coordinate reference system: taken to be in the scene's, EPSG:32633"
+    ):
+        read_area(tmp_path / "a.shp", GRID)
+
+
+def test_f19_a_list_in_another_encoding_is_told_which(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.tif\n")
+    with pytest.raises(DataError, match="expected one path a line, in UTF-8"):
+        scenes_of(str(tmp_path / "list.txt"))

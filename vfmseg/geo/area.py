@@ -42,13 +42,17 @@ def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:
     if re.search(r"[\t\n\r]", str(path.absolute())) and path.suffix.lower() not in _JSON:
         raise DataError(f"{str(path)!r}: holds a line break or a tab, which pyogrio takes out of names; rename it")
     require_file(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: there is no such file; expected polygons (GeoJSON, GeoPackage) or four bounds")
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; expected a file: export the polygons as GeoPackage or GeoJSON")
     geometries, crs = _geojson(path) if path.suffix.lower() in _JSON else _vector_file(path)
     polygons = [rings for i, one in enumerate(geometries, 1) for rings in _polygons(one, f"{path}: feature {i}")]
     if not polygons:
         raise DataError(f"{path}: holds no polygon among its {len(geometries)} features; expected at least one")
     taken = " (taken as longitude and latitude)" if crs == LONGITUDE_LATITUDE and grid.crs is not None else ""
+    if crs is None and grid.crs is not None:
+        taken = f" (names no coordinate reference system: taken to be in the scene's, {short_name(grid.crs)})"
     placed = _onto(polygons, crs, grid, path)
     if grid.crs is not None and any(crosses(rings, period(crs or grid.crs)) for rings in polygons):
         taken += " (edges of more than three quarters of a turn lead across the date line)"
@@ -194,7 +198,8 @@ def _vector_file(path: Path) -> tuple[list[Any], str | None]:
         meta, _, wkb, _ = pyogrio.raw.read(path, layer=layers[0], columns=[])
         shapes = shapely.from_wkb(wkb)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.ShapelyError) as error:
+        reason = str(error).partition("; It might help")[0]  # to give a driver, which cannot be done here
         raise DataError(
-            f"{path}: cannot be read as a vector file ({error}); expected GeoPackage, GeoJSON or another OGR format"
+            f"{path}: cannot be read as a vector file ({reason}); expected GeoPackage, GeoJSON or another OGR format"
         ) from None
     return [None if shape is None else json.loads(shapely.to_geojson(shape)) for shape in shapes], meta["crs"]

@@ -70,7 +70,9 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a list of scenes ({error}); expected one path a line") from None
+        raise DataError(
+            f"{path}: cannot be read as a list of scenes ({error}); expected one path a line, in UTF-8"
+        ) from None
     wanted = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     return [_from(path.parent, line) for line in wanted]
 

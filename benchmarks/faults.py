@@ -33,8 +33,12 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 import faults_bits  # noqa: E402
+import faults_configs  # noqa: E402
 import faults_kill  # noqa: E402
 import faults_lab  # noqa: E402
+import faults_numbers  # noqa: E402
+import faults_rasters  # noqa: E402
+import faults_two  # noqa: E402
 from faults_lab import Skipped, Trial  # noqa: E402
 
 RESULTS = HERE / "results" / "faults.json"
@@ -53,7 +57,11 @@ class Kind(NamedTuple):
 KINDS = {
     "kill": Kind("killed at a file-system call", lambda lab, seed: faults_kill.kills(lab), 160),
     "full": Kind("disk full from a file-system call on", lambda lab, seed: faults_kill.full_disks(lab), 80),
+    "two": Kind("two commands in one place", lambda lab, seed: faults_two.two(lab), 120),
     "bits": Kind("one bit of a file turned over", faults_bits.bits, 160),
+    "configs": Kind("broken configurations and checkpoints", lambda lab, seed: faults_configs.configs(lab), 240),
+    "rasters": Kind("scenes from strangers", lambda lab, seed: faults_rasters.rasters(lab), 0),
+    "numbers": Kind("absurd numbers, odd environments", lambda lab, seed: faults_numbers.numbers(lab), 120),
 }
 
 

@@ -61,18 +61,18 @@ class Call(NamedTuple):
 
 
 class Alarm:
-    """Kills a process after some seconds."""
+    """Kills a process after some seconds; one inside another stops the clock of that."""
 
     def __init__(self, pid: int, seconds: float) -> None:
         self.pid, self.seconds = pid, seconds
 
     def __enter__(self) -> None:
         self.before = signal.signal(signal.SIGALRM, lambda *_: os.kill(self.pid, signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        self.rest, _ = signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
     def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
+        signal.setitimer(signal.ITIMER_REAL, self.rest)
 
 
 class Stopped(NamedTuple):

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +26,11 @@ import numpy as np
 import rasterio
 import yaml
 from faults_calls import Alarm, Call, Decision, watched
+from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
 GIBI = 2**30
-PATIENCE = 60.0  # seconds after which a command counts as hung
+PATIENCE = 30.0  # seconds after which a command counts as hung
 QUICK = 10.0  # seconds within which broken input has to be refused
 MODEST = 2 * GIBI  # resident bytes, beside what the imports take, that a refusal may need
 
@@ -38,6 +39,7 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "GDAL_VRT_ENABLE_PYTHON": "YES",  # a user may have set it for other work; no scene may make use of it
     "OGR_CURRENT_DATE": "2000-01-01T00:00:00.000Z",  # a GeoPackage holds the time at which it was made
 }
 
@@ -104,8 +106,13 @@ def imports() -> None:
     import vfmseg.segmenter  # noqa: F401
 
 
-def started(arguments: Sequence[str], here: Path, log: Path) -> Callable[[], None]:
-    """What a fork has to do: run the command line in a folder, write what it says to a file, and end."""
+def started(
+    arguments: Sequence[str], here: Path, log: Path, around: Mapping[str, str] | None = None, closed: int | None = None
+) -> Callable[[], None]:
+    """What a fork has to do: run the command line in a folder, write what it says to a file, and end.
+
+    around: more of its environment. closed: its output (1) or messages (2) go to a reader that has left.
+    """
 
     def work() -> None:
         code: Any = 1
@@ -113,6 +120,11 @@ def started(arguments: Sequence[str], here: Path, log: Path) -> Callable[[], Non
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            if closed:
+                reading, writing = os.pipe()
+                os.close(reading)
+                os.dup2(writing, closed)
+            os.environ.update(around or {})
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
             os.chdir(here)
@@ -130,8 +142,9 @@ def started(arguments: Sequence[str], here: Path, log: Path) -> Callable[[], Non
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             os._exit(code)
 
     return work
@@ -140,14 +153,20 @@ def started(arguments: Sequence[str], here: Path, log: Path) -> Callable[[], Non
 class Running:
     """A command in a fork of this process."""
 
-    def __init__(self, arguments: Sequence[str], here: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        here: Path,
+        around: Mapping[str, str] | None = None,
+        closed: int | None = None,
+    ) -> None:
         handle, name = tempfile.mkstemp(prefix="said", dir=here.parent)
         os.close(handle)
         self.log = Path(name)
         self.since = time.perf_counter()
         self.pid = os.fork()
         if self.pid == 0:
-            started(arguments, here, self.log)()
+            started(arguments, here, self.log, around, closed)()
 
     def end(self, patience: float = PATIENCE) -> Ended:
         """Wait for it; after `patience` seconds it is killed."""
@@ -156,9 +175,15 @@ class Running:
         return _ended(status, usage, self.since, self.log)
 
 
-def run(arguments: Sequence[str], here: Path, patience: float = PATIENCE) -> Ended:
+def run(
+    arguments: Sequence[str],
+    here: Path,
+    patience: float = PATIENCE,
+    around: Mapping[str, str] | None = None,
+    closed: int | None = None,
+) -> Ended:
     """A command, to its end."""
-    return Running(arguments, here).end(patience)
+    return Running(arguments, here, around, closed).end(patience)
 
 
 def run_watched(arguments: Sequence[str], here: Path, below: Path, decide: Callable[[int, Call], Decision]) -> Ended:
@@ -288,7 +313,7 @@ def _save_encoder(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{file or folder: what it holds}, hidden ones too; without times that a run notes and the name of this folder."""
+    """{file or folder: what it holds}, hidden ones too; without the times and this folder's name in it."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -317,11 +342,14 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("seconds", "minutes")}
 
 
+_RECORDED = ("vfmseg_checkpoint", "vfmseg_work", "vfmseg_encoder")  # tags that repeat what a segmenter's files say
+
+
 def map_of(path: Path) -> list[Any]:
     """What a map says: pixels, place, colours, names; all but the bytes of its segmenter's files."""
     with rasterio.open(path) as file:
-        tags = {key: value for key, value in file.tags().items() if key not in ("vfmseg_checkpoint", "vfmseg_work")}
-        colours = file.colormap(1) if file.dtypes[0] == "uint8" else None
+        tags = {key: value for key, value in file.tags().items() if key not in _RECORDED}
+        colours = file.colormap(1) if file.colorinterp[0] == ColorInterp.palette else None
         return [file.profile, tags, colours, file.read().tobytes()]
 
 

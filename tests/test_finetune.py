@@ -379,7 +379,7 @@ def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
     assert after == before
 
 
-@pytest.mark.parametrize(("part", "file"), [("head.safetensors", "best"), ("state.pt", "state.pt")])
+@pytest.mark.parametrize(("part", "file"), [("head.safetensors", "last"), ("state.pt", "state.pt")])
 def test_p37_full_disk_is_one_message_and_names_the_file(
     data: Path,
     encoders: dict[str, Path],

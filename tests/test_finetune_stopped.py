@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from makers import recipe_dict, save_encoder, stopped_anywhere, toy_folder, write_recipe
 
-from vfmseg.errors import MachineError
+from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
 from vfmseg.run_folder import check_output
@@ -124,3 +125,100 @@ def test_f3_a_run_that_fails_before_anything_is_reached_leaves_nothing(
     assert not (tmp_path / "run").exists()
     assert run(tmp_path, recipe(place, tmp_path / "run"))["best_epoch"] == 1
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_epoch"] == 1
+
+
+def scored(patch: pytest.MonkeyPatch, *scores: float) -> None:
+    """The validation of the epochs to come."""
+    following = iter(scores)
+
+    class Confusion:
+        def scores(self, names: list[str]) -> dict[str, Any]:
+            return {"miou": next(following)}
+
+    patch.setattr("vfmseg.loop.score_windows", lambda *_: Confusion())
+
+
+def head(folder: Path) -> bytes:
+    return (folder / "head.safetensors").read_bytes()
+
+
+def test_f4_a_best_segmenter_that_is_gone_is_made_again_from_the_state(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(place, tmp_path / "run", epochs=2)
+    scored(monkeypatch, 0.4, 0.5)
+    run(tmp_path, content)
+    best = {path.name: path.read_bytes() for path in (tmp_path / "run" / "best").rglob("*") if path.is_file()}
+    shutil.rmtree(tmp_path / "run" / "best")
+    assert run(tmp_path, content, resume=True)["best_epoch"] == 2
+    again = {path.name: path.read_bytes() for path in (tmp_path / "run" / "best").rglob("*") if path.is_file()}
+    assert again == best
+    assert "done: best epoch 2, segmenter in" in capsys.readouterr().err
+    (tmp_path / "run" / "best" / "head.safetensors").unlink()
+    run(tmp_path, content, resume=True)
+    assert head(tmp_path / "run" / "best") == best["head.safetensors"]
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_f4_a_run_whose_best_segmenter_is_lost_does_not_end_well(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epochs: int
+) -> None:
+    content = recipe(place, tmp_path / "run", epochs)
+    scored(monkeypatch, 0.5, 0.4)
+    with pytest.raises(StopIteration) if epochs == 3 else nullcontext():  # stopped in the third epoch, or finished
+        run(tmp_path, content)
+    capsys.readouterr()
+    shutil.move(tmp_path / "run" / "best", tmp_path / "elsewhere")
+    told = r"best: is missing or not whole; expected that of epoch 1, the best of 2.*copy it back there, or train again"
+    with pytest.raises(CheckpointError, match=told):
+        run(tmp_path, content, resume=True)
+    assert "done" not in capsys.readouterr().err
+    shutil.move(tmp_path / "elsewhere", tmp_path / "run" / "best")
+    scored(monkeypatch, 0.3)
+    assert run(tmp_path, content, resume=True)["best_epoch"] == 1
+
+
+def test_f4_a_best_segmenter_that_goes_while_the_run_lasts_is_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vfmseg import loop
+
+    scored(monkeypatch, 0.5, 0.4)
+    honest = loop.Loop._train_epoch
+
+    def removed(self: loop.Loop, number: int) -> None:
+        shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)
+        honest(self, number)
+
+    monkeypatch.setattr(loop.Loop, "_train_epoch", removed)
+    with pytest.raises(CheckpointError, match="best: is missing"):
+        run(tmp_path, recipe(place, tmp_path / "run", epochs=2))
+    assert "done" not in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_f4_stopped_anywhere_in_the_save_of_a_better_epoch_the_best_is_what_the_run_says(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the epoch, done again, is not the best any more: a GPU does not repeat itself bit by bit."""
+    content = recipe(place, tmp_path / "run", epochs=2)
+    with monkeypatch.context() as patch, stopped_anywhere(tmp_path / "run", tmp_path / "stops"):
+        scored(patch, 0.4, 0.5)
+        run(tmp_path, content)
+    left = []
+    for folder in sorted((tmp_path / "stops").iterdir()):
+        if (folder / "state.pt").is_file():
+            state = torch.load(folder / "state.pt", weights_only=True)["state"]
+            best = folder / "best" / "segmenter.json"
+            epoch = json.loads(best.read_text())["metrics"]["epoch"] if best.is_file() else None
+            left.append((state["epoch"], epoch, folder))
+    kinds = {one[:2]: one[2] for one in left}
+    assert {(1, 1), (2, 1), (2, None), (2, 2)} <= kinds.keys()
+    assert (1, 2) not in kinds  # what the state does not know of
+    for (done, _), folder in kinds.items():
+        scored(monkeypatch, *(0.4, 0.3)[done:])
+        content["output_dir"] = str(folder)
+        said = run(tmp_path, content, resume=True)["best_epoch"]
+        assert said == (2 if done == 2 else 1)
+        assert json.loads((folder / "best" / "segmenter.json").read_text())["metrics"]["epoch"] == said
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]

@@ -116,6 +116,18 @@ def adapter_folder(facts: InputFacts) -> str:
     return "+".join(facts.bands)
 
 
+def saved_epoch(folder: Path) -> int | None:
+    """The epoch after which a segmenter folder was written; None if it is not there, or not whole."""
+    try:
+        record = _read_record(folder)
+        for name in ("recipe.yaml", "head.safetensors"):
+            if not (folder / name).is_file():
+                return None
+        return int(record["metrics"]["epoch"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None
+
+
 def fingerprint_of(folder: Path) -> str:
     """SHA-256 of everything in a segmenter folder that decides its labels; the base encoder by its recorded hash."""
     digest = hashlib.sha256()

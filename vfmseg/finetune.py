@@ -27,13 +27,13 @@ from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 from vfmseg.recipe.train import PredictSection
 from vfmseg.run_folder import (
     CURVES_FOLDER,
-    RUN_FOLDERS,
     STATE_FILE,
     alone,
     check_output,
     check_place,
     forget_beginning,
     remove_leftovers,
+    require_best,
     with_the_others,
 )
 from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
@@ -68,7 +68,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
     if not is_main_process():  # which has come as far, and so has the folder
         stack.enter_context(with_the_others(output, recipe.name))
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-    from vfmseg.checkpoint import save_segmenter
+    from vfmseg.checkpoint import save_segmenter, saved_epoch
     from vfmseg.data.augment import Augment, Radiometry
     from vfmseg.data.dataset import CoverWindows, TrainingWindows
     from vfmseg.loop import Loop, Schedule, StepReport, score_windows
@@ -106,6 +106,10 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
             return None
         return score_windows(accelerator, model, cover, len(ids), section.batch_size).scores(names)
 
+    def save(name: str, state: RunState) -> None:
+        metrics = {"epoch": state.epoch, "validation": state.records[-1].get("validation")}
+        save_segmenter(output / name, model, recipe, facts, metrics)
+
     def on_step(report: StepReport) -> None:
         progress.step(report.step, report.epoch, report.loss, report.images)
         if curves and curves.started:
@@ -118,13 +122,13 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
             if state.epoch == 1:  # of an earlier run, whose segmenter is replaced now
                 (output / "metrics.json").unlink(missing_ok=True)
                 remove_curves(output / CURVES_FOLDER)
-            metrics = {"epoch": state.epoch, "validation": scores}
-            for folder in RUN_FOLDERS if improved else RUN_FOLDERS[1:]:
-                save_segmenter(output / folder, model, recipe, facts, metrics)
+            save("last", state)
             _write_records(output / "metrics.jsonl", state)
             with whole_file(output / "recipe.yaml") as aside:
                 aside.write_text(dump_recipe(recipe), encoding="utf-8")
             save_run(output / STATE_FILE, loop, origin)
+            if improved:  # after the state, from which it can be made again if the run is stopped in between
+                save("best", state)
             if curves:  # not before there is a run to go on with: until then the folder may hold another one's
                 curves.update(state.records)
         accelerator.wait_for_everyone()
@@ -160,6 +164,11 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
         say(f"{output}: no epoch was finished there, so the run starts with the first one")
     if is_main_process():
         remove_leftovers(output)
+        there = saved_epoch(output / "best")
+        if loop.state.epoch and loop.state.epoch == loop.state.best_epoch != there:
+            save("best", loop.state)
+        elif loop.state.epoch and there is None:
+            require_best(output, there, loop.state.best_epoch, loop.state.epoch)
         if not known:
             # first of all, so that --resume goes on with this run wherever it is stopped; what an earlier one has
             # reached stays until the first epoch ends
@@ -177,6 +186,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
             curves.close()
     result = _result(recipe, model, state)
     if is_main_process():
+        require_best(output, saved_epoch(output / "best"), state.best_epoch, state.epoch)
         write_json(output / "metrics.json", result)
         reached = f" (val mIoU {mean_text(result['validation'])})" if result["validation"] else ""
         say(f"done: best epoch {state.best_epoch}{reached}, segmenter in {output / 'best'}")

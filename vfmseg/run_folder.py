@@ -7,7 +7,7 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from vfmseg.errors import RecipeError
+from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.files import require_own
 from vfmseg.lock import LOCK, also_held, held
 
@@ -68,6 +68,19 @@ def holds_run(output: Path) -> bool:
     return (output / STATE_FILE).is_file() or any((output / name / "segmenter.json").is_file() for name in RUN_FOLDERS)
 
 
+def require_best(output: Path, found: int | None, best: int, last: int) -> None:
+    """CheckpointError if `best/` is not of the best epoch. found: of which it is, None if it is not there or not whole.
+
+    last: the epoch of which the state is, so that the segmenter of an earlier one cannot be made again from it.
+    """
+    if found != best:
+        what = "is missing or not whole" if found is None else f"is the segmenter of epoch {found}"
+        raise CheckpointError(
+            f"{output / 'best'}: {what}; expected that of epoch {best}, the best of {last}, which nothing else holds: "
+            f"copy it back there, or train again with --overwrite ({output / 'last'} is the segmenter of epoch {last})"
+        )
+
+
 def forget_beginning(output: Path) -> None:
     """Remove the state of a run that ends before anything was reached, so that it can be started again as it was."""
     if not set(output.iterdir()) - {output / STATE_FILE, output / LOCK, *leftovers(output)}:
@@ -81,7 +94,11 @@ def leftovers(output: Path) -> list[Path]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove it; to be called by the run whose folder it is."""
+    """Remove it; to be called by the run whose folder it is. A segmenter that was about to be replaced comes back."""
+    for name in RUN_FOLDERS:
+        for old in output.glob(f".{name}.*.old"):
+            if not (output / name).exists() and (old / "segmenter.json").is_file():
+                old.rename(output / name)
     for path in leftovers(output):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

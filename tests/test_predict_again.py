@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
-from makers import finished_run, toy_scene, write_raster
+from makers import finished_run, sign, toy_scene, write_raster
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -167,6 +167,7 @@ def test_f1_a_checkpoint_that_is_replaced_while_it_is_loaded_is_never_mixed(
     head = load_file(best / "head.safetensors")
     newer = {name: tensor + 1 for name, tensor in head.items()}
     save_file(newer, tmp_path / "newer" / "head.safetensors")
+    sign(tmp_path / "newer")
     honest = checkpoint.load_recipe
 
     def replaced(path: Path) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from makers import recipe_dict, save_encoder, sign, toy_folder, toy_scene, write_raster, write_recipe
 from safetensors.torch import load_file, save_file
 
 from vfmseg.checkpoint import load_segmenter
@@ -124,6 +124,7 @@ def test_a_moved_base_encoder_is_found_by_its_new_place(place: Path, copied: Pat
     shutil.copytree(place / "encoder", tmp_path / "moved")
     recipe = (copied / "recipe.yaml").read_text().replace(str(place / "encoder"), str(tmp_path / "gone"))
     (copied / "recipe.yaml").write_text(recipe)
+    sign(copied)
     with pytest.raises(CheckpointError, match="--encoder"):
         Segmenter.from_pretrained(copied)
     assert Segmenter.from_pretrained(copied, encoder=str(tmp_path / "moved")).classes == {0: "ground", 1: "disc"}

@@ -1,7 +1,8 @@
 """The published segmenter folder: what was trained, and how to find the rest.
 
     recipe.yaml           the resolved recipe, classes and colours
-    segmenter.json        format, base encoder with the hash of its tensors, bands and statistics, metrics, versions
+    segmenter.json        format, base encoder with the hash of its tensors, bands and statistics, metrics, versions,
+                          and the SHA-256 of all other files here but the model card
     adapters/<modality>/  the adapter, in peft's own format where peft made it
     head.safetensors      trained tensors outside the encoder, with their buffers (normalisation too)
     encoder.safetensors   only if the run trained the encoder itself
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adapter
 from vfmseg.catalog import CATALOG
+from vfmseg.digests import changed, sha256_of, signed
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder_from_config
 from vfmseg.errors import CheckpointError, MachineError, VfmsegError
@@ -93,7 +95,8 @@ def save_segmenter(
             save_file(plain_tensors(encoder.backbone.state_dict()), aside / "encoder.safetensors")
         save_file(plain_tensors(model.head_state()), aside / "head.safetensors")
         save_adapter(model.attached, aside / "adapters" / adapter_folder(facts))
-        (aside / "segmenter.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        names = {path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()}
+        (aside / MARK).write_text(json.dumps(signed(record, aside, names), indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(_card(recipe, record), encoding="utf-8")
 
 
@@ -120,21 +123,38 @@ def saved_epoch(folder: Path) -> int | None:
     """The epoch after which a segmenter folder was written; None if it is not there, or not whole."""
     try:
         record = _read_record(folder)
-        for name in ("recipe.yaml", "head.safetensors"):
+        for name in ("recipe.yaml", "head.safetensors"):  # of a folder without digests
             if not (folder / name).is_file():
                 return None
+        _require_unchanged(folder, record)
         return int(record["metrics"]["epoch"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return None
 
 
-def fingerprint_of(folder: Path) -> str:
-    """SHA-256 of everything in a segmenter folder that decides its labels; the base encoder by its recorded hash."""
+def fingerprint_of(folder: Path, known: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of everything in a segmenter folder that decides its labels; the base encoder by its recorded hash.
+
+    known {name: SHA-256}: of files that were read already.
+    """
     digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.safetensors"), folder / "recipe.yaml", folder / "segmenter.json"]):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted([*folder.rglob("*.safetensors"), folder / "recipe.yaml", folder / MARK]):
+        name = path.relative_to(folder).as_posix()
+        digest.update(name.encode())
+        digest.update(bytes.fromhex((known or {}).get(name) or sha256_of(path)))
     return digest.hexdigest()
+
+
+def _require_unchanged(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each file that the record names; CheckpointError for one that is not as it was written."""
+    name, found = changed(record, folder)
+    if name is None:
+        return found
+    moved = "; an encoder that lies elsewhere now is named by --encoder FOLDER" if name == "recipe.yaml" else ""
+    raise CheckpointError(
+        f"{folder / (name or MARK)}: is not what was written with this segmenter (its SHA-256 is another): it is "
+        f"damaged, or of another checkpoint; copy the folder again{moved}"
+    )
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,8 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
         load_adapter(built, attached, place)
     model = with_decoder(recipe, built, attached, facts.bands)
     load_strictly(_read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
-    return Loaded(model.eval(), recipe, facts, record, fingerprint_of(folder))
+    known = _require_unchanged(folder, record)  # last: what is wrong in a file is told better by who reads it
+    return Loaded(model.eval(), recipe, facts, record, fingerprint_of(folder, known))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vfmseg.checkpoint import load_strictly, plain_tensors
 from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.files import whole_file
 from vfmseg.loop import Loop, RunState
+from vfmseg.seal import is_intact, mark_of_seal, seal
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def save_run(path: Path, loop: Loop, origin: Origin) -> None:
     with whole_file(path) as aside:
         try:
             torch.save(content, aside)
+            seal(aside, "state")
         except RuntimeError as error:  # how torch's own writer reports a full disk
             raise MachineError(
                 f"{path}: could not be written, the disk seems to be full ({str(error).splitlines()[0]}); what the run "
@@ -48,10 +50,18 @@ def save_run(path: Path, loop: Loop, origin: Origin) -> None:
 
 def load_run(path: Path, loop: Loop, origin: Origin) -> None:
     """Put a run back to where `save_run` left it; a run of another origin is refused."""
+    if mark_of_seal(path) and not is_intact(path):  # states of before have no seal
+        raise CheckpointError(
+            f"{path}: is damaged: it does not hold what was written (checksum); copy it again if there is a copy, or "
+            "start anew with --overwrite"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several unrelated types for a damaged or a code-bearing file
-        raise CheckpointError(f"{path}: not a readable run state ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{path}: not a readable run state ({type(error).__name__}: {error}); copy it again if there is a copy, or "
+            "start anew with --overwrite"
+        ) from None
     try:
         _restore(path, loop, origin, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfmseg.checkpoint import Loaded, load_segmenter, segmenter_folder
+from vfmseg.checkpoint import Loaded, fingerprint_of, load_segmenter, segmenter_folder
 from vfmseg.errors import CheckpointError, DataError, RecipeError
 from vfmseg.files import check_label_file, local_path, never_an_input, require_new
 from vfmseg.geo.area import read_area
@@ -263,6 +263,8 @@ class Segmenter:
             raise CheckpointError(f"{folder}: one of it and {self.folder} lies in the other; choose a folder beside it")
         with held(lock_beside(target), target, "saving a segmenter"), segmenter_folder(target) as aside:
             shutil.copytree(self.folder, aside, dirs_exist_ok=True)
+            if fingerprint_of(aside) != self.fingerprint:
+                raise CheckpointError(f"{self.folder}: is no longer the segmenter that was loaded; load it again")
         return Path(folder)
 
     # -----------------------------------------------------------------------------------------------------------

@@ -245,7 +245,8 @@ def _why_not_opened(path: str, error: Exception) -> str:
     if not os.path.exists(path):
         return f"{path}: there is no such file; check the path"
     if os.path.isdir(path):
-        return f"{path}: is a folder; expected a raster file, or a pattern such as {os.path.join(path, '*.tif')}"
+        pattern = os.path.join(path, "*.tif")
+        return f"{path}: is a folder; expected a raster file, or a pattern such as {pattern}{trust.or_trust_it(path)}"
     if os.path.getsize(path) == 0:
         return f"{path}: is empty (0 bytes); expected a raster file; copy or download it again"
     return (

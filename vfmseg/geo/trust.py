@@ -146,7 +146,7 @@ def or_trust_it(path: str) -> str:
     if is_remote(path):
         return ""
     if not os.path.isfile(path):
-        return "; a virtual raster is unpacked first, and other formats are opened with VFMSEG_TRUST=1"
+        return "; other formats, and virtual rasters in archives, are opened with VFMSEG_TRUST=1"
     other = not _head(path).startswith(_COMMON)
     return "; other formats, and services such as WMS, are opened with VFMSEG_TRUST=1" if other else ""
 
@@ -238,11 +238,10 @@ def _require_beside(name: str, place: str, folders: list[str]) -> None:
     """A file whose bytes are pixels as they stand lies with the file that names it: else it could be any file."""
     if name.startswith("/vsi") or is_remote(name):
         raise _no_raster(place, name)
-    homes = [os.path.realpath(folder) for folder in folders]
+    homes = [Path(folder).resolve() for folder in folders]
     for path in _candidates(name, folders):
         require_file(path)
-        real = os.path.realpath(path)
-        if os.path.lexists(path) and not any(os.path.commonpath([real, home]) == home for home in homes):
+        if os.path.lexists(path) and not any(Path(path).resolve().is_relative_to(home) for home in homes):
             raise DataError(
                 f"{place}: takes the bytes of {name} for pixels, which lies outside of its folder; move it there, or "
                 f"{_REMEDY}"

@@ -334,7 +334,7 @@ def test_p45_the_cover_counts_each_pixel_exactly_once(height: int, width: int, t
         assert sample.labels.shape == (tile, tile)
         counted = (sample.labels != IGNORE).numpy()
         assert not (counted & ~sample.valid["rgb"].numpy()).any()
-        if cover.tiles[i][0] == 1:
+        if cover.place(i)[0] == 1:
             small += int(counted.sum())
             continue
         where = sample.images["rgb"][0].numpy()[counted].astype(int) - 1
@@ -371,7 +371,7 @@ def test_p25_c16_a_pixel_has_the_same_value_in_every_window_that_shows_it(tmp_pa
         got = training[Draw(epoch, 0)].images["dem"][0]
         assert torch.equal(got, expected[window.rows, window.cols])
     cover = CoverWindows([scene], 24)
-    for i, (_, tile) in enumerate(cover.tiles):
+    for i, (_, tile) in enumerate(map(cover.place, range(len(cover)))):
         assert torch.equal(cover[i].images["dem"][0], expected[tile.window.rows, tile.window.cols])
 
 

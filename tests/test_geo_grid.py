@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from bisect import bisect_right
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from rasterio.transform import Affine, xy
 
 from vfmseg.errors import DataError
-from vfmseg.geo.grid import IDENTITY, Grid, Tile, Window, cut, starts
+from vfmseg.geo.grid import IDENTITY, Grid, Spans, Tile, Window, cut
 
 UTM = Grid("EPSG:32633", (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 100, 200)
 TURNED = Grid("EPSG:32631", (-0.03, 2.5, 593124.0, 2.5, 0.03, 5749208.0), 40, 30)
@@ -21,6 +25,10 @@ def scenes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     tile = draw(st.integers(1, 20))
     sides = st.integers(1, 3 * tile)
     return draw(sides), draw(sides), tile, draw(st.integers(0, tile - 1))
+
+
+def starts(size: int, tile: int, overlap: int) -> list[int]:
+    return [first for first, _, _ in Spans(size, tile, overlap)]
 
 
 def inside(one: Window, two: Window) -> bool:
@@ -89,6 +97,27 @@ def test_cores_stay_half_an_overlap_away_from_inner_edges(scene: tuple[int, int,
             assert piece.window.col + tile - piece.core.col - piece.core.width >= overlap // 2
 
 
+@settings(max_examples=300, deadline=None)
+@given(scenes())
+def test_f6_spans_that_are_computed_are_those_that_would_be_listed(scene: tuple[int, int, int, int]) -> None:
+    size, _, tile, overlap = scene
+    last = size - tile
+    firsts = [*range(0, last, tile - overlap), last] if last > 0 else [0]
+    seams = [(one + tile + two) // 2 for one, two in pairwise(firsts)]
+    spans = Spans(size, tile, overlap)
+    assert list(spans) == list(zip(firsts, [0, *seams], [*seams, size], strict=True))
+    assert [spans.up_to(pixel) for pixel in range(-3, size)] == [bisect_right(firsts, p) for p in range(-3, size)]
+
+
+def test_f6_tiles_of_a_scene_without_end_are_counted_and_not_listed() -> None:
+    tracemalloc.start()
+    tiles = cut(2**31 - 1, 2**31 - 1, 512, 128)
+    assert len(tiles) == 5592405**2
+    assert tiles[len(tiles) - 1].window == Window(2**31 - 513, 2**31 - 513, 512, 512)
+    assert tracemalloc.get_traced_memory()[1] < 2**16
+    tracemalloc.stop()
+
+
 def test_tiles_come_row_by_row() -> None:
     windows = [piece.window for piece in cut(50, 70, 20, 5)]
     assert windows == sorted(windows)
@@ -97,7 +126,7 @@ def test_tiles_come_row_by_row() -> None:
 
 def test_c20_a_scene_of_exactly_one_tile_is_one_tile() -> None:
     whole = Window(0, 0, 64, 64)
-    assert cut(64, 64, 64) == [Tile(whole, whole)]
+    assert list(cut(64, 64, 64)) == [Tile(whole, whole)]
     assert starts(64, 64, 63) == [0]
     assert starts(65, 64, 0) == [0, 1]
 

@@ -300,12 +300,11 @@ def _load_encoder(
             raise CheckpointError(f"{folder}: this run trained its encoder and stores it; leave out encoder={override}")
         mean, std = stacked_statistics(recipe, facts)
         path = folder / "encoder.safetensors"
-        tensors = _read_tensors(path)
         encoder = build_encoder_from_config(
             section.name, stored["config"], len(mean), mean, std, section.layers, section.upscale, section.input,
-            most=path.stat().st_size,
+            most=path.stat().st_size if path.is_file() else 0,
         )  # fmt: skip
-        load_strictly(tensors, encoder.backbone.state_dict(), path)
+        load_strictly(_read_tensors(path), encoder.backbone.state_dict(), path)
         return encoder
     try:
         encoder = published_encoder(recipe, facts, instead=override)

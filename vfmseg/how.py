@@ -10,7 +10,16 @@ from typing import Any, get_args
 from vfmseg.errors import RecipeError, nearest
 from vfmseg.inference.job import MEBI, Settings
 from vfmseg.recipe import Recipe
-from vfmseg.recipe.train import LARGEST_SCALE, PredictSection
+from vfmseg.recipe.base import show
+from vfmseg.recipe.data import LARGEST_TILE
+from vfmseg.recipe.train import (
+    LARGEST_BATCH,
+    LARGEST_LIMIT,
+    LARGEST_SCALE,
+    MOST_READERS,
+    MOST_SCALES,
+    PredictSection,
+)
 
 
 @dataclass(frozen=True)
@@ -54,22 +63,22 @@ def settle(how: How, recipe: Recipe) -> Settled:
     if not 0 <= overlap < 1:
         raise RecipeError(f"overlap = {overlap}; expected a share of the tile, at least 0 and below 1, such as 0.25")
     scales = section.scales if how.scales is None else how.scales
-    if not scales or not all(0 < scale <= LARGEST_SCALE for scale in scales):  # NaN is neither
-        expected = f"expected numbers above 0 and at most {LARGEST_SCALE:g}, such as 0.75, 1, 1.5"
-        raise RecipeError(f"scales = {list(scales)}; {expected}")
+    if not 0 < len(scales) <= MOST_SCALES or not all(0 < scale <= LARGEST_SCALE for scale in scales):  # NaN is neither
+        expected = f"numbers above 0 and at most {LARGEST_SCALE:g}, {MOST_SCALES} in all, such as 0.75, 1, 1.5"
+        raise RecipeError(f"scales = {show(list(scales))}; expected {expected}")
     settings = Settings(
-        tile=_positive("tile", how.tile, section.tile or recipe.data.tile),
+        tile=_positive("tile", how.tile, section.tile or recipe.data.tile, LARGEST_TILE),
         overlap=float(overlap),
         blend=_known("blend", how.blend, section),
-        batch_size=_positive("batch_size", how.batch_size, section.batch_size),
-        memory_limit=_positive("memory_limit", how.memory_limit, section.memory_limit) * MEBI,
+        batch_size=_positive("batch_size", how.batch_size, section.batch_size, LARGEST_BATCH),
+        memory_limit=_positive("memory_limit", how.memory_limit, section.memory_limit, LARGEST_LIMIT) * MEBI,
     )
     return Settled(
         settings,
         _known("average", how.average, section) == "logits",
         _known("tta", how.tta, section),
         tuple(float(scale) for scale in scales),  # a NumPy number cannot be written as JSON
-        _positive("readers", how.readers, section.readers),
+        _positive("readers", how.readers, section.readers, MOST_READERS),
         _bands(how.bands or {}, recipe),
     )
 
@@ -81,7 +90,7 @@ def _bands(given: Mapping[str, Sequence[int]], recipe: Recipe) -> dict[str, tupl
             raise RecipeError(
                 f"bands: '{name}' is no modality of this segmenter; {nearest(name, recipe.data.modalities)}"
             )
-        chosen[name] = tuple(_positive(f"bands of {name}", number, 1) for number in numbers)
+        chosen[name] = tuple(_positive(f"bands of {name}", number, 1, 65535) for number in numbers)
         if not chosen[name] or len(set(chosen[name])) < len(chosen[name]):
             raise RecipeError(f"bands of {name} = {list(chosen[name])}; expected numbers of bands, each once")
     return chosen
@@ -96,12 +105,12 @@ def _known(name: str, value: str | None, section: PredictSection) -> str:
     return value
 
 
-def _positive(name: str, value: Any, otherwise: int) -> int:
+def _positive(name: str, value: Any, otherwise: int, most: int) -> int:
     chosen = otherwise if value is None else value
     try:
         number = 0 if isinstance(chosen, bool) else operator.index(chosen)  # whole numbers of NumPy are some as well
     except TypeError:
         number = 0
-    if number < 1:
-        raise RecipeError(f"{name} = {chosen}; expected a whole number of at least 1")
+    if not 1 <= number <= most:
+        raise RecipeError(f"{name} = {chosen}; expected a whole number of at least 1 and at most {most}")
     return number

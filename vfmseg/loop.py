@@ -260,7 +260,7 @@ def score_windows(
     """
     was_training = model.training
     model.eval()
-    mine = list(range(accelerator.process_index, len(data), accelerator.num_processes))
+    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
     confusion = Confusion(classes)
     for first in range(0, len(mine), batch_size):
         batch = collate([data[i] for i in mine[first : first + batch_size]]).to(accelerator.device)

@@ -27,6 +27,12 @@ from vfmseg.geo.reader import Chip
 _TRIES = 10
 """Windows that are tried until one has something to learn from; a scene may have hardly any labels."""
 
+SMALL_TILE = 1024
+"""Pixels; tiles up to here may be far larger than all scenes, as what is empty in them takes little memory."""
+
+MOST_WINDOWS = 10**7
+"""Of an epoch: the order of that many fits in memory."""
+
 
 class TrainingWindows(Dataset[Sample]):
     """Random tile x tile windows, asked for by Draw(epoch, index).
@@ -51,8 +57,19 @@ class TrainingWindows(Dataset[Sample]):
         self.seed = seed
         self.augment = augment
         grids = [scene.grid for scene in self.scenes]
+        widest = max(side for grid in grids for side in (grid.height, grid.width))
+        if tile > SMALL_TILE and tile >= 2 * widest:
+            raise DataError(
+                f"data.tile = {tile}, but the longest side of a training scene is {widest} px: three quarters or more "
+                f"of every window would be empty, at the full price in memory and time; try data.tile = {widest}"
+            )
         self._ends = list(accumulate(ceil(g.height / tile) * ceil(g.width / tile) for g in grids))
         self._length = samples_per_epoch or self._ends[-1]
+        if self._length > MOST_WINDOWS:
+            raise DataError(
+                f"data.train: an epoch would be {self._length:,} windows of {tile} px, more than {MOST_WINDOWS:,}; set "
+                "data.samples_per_epoch to fewer"
+            )
         self._shuffled: tuple[int, np.ndarray] | None = None  # (epoch, permutation of the slots)
 
     def __len__(self) -> int:
@@ -76,6 +93,8 @@ class TrainingWindows(Dataset[Sample]):
         slots = self._ends[-1]
         if draw.index < self._length // slots * slots:
             return draw.index % slots
+        if slots > MOST_WINDOWS:  # too many to be put into an order
+            return int(rng(Purpose.SCENE, self.seed, draw.epoch, draw.index).integers(slots))
         # A part of the list is left for the rest of the draws; another part each epoch, so that every scene is seen.
         if self._shuffled is None or self._shuffled[0] != draw.epoch:
             self._shuffled = (draw.epoch, rng(Purpose.SCENE, self.seed, draw.epoch).permutation(slots))
@@ -105,18 +124,22 @@ class CoverWindows(Dataset[Sample]):
 
     def __init__(self, scenes: Sequence[SceneLike], tile: int) -> None:
         self.scenes = list(scenes)
-        self.tiles: list[tuple[int, Tile]] = [
-            (number, part)
-            for number, scene in enumerate(self.scenes)
-            for part in cut(scene.grid.height, scene.grid.width, tile)
-        ]
+        self._tiles = [cut(scene.grid.height, scene.grid.width, tile) for scene in self.scenes]
+        self._ends = list(accumulate(map(len, self._tiles)))
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return self._ends[-1] if self._ends else 0
+
+    def place(self, index: int) -> tuple[int, Tile]:
+        """Number of the scene of the index-th tile, and the tile; IndexError beyond the last."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        return number, self._tiles[number][index - self._ends[number] + len(self._tiles[number])]
 
     def __getitem__(self, index: int) -> Sample:
         """The index-th tile, images (C, tile, tile)."""
-        number, part = self.tiles[index]
+        number, part = self.place(index)
         scene, window, core = self.scenes[number], part.window, part.core
         labels = np.full(window.shape, IGNORE, dtype=np.int64)
         inside = Window(core.row - window.row, core.col - window.col, core.height, core.width)

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from string import Formatter
 
@@ -161,8 +162,8 @@ def require_labels(scenes: Sequence[SceneLike], split: str, classes: int) -> lis
     seen = False
     for scene in scenes:
         height, width = scene.grid.height, scene.grid.width
-        for row in range(0, height, 256):
-            window = Window(row, 0, min(256, height - row), width)
+        for row, col in product(range(0, height, 256), range(0, width, 2**16)):  # rows as files store them
+            window = Window(row, col, min(256, height - row), min(2**16, width - col))
             labels = scene.read_labels(window)
             labelled = labels != IGNORE
             counts += np.bincount(labels[labelled], minlength=classes)

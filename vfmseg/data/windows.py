@@ -23,7 +23,7 @@ class Purpose(IntEnum):
     AUGMENT = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One sample of one epoch. A filler only keeps a process in step: its labels count nowhere."""
 

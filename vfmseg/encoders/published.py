@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vfmseg.encoders.base import BaseRecord, Family, sha256_of
-from vfmseg.encoders.settings import HARMLESS, MOST_PARAMETERS, plain_settings
+from vfmseg.encoders.settings import MOST_PARAMETERS, plain_settings
 from vfmseg.encoders.strangers import stranger
 from vfmseg.errors import CheckpointError
 from vfmseg.geo.trust import require_file
@@ -122,7 +122,7 @@ def _require_own_files(folder: Path) -> None:
 
 def _bytes_of(folder: Path) -> float:
     """Size of the weights in a folder: they hold no more parameters than that."""
-    return max(HARMLESS, sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)))
+    return float(sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)))
 
 
 def _not_found(checkpoint: str, error: Exception) -> str:

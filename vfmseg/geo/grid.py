@@ -6,8 +6,8 @@ scenes with `cut`, so they cannot disagree about where a tile lies or which tile
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from vfmseg.errors import DataError
 from vfmseg.geo.crs import same_ground
@@ -125,48 +125,88 @@ class Tile:
     core: Window
 
 
-def starts(size: int, tile: int, overlap_px: int) -> list[int]:
-    """First pixels of the tiles along one axis of `size` pixels, ascending, without repeats.
+Span = tuple[int, int, int]
+"""A tile along one axis: its first pixel, the first of its core, and the one after the core."""
 
-    Tiles step by tile - overlap_px; the last one is pulled back so that it ends with the scene. An axis that
-    is not longer than a tile has the single start 0.
+
+class Spans:
+    """The tiles along one axis of `size` pixels, in order; each is computed when it is asked for, so none is kept.
+
+    Tiles step by tile - overlap_px; the last one is pulled back so that it ends with the scene. An axis that is not
+    longer than a tile has a single one, at 0. Neighbours' cores meet in the middle of their overlap.
     """
-    if tile < 1 or size < 1:
-        raise DataError(f"cannot cut {size} pixels into tiles of {tile}: both must be at least 1")
-    if not 0 <= overlap_px < tile:
-        raise DataError(
-            f"tiles of {tile} pixels cannot overlap by {overlap_px}: expected 0 to {tile - 1}; try {tile // 4}"
-        )
-    if size <= tile:
-        return [0]
-    last = size - tile
-    return [*range(0, last, tile - overlap_px), last]
+
+    def __init__(self, size: int, tile: int, overlap_px: int = 0) -> None:
+        if tile < 1 or size < 1:
+            raise DataError(f"cannot cut {size} pixels into tiles of {tile}: both must be at least 1")
+        if not 0 <= overlap_px < tile:
+            raise DataError(
+                f"tiles of {tile} pixels cannot overlap by {overlap_px}: expected 0 to {tile - 1}; try {tile // 4}"
+            )
+        self.size = size
+        self.tile = tile
+        self.step = tile - overlap_px
+        self.last = max(size - tile, 0)  # first pixel of the last tile
+        self._count = -(-self.last // self.step) + 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Span:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self.start(index), self.core(index), self.core(index + 1)
+
+    def start(self, index: int) -> int:
+        """First pixel of a tile."""
+        return min(index * self.step, self.last)
+
+    def core(self, index: int) -> int:
+        """First pixel of a tile's core; for the tile after the last, the size of the axis."""
+        if index == 0:
+            return 0
+        if index == self._count:
+            return self.size
+        return (self.start(index - 1) + self.tile + self.start(index)) // 2
+
+    def up_to(self, pixel: int) -> int:
+        """How many tiles start at or before a pixel."""
+        if pixel >= self.last:
+            return self._count
+        return max(0, pixel // self.step + 1)
 
 
-def cut(height: int, width: int, tile: int, overlap_px: int = 0) -> list[Tile]:
+class Tiles:
+    """The tiles that cover a scene, row by row; each is computed when it is asked for."""
+
+    def __init__(self, height: int, width: int, tile: int, overlap_px: int = 0) -> None:
+        self.rows = Spans(height, tile, overlap_px)
+        self.cols = Spans(width, tile, overlap_px)
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.cols)
+
+    def __getitem__(self, index: int) -> Tile:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row, col = divmod(index, len(self.cols))
+        return tile_of(self.rows[row], self.cols[col], self.rows.tile)
+
+    def __iter__(self) -> Iterator[Tile]:
+        return (self[index] for index in range(len(self)))
+
+
+def cut(height: int, width: int, tile: int, overlap_px: int = 0) -> Tiles:
     """Tiles that cover a scene of height x width pixels, row by row.
 
     Each window is exactly tile x tile; it reaches beyond the scene only where the scene is smaller than a
     tile. The cores partition the scene: neighbours meet in the middle of their overlap, so each pixel belongs
     to a tile that sees it far from an edge.
     """
-    rows = spans(height, tile, overlap_px)
-    cols = spans(width, tile, overlap_px)
-    return [tile_of(row, col, tile) for row in rows for col in cols]
-
-
-Span = tuple[int, int, int]
-"""A tile along one axis: its first pixel, the first of its core, and the one after the core."""
+    return Tiles(height, width, tile, overlap_px)
 
 
 def tile_of(rows: Span, cols: Span, tile: int) -> Tile:
     """The tile of a span of rows and one of columns."""
     (row, top, bottom), (col, left, right) = rows, cols
     return Tile(Window(row, col, tile, tile), Window(top, left, bottom - top, right - left))
-
-
-def spans(size: int, tile: int, overlap_px: int) -> list[Span]:
-    """Each tile along one axis, in order."""
-    firsts = starts(size, tile, overlap_px)
-    seams = [(one + tile + two) // 2 for one, two in pairwise(firsts)]
-    return list(zip(firsts, [0, *seams], [*seams, size], strict=True))

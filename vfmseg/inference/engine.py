@@ -105,10 +105,10 @@ class _Work:
         self.tile_cols = plan.tile_columns(run.strip)
         self.left, right = plan.strip_columns(run.strip)
         self.width = right - self.left
-        self.tile_top = plan.rows.starts[self.tile_rows[0]]
-        read_left = plan.cols.starts[self.tile_cols[0]]
-        read_right = min(plan.cols.size, plan.cols.starts[self.tile_cols[-1]] + plan.tile)
-        bottom = min(plan.rows.size, plan.rows.starts[self.tile_rows[-1]] + plan.tile)
+        self.tile_top = plan.rows.start(self.tile_rows[0])
+        read_left = plan.cols.start(self.tile_cols[0])
+        read_right = min(plan.cols.size, plan.cols.start(self.tile_cols[-1]) + plan.tile)
+        bottom = min(plan.rows.size, plan.rows.start(self.tile_rows[-1]) + plan.tile)
         self.place = Window(self.tile_top, read_left, bottom - self.tile_top, read_right - read_left)
         self.readers = Readers(scenes, stored, stages, None if area is None else self.needs)
         self.chunk_height = chunk_rows(stored.block[0], plan.tile)
@@ -128,7 +128,7 @@ class _Work:
         batcher = Batcher(self.plan.tile, self.hand_on)
         number = 0
         for row in self.tile_rows:
-            rows.until(self.plan.rows.starts[row] + self.plan.tile)
+            rows.until(self.plan.rows.start(row) + self.plan.tile)
             started, blocked = time.perf_counter(), self.blocked
             for col in self.tile_cols:
                 tile = self.plan.tile_at(row, col)
@@ -143,7 +143,7 @@ class _Work:
             batcher.finish(number - PATIENT_ROWS * len(self.tile_cols) - OPEN_BATCHES * self.plan.batch_size)
             self.stages.worked("cut", time.perf_counter() - started - (self.blocked - blocked))
             if row + 1 < len(self.plan.rows):
-                rows.forget(self.plan.rows.starts[row + 1])
+                rows.forget(self.plan.rows.start(row + 1))
         batcher.finish()
         self.queue.put(None)
 
@@ -166,14 +166,14 @@ class _Work:
 
     def row_end(self, rows: Rows, row: int) -> _Step:
         """What is finished after a row of tiles; nothing where the row only lends votes to the run."""
-        edges, starts = self.plan.rows.edges, self.plan.rows.starts
+        rows_of = self.plan.rows
         if row not in self.cells:
-            return _Step(top=starts[row + 1])
-        window = Window(edges[row], self.left, edges[row + 1] - edges[row], self.width)
+            return _Step(top=rows_of.start(row + 1))
+        window = Window(rows_of.edge(row), self.left, rows_of.edge(row + 1) - rows_of.edge(row), self.width)
         valid = rows.valid(window)
         if self.area is not None:
             valid &= self.area.mask(window)
-        return _Step(finished=window, valid=valid, top=edges[row + 1])
+        return _Step(finished=window, valid=valid, top=rows_of.edge(row + 1))
 
     def hand_on(self, batch: Batch) -> None:
         """Queue a batch for the model; waits while two are queued."""

@@ -13,14 +13,14 @@ order however the work was cut.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import gcd
 from typing import NamedTuple
 
-from vfmseg.geo.grid import Span, Tile, Window, spans, tile_of
+from vfmseg.errors import MachineError
+from vfmseg.geo.grid import Spans, Tile, Window, tile_of
 
 WIDEST_STRIP = 10240
 """Pixels; wider strips would save less than one tile in fifty of 224 px and cost memory."""
@@ -31,42 +31,51 @@ SHARD_ROWS = 1024
 FEWEST_SHARDS = 16
 """A low scene is cut into about as many shards, so that several processes find work in it."""
 
+HIGHEST_PILE = 2**16
+"""Shards of a strip; of a scene of more than 67 million rows they are higher."""
+
+MOST_SHARDS = 2**20
+"""Of one scene: some 10^13 pixels."""
+
 
 @dataclass(frozen=True)
 class Axis:
-    """Tiles along one axis. starts: first pixel of each. edges: cell i holds the pixels edges[i] to edges[i + 1]."""
+    """Tiles along one axis, and the cells that they finish; none is kept, as a scene may have billions.
 
-    size: int
-    tile: int
-    spans: tuple[Span, ...]
-    starts: tuple[int, ...]
-    edges: tuple[int, ...]
+    Blended: a tile finishes the pixels up to the start of the next one, which no later tile sees. Else each tile
+    finishes its core, which ends in the middle of the overlap.
+    """
+
+    spans: Spans
     blended: bool
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.spans)
+
+    @property
+    def size(self) -> int:
+        """Pixels of the axis."""
+        return self.spans.size
+
+    def start(self, tile: int) -> int:
+        """First pixel of a tile."""
+        return self.spans.start(tile)
+
+    def edge(self, cell: int) -> int:
+        """First pixel of a cell; for the cell after the last, the size of the axis."""
+        if self.blended and cell < len(self.spans):
+            return self.spans.start(cell)
+        return self.spans.core(cell)
 
     def tiles_of(self, first: int, end: int) -> range:
         """The tiles that have a vote on the pixels of cells first to end - 1."""
         if not self.blended:
             return range(first, end)
-        # starts ascend: the first tile that reaches beyond the cell's first pixel
-        reach = bisect_right(self.starts, self.edges[first] - self.tile)
-        return range(reach, end)
+        # the first tile that reaches beyond the cell's first pixel
+        return range(self.spans.up_to(self.edge(first) - self.spans.tile), end)
 
 
-def axis(size: int, tile: int, overlap_px: int, blended: bool) -> Axis:
-    """Tiles and cells along an axis of `size` pixels.
-
-    Blended: a tile finishes the pixels up to the start of the next one, which no later tile sees. Else each tile
-    finishes its core, which ends in the middle of the overlap.
-    """
-    parts = tuple(spans(size, tile, overlap_px))
-    starts, cores, _ = zip(*parts, strict=True)
-    return Axis(size, tile, parts, starts, (*(starts if blended else cores), size), blended)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """Cells rows[0] to rows[1] - 1 of strip `strip`; `window` is the same in pixels."""
 
@@ -113,28 +122,44 @@ class Plan:
         """`overlap`: share of a tile, 0 <= overlap < 1. `shard_rows`: pixel rows of a shard, None = by the height."""
         self.tile = tile
         self.deep = blended and many_meet(tile, overlap)
-        self.rows = axis(height, tile, int(tile * overlap), blended)
-        self.cols = axis(width, tile, int(tile * overlap), blended)
+        self.rows = Axis(Spans(height, tile, int(tile * overlap)), blended)
+        self.cols = Axis(Spans(width, tile, int(tile * overlap)), blended)
         # a scene of one tile needs no batch of four; a function of the scene, so the same on every process
         self.batch_size = min(batch_size, len(self.rows) * len(self.cols))
         self._turn = (_even_step(self.batch_size) - len(self.cols)) % self.batch_size
-        self.strips = _strips(self.cols, widest)
-        rows = shard_rows or min(SHARD_ROWS, -(-height // FEWEST_SHARDS))
-        self.shards = tuple(
-            Shard(strip, number, (first, end), self._pixels(strip, first, end))
-            for strip in range(len(self.strips))
-            for number, (first, end) in enumerate(_groups(self.rows, rows))
-        )
+        self.strips = Strips(self.cols, widest)
+        rows = shard_rows or max(min(SHARD_ROWS, -(-height // FEWEST_SHARDS)), -(-height // HIGHEST_PILE))
+        self.groups = Groups(self.rows, rows)
+        if len(self.strips) * len(self.groups) > MOST_SHARDS:
+            raise MachineError(
+                f"a scene of {height} x {width} px would be written in {len(self.strips) * len(self.groups):,} pieces, "
+                f"more than {MOST_SHARDS:,}: cut it into several scenes (gdal_translate -srcwin), and list these"
+            )
+        self.shards = Shards(self)
+
+    def shard(self, strip: int, number: int) -> Shard:
+        """A shard by its strip and its number from the top."""
+        first, end = self.groups[number]
+        return Shard(strip, number, (first, end), self._pixels(strip, first, end))
+
+    def across(self, window: Window) -> list[Shard]:
+        """The shards that hold the first row of a window and share columns with it, left to right."""
+        groups = range(len(self.groups))
+        number = bisect_right(groups, window.row, key=lambda n: self.rows.edge(self.groups[n][0])) - 1
+        strips = range(len(self.strips))
+        first = bisect_right(strips, window.col, key=lambda n: self.strip_columns(n)[0]) - 1
+        end = bisect_left(strips, window.col + window.width, key=lambda n: self.strip_columns(n)[0])
+        return [self.shard(strip, number) for strip in range(first, end)]
 
     def _pixels(self, strip: int, first: int, end: int) -> Window:
-        top, bottom = self.rows.edges[first], self.rows.edges[end]
+        top, bottom = self.rows.edge(first), self.rows.edge(end)
         left, right = self.strip_columns(strip)
         return Window(top, left, bottom - top, right - left)
 
     def strip_columns(self, strip: int) -> tuple[int, int]:
         """First pixel column of a strip, and the one after its last."""
         first, end = self.strips[strip]
-        return self.cols.edges[first], self.cols.edges[end]
+        return self.cols.edge(first), self.cols.edge(end)
 
     def tile_columns(self, strip: int) -> range:
         """Columns of tiles that have a vote in a strip."""
@@ -143,7 +168,7 @@ class Plan:
     def width_read(self, strip: int) -> int:
         """Pixel columns that the tiles of a strip see."""
         tiles = self.tile_columns(strip)
-        return min(self.cols.size, self.cols.starts[tiles[-1]] + self.tile) - self.cols.starts[tiles[0]]
+        return min(self.cols.size, self.cols.start(tiles[-1]) + self.tile) - self.cols.start(tiles[0])
 
     def tile_at(self, row: int, col: int) -> Tile:
         """The tile of a row and column of the grid."""
@@ -185,15 +210,25 @@ def many_meet(tile: int, overlap: float) -> bool:
     return tile > 3 * (tile - int(tile * overlap))
 
 
-def _strips(cols: Axis, widest: int) -> tuple[tuple[int, int], ...]:
+class Strips:
     """Ranges of cell columns of about equal width, each at most `widest` pixels or one cell."""
-    wanted = max(1, -(-cols.size // widest))
-    while True:
-        bounds = [round(i * len(cols) / wanted) for i in range(wanted + 1)]
-        ranges = tuple((a, b) for a, b in pairwise(bounds) if b > a)
-        if wanted >= len(cols) or all(cols.edges[b] - cols.edges[a] <= widest for a, b in ranges):
-            return ranges
-        wanted += 1
+
+    def __init__(self, cols: Axis, widest: int) -> None:
+        self._cells = len(cols)
+        self._count = min(max(1, -(-cols.size // widest)), self._cells)
+        while self._count < self._cells and any(cols.edge(b) - cols.edge(a) > widest for a, b in self):
+            self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, strip: int) -> tuple[int, int]:
+        if not 0 <= strip < self._count:
+            raise IndexError(strip)
+        return round(strip * self._cells / self._count), round((strip + 1) * self._cells / self._count)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (self[strip] for strip in range(self._count))
 
 
 def _even_step(size: int) -> int:
@@ -201,17 +236,55 @@ def _even_step(size: int) -> int:
     return min((step for step in range(1, size + 1) if gcd(step, size) == 1), key=lambda step: abs(step - 0.618 * size))
 
 
-def _groups(rows: Axis, pixel_rows: int) -> list[tuple[int, int]]:
-    """Ranges of cell rows of at least `pixel_rows` pixels each (the last one of what is left)."""
-    groups: list[tuple[int, int]] = []
-    first = 0
-    for end in range(1, len(rows) + 1):
-        if rows.edges[end] - rows.edges[first] >= pixel_rows or end == len(rows):
-            groups.append((first, end))
+class Groups:
+    """Ranges of cell rows of at least `pixel_rows` pixels each (the last one of what is left).
+
+    Cells are equally high but for the first and the last two, so all groups but those at the ends have as many.
+    """
+
+    def __init__(self, rows: Axis, pixel_rows: int) -> None:
+        cells, self._each = len(rows), -(-pixel_rows // rows.spans.step)
+        first = next(_greedy(rows, pixel_rows, 0))
+        self._head = first[1]  # cells of the first group
+        self._regular = max(0, (cells - 2 - self._head) // self._each)
+        self._tail = list(_greedy(rows, pixel_rows, self._head + self._regular * self._each))
+
+    def __len__(self) -> int:
+        return 1 + self._regular + len(self._tail)
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        if number > self._regular:
+            return self._tail[number - 1 - self._regular]
+        first = self._head + (number - 1) * self._each
+        return (0, self._head) if number == 0 else (first, first + self._each)
+
+
+def _greedy(rows: Axis, pixel_rows: int, first: int) -> Iterator[tuple[int, int]]:
+    """The groups from cell `first` on, each ended as soon as it is high enough."""
+    for end in range(first + 1, len(rows) + 1):
+        if rows.edge(end) - rows.edge(first) >= pixel_rows or end == len(rows):
+            yield first, end
             first = end
-    return groups
 
 
-def share_of(shards: tuple[Shard, ...], rank: int, ranks: int) -> tuple[Shard, ...]:
+class Shards:
+    """All shards of a plan, strip by strip and from the top; each is computed when it is asked for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def __len__(self) -> int:
+        return len(self._plan.strips) * len(self._plan.groups)
+
+    def __getitem__(self, index: int) -> Shard:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._plan.shard(*divmod(index, len(self._plan.groups)))
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[index] for index in range(len(self)))
+
+
+def share_of(shards: Sequence[Shard] | Shards, rank: int, ranks: int) -> tuple[Shard, ...]:
     """The shards of one of several processes: as even as whole shards allow, each share in one piece."""
-    return shards[len(shards) * rank // ranks : len(shards) * (rank + 1) // ranks]
+    return tuple(shards[i] for i in range(len(shards) * rank // ranks, len(shards) * (rank + 1) // ranks))

@@ -154,12 +154,11 @@ class Parts:
         """Stored numbers (bands, h, w) of a window that is as high as shards or lower."""
         right = window.col + window.width
         pieces = []
-        for shard in sorted(self.plan.shards, key=lambda s: s.strip):  # every strip is cut at the same rows
+        for shard in self.plan.across(window):  # every strip is cut at the same rows
             place = shard.window
             first, last = max(window.col, place.col), min(right, place.col + place.width)
-            if first < last and place.row <= window.row < place.row + place.height:
-                part = Window(window.row - place.row, first - place.col, window.height, last - first)
-                pieces.append(self._piece(name, shard, part))
+            part = Window(window.row - place.row, first - place.col, window.height, last - first)
+            pieces.append(self._piece(name, shard, part))
         return np.concatenate(pieces, axis=2)
 
     def _piece(self, name: str, shard: Shard, part: Window) -> np.ndarray:

@@ -22,7 +22,10 @@ Color = tuple[
     Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)]
 ]
 ClassId = Annotated[Whole, Field(gt=-(2**31), lt=2**31)]  # the smallest 32-bit number is left for nodata
-TileSide = Annotated[Whole, Field(ge=1, le=2**16)]
+LARGEST_TILE = 2**16  # pixels a side
+MOST_CLASSES = 4096  # each has a number for every pixel in memory
+MOST_BANDS = 1024  # of one modality
+TileSide = Annotated[Whole, Field(ge=1, le=LARGEST_TILE)]
 
 SPLITS = ("train", "val", "test")
 # Told apart also by most colour-blind readers; further classes get hues a golden angle apart.
@@ -67,7 +70,9 @@ class ModalitySection(Section):
     Where both are left out, those that the files themselves say are used, if they say any.
     """
 
-    bands: tuple[Annotated[Whole, Field(ge=1)], ...] | None = Field(default=None, min_length=1, examples=[[1, 2, 3]])
+    bands: tuple[Annotated[Whole, Field(ge=1, le=65535)], ...] | None = Field(
+        default=None, min_length=1, max_length=MOST_BANDS, examples=[[1, 2, 3]]
+    )
     """Bands to read, counted from 1, in this order; left out: all."""
     scale: Annotated[Number | None, Field(examples=[0.0001])] = None
     """Left out: the files' own; 1 takes stored numbers as they are."""
@@ -95,6 +100,7 @@ class DataSection(Section):
         dict[ClassId, ClassSpec],
         Field(
             min_length=2,
+            max_length=MOST_CLASSES,
             examples=[{0: "land", 1: "water"}],
             json_schema_extra={"propertyNames": {"pattern": r"^-?[0-9]+$"}},
         ),
@@ -102,7 +108,9 @@ class DataSection(Section):
     """Class id in the label files: name, or {name, color}."""
     ignore_index: ClassId = 255
     """Label value of pixels that belong to no class; they count in no loss and no metric."""
-    modalities: Annotated[dict[str, ModalitySection], Field(min_length=1, examples=[{"rgb": {"bands": [1, 2, 3]}}])]
+    modalities: Annotated[
+        dict[str, ModalitySection], Field(min_length=1, max_length=64, examples=[{"rgb": {"bands": [1, 2, 3]}}])
+    ]
     """One or several kinds of image of the same place; the first is the reference grid."""
     train: Annotated[Source, Field(examples=[{"rgb": "train/*.tif", "labels": "train_labels/*.tif"}])]
     """Scenes to learn from: files, a table (CSV) or a data set."""
@@ -112,9 +120,9 @@ class DataSection(Section):
     """Scenes that are only measured, at the end."""
     tile: TileSide = 256
     """Side of a training window in pixels of the reference grid."""
-    samples_per_epoch: Whole | None = Field(default=None, ge=1, examples=[500])
+    samples_per_epoch: Whole | None = Field(default=None, ge=1, le=10**7, examples=[500])
     """Windows drawn per epoch; left out: as many as cover the training scenes once."""
-    workers: Annotated[Whole, Field(ge=0)] = 0
+    workers: Annotated[Whole, Field(ge=0, le=256)] = 0
     """Processes that read beside the training; 0 reads in the training process."""
 
     @field_validator("classes", mode="before")

@@ -11,13 +11,16 @@ from pydantic import Field
 from vfmseg.catalog import CATALOG
 from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole, show
 
+MOST_BLOCKS = 256  # of an encoder; the deepest published one has 48
+LARGEST_WIDTH = 8192  # of a decoder or adapter, several times that of any encoder
+
 
 class _AnyEncoder(Section):
     """Keys of every encoder."""
 
     name: str
-    layers: tuple[Annotated[Whole, Field(ge=1)], ...] | None = Field(
-        default=None, min_length=1, examples=[[3, 6, 9, 12]]
+    layers: tuple[Annotated[Whole, Field(ge=1, le=MOST_BLOCKS)], ...] | None = Field(
+        default=None, min_length=1, max_length=MOST_BLOCKS, examples=[[3, 6, 9, 12]]
     )
     """Blocks whose outputs the decoder gets, counted from 1; left out: the four quarter points."""
     upscale: Annotated[Number, Field(gt=0, le=16)] = 1.0
@@ -99,11 +102,11 @@ class LoraAdapter(Section):
     """Low-rank updates beside the frozen linear layers of the encoder."""
 
     name: Literal["lora"]
-    rank: Annotated[Whole, Field(ge=1)] = 8
+    rank: Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)] = 8
     alpha: Annotated[Number, Field(gt=0)] = 16.0
     """The update is scaled by alpha / rank."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    targets: Annotated[tuple[Literal["q", "k", "v", "o", "mlp"], ...], Field(min_length=1)] = ("q", "v")
+    targets: Annotated[tuple[Literal["q", "k", "v", "o", "mlp"], ...], Field(min_length=1, max_length=5)] = ("q", "v")
     """Which layers of each block: query, key, value, output of the attention, mlp."""
 
     def _problems(self) -> Iterator[Problem]:
@@ -115,7 +118,7 @@ class BottleneckAdapter(Section):
     """A small trainable MLP beside the MLP of each block."""
 
     name: Literal["adapter"]
-    hidden: Annotated[Whole, Field(ge=1)] = 64
+    hidden: Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)] = 64
     """Width of the bottleneck."""
     scale: Annotated[Number, Field(gt=0)] = 0.1
     """Factor on its output."""
@@ -137,14 +140,14 @@ class FpnDecoder(Section):
     """A simple feature pyramid."""
 
     name: Literal["fpn"]
-    channels: Annotated[Whole, Field(ge=1)] = 128
+    channels: Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)] = 128
 
 
 class UpernetDecoder(Section):
     """Pyramid pooling and feature pyramid."""
 
     name: Literal["upernet"]
-    channels: Annotated[Whole, Field(ge=1)] = 128
+    channels: Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)] = 128
 
 
 EncoderSection = Annotated[SamEncoder | Dinov2Encoder | ClipEncoder | BuiltinEncoder, Field(discriminator="name")]

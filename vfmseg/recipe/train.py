@@ -12,6 +12,11 @@ from vfmseg.recipe.data import ClassId, TileSide
 
 LossName = Literal["cross_entropy", "dice", "focal", "lovasz"]
 LARGEST_SCALE = 8.0  # of a tile at prediction: it then takes 64 times the memory
+MOST_SCALES = 16  # of one prediction; each is another run of the model
+LARGEST_BATCH = 4096  # windows or tiles in memory at once
+MOST_READERS = 256  # threads, each with files open
+LARGEST_LIMIT = 2**24  # MiB: 16 TiB
+LARGEST_RATE = 100.0  # of learning; AdamW moves each weight by about as much in a step
 Share = Annotated[Number, Field(ge=0, le=1)]
 
 
@@ -26,9 +31,9 @@ def _list_losses(schema: dict[str, Any]) -> None:
 class OptimizerSection(Section):
     """AdamW with a linear warm-up and a cosine to zero."""
 
-    lr: Annotated[Number, Field(gt=0)] = 3e-4
+    lr: Annotated[Number, Field(gt=0, le=LARGEST_RATE)] = 3e-4
     """Highest learning rate."""
-    encoder_lr: Number | None = Field(default=None, gt=0, examples=[1e-5])
+    encoder_lr: Number | None = Field(default=None, gt=0, le=LARGEST_RATE, examples=[1e-5])
     """Highest learning rate of what learns inside the encoder; left out: lr."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.05
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05
@@ -77,10 +82,10 @@ class TrainSection(Section):
     """Exponent of the focal loss (2 if left out); only with focal."""
     class_weights: dict[ClassId, Annotated[Number, Field(gt=0)]] | None = Field(default=None, examples=[{1: 2.0}])
     """Class id: weight of its pixels (1 if left out); only with cross_entropy or focal."""
-    epochs: Annotated[Whole, Field(ge=1)] = 30
-    batch_size: Annotated[Whole, Field(ge=1)] = 8
+    epochs: Annotated[Whole, Field(ge=1, le=10**6)] = 30
+    batch_size: Annotated[Whole, Field(ge=1, le=LARGEST_BATCH)] = 8
     """Windows per step and process."""
-    accumulate: Annotated[Whole, Field(ge=1)] = 1
+    accumulate: Annotated[Whole, Field(ge=1, le=LARGEST_BATCH)] = 1
     """Batches per optimizer step."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision; fp16 needs a GPU."""
@@ -119,13 +124,15 @@ class PredictSection(Section):
     """Weight of a tile's pixels where tiles overlap; none: each tile answers for its core alone."""
     average: Literal["probabilities", "logits"] = "probabilities"
     """What is averaged where tiles overlap."""
-    batch_size: Annotated[Whole, Field(ge=1)] = 4
+    batch_size: Annotated[Whole, Field(ge=1, le=LARGEST_BATCH)] = 4
     """Tiles in one call of the model."""
     tta: Literal["none", "flips", "d4"] = "none"
     """Test-time augmentation: the mean over 1, 4 or all 8 symmetries of the square."""
-    scales: Annotated[tuple[Annotated[Number, Field(gt=0, le=LARGEST_SCALE)], ...], Field(min_length=1)] = (1.0,)
+    scales: Annotated[
+        tuple[Annotated[Number, Field(gt=0, le=LARGEST_SCALE)], ...], Field(min_length=1, max_length=MOST_SCALES)
+    ] = (1.0,)
     """Sizes of the tile, relative to itself, at which the model looks; the mean over all."""
-    readers: Annotated[Whole, Field(ge=1)] = 2
+    readers: Annotated[Whole, Field(ge=1, le=MOST_READERS)] = 2
     """Threads that read files."""
-    memory_limit: Annotated[Whole, Field(ge=16)] = 1024
+    memory_limit: Annotated[Whole, Field(ge=16, le=LARGEST_LIMIT)] = 1024
     """MiB for the buffers of a strip; a wider scene is labelled strip by strip."""

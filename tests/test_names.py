@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,15 @@ import pytest
 from makers import finished_run, toy_scene, write_raster
 
 from vfmseg.data.pairing import find, pair
+from vfmseg.data.split import scenes_from_table
 from vfmseg.errors import DataError
 from vfmseg.files import unfit_name
 from vfmseg.geo.area import read_area
 from vfmseg.geo.grid import Grid
+from vfmseg.geo.labels import LabelMap
 from vfmseg.geo.polygons import write_polygons
 from vfmseg.geo.rasterfile import RasterFile
+from vfmseg.geo.reader import Bands
 from vfmseg.how import How
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.patterns import readings
@@ -163,3 +168,42 @@ def test_f19_a_list_in_another_encoding_is_told_which(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.tif\n")
     with pytest.raises(DataError, match="expected one path a line, in UTF-8"):
         scenes_of(str(tmp_path / "list.txt"))
+
+
+# --- what is no raster ----------------------------------------------------------------------------------------
+
+
+def test_f19_archives_and_vectors_are_told_from_damaged_rasters(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(write_raster(tmp_path / "a.tif", np.ones((4, 4), np.uint8)), "a.tif")
+    with pytest.raises(DataError, match=r"a\.zip: is an archive; name the raster in it as /vsizip/.*") as error:
+        RasterFile(tmp_path / "a.zip").info  # noqa: B018
+    named = str(error.value).partition("name the raster in it as ")[2].partition(",")[0]
+    assert RasterFile(named.replace("FILE.tif", "a.tif")).info.count == 1  # the advice, followed
+    (tmp_path / "b.tif.gz").write_bytes(gzip.compress((tmp_path / "a.tif").read_bytes()))
+    with pytest.raises(DataError, match=r"is an archive; name the raster in it as /vsigzip/.*b\.tif\.gz, or"):
+        RasterFile(tmp_path / "b.tif.gz").info  # noqa: B018
+    assert RasterFile(f"/vsigzip/{tmp_path / 'b.tif.gz'}").info.count == 1
+    (tmp_path / "roofs.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    with pytest.raises(DataError, match=r"holds vectors, and a raster is expected.*gdal_rasterize"):
+        RasterFile(tmp_path / "roofs.geojson").info  # noqa: B018
+
+
+def test_f19_a_folder_of_folders_is_told_how_to_be_named(tmp_path: Path) -> None:
+    touch(tmp_path, "all/one/a.tif", "all/two/b.tif")
+    with pytest.raises(DataError, match=r"holds no image.*\*\*.*for folders below; .*all holds one, two") as error:
+        find(str(tmp_path / "all"), "data.train")
+    pattern = str(error.value).partition("a pattern such as ")[2].partition(" for folders")[0]
+    assert [file.stem for file in find(pattern, "data.train")] == ["a", "b"]
+    with pytest.raises(DataError, match="in folders below are found by") as error:
+        scenes_of(str(tmp_path / "all"))
+    assert len(scenes_of(str(error.value).rpartition("found by '")[2].rstrip("'")) or ()) == 2
+
+
+def test_f19_an_empty_cell_of_a_table_is_called_empty(tmp_path: Path) -> None:
+    image = write_raster(tmp_path / "a.tif", np.ones((3, 4, 4), np.uint8))
+    (tmp_path / "t.csv").write_text(f"split,img,lab\ntrain,{image.name},\n")
+    with pytest.raises(DataError, match=r"t\.csv line 2: the cell for 'lab' is empty.*remove the row"):
+        scenes_from_table(
+            tmp_path / "t.csv", "train", "split", {"rgb": "img"}, "lab", {"rgb": Bands()}, LabelMap((0, 1), 255)
+        )

@@ -114,7 +114,7 @@ def _unfit(target: Path, wanted: Wanted) -> str | None:
     for file in targets_of(target, ("labels", *wanted.extras)).values():
         if (why := unfit_name(file)) is not None:
             return why
-    if wanted.polygons is None:
+    if wanted.polygons is None or not wanted.polygons.startswith("."):  # `_vector_of` refuses these
         return None
     vector = target.with_suffix(wanted.polygons)
     return unfit_name(vector) or unfit_vector_name(vector)

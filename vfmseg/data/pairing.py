@@ -72,7 +72,8 @@ def _find_one(entry: str, place: str) -> list[Found]:
         names = [name for name in sorted(os.listdir(entry)) if _is_listed(entry, name)]
         if not names:
             raise DataError(
-                f"{place}: the folder {entry} holds no image; expected files ending in {', '.join(RASTER_SUFFIXES)}"
+                f"{place}: the folder {entry} holds no image; expected files ending in {', '.join(RASTER_SUFFIXES)}, "
+                f"or a pattern such as {os.path.join(entry, '**', '*.tif')} for folders below; {_nearby(entry)}"
             )
         return [Found(os.path.join(entry, name), Path(name).stem, Path(name).stem, literal=False) for name in names]
     if not _WILDCARD.search(entry):
@@ -98,7 +99,7 @@ def _is_image(path: str, pattern: str) -> bool:
 
 def _nearby(entry: str) -> str:
     """What there is instead, for the message."""
-    folder = os.path.dirname(entry)
+    folder = entry if os.path.isdir(entry) else os.path.dirname(entry)
     if not os.path.isdir(folder):
         folder = os.path.dirname(_WILDCARD.split(entry)[0]) or "."
     while not os.path.isdir(folder):

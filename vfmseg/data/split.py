@@ -129,10 +129,12 @@ def _table_path(table: Path, columns: Sequence[str], row: Mapping[str, str], how
                 f"{nearest((unknown or [how])[0], columns)}"
             )
         named = how.format_map(row)
+    if not named:
+        raise DataError(f"{place}: the cell for {how!r} is empty; expected a path: fill it in, or remove the row")
     path = table.parent / named
-    if named and not os.path.exists(path) and (elsewhere(named) or files_behind(named, str(table.parent))):
+    if not os.path.exists(path) and (elsewhere(named) or files_behind(named, str(table.parent))):
         return made_absolute(named, str(table.parent))
-    if not named or not os.path.exists(path):
+    if not os.path.exists(path):
         raise DataError(f"{place}: {how!r} names {str(path)!r}, which does not exist; correct the table or the path")
     return str(path)
 

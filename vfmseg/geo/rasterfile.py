@@ -51,6 +51,12 @@ _SERVERS = {
 }
 """For files behind a server, unless the environment says otherwise: GDAL alone would neither retry nor ever give up."""
 
+_ARCHIVES = {".zip": "/vsizip/{}/FILE.tif", ".tar": "/vsitar/{}/FILE.tif", ".tgz": "/vsitar/{}/FILE.tif",
+             ".tar.gz": "/vsitar/{}/FILE.tif", ".gz": "/vsigzip/{}"}  # fmt: skip
+"""Endings of archives, and how GDAL is told to look inside."""
+
+_VECTORS = (".shp", ".geojson", ".json", ".kml", ".kmz", ".gml", ".fgb", ".gpkg", ".gpx", ".dxf")
+
 _NO_PIXELS = (".aux.xml", ".ovr")
 """Files that GIS programs put beside a raster when they show it."""
 
@@ -249,6 +255,14 @@ def _why_not_opened(path: str, error: Exception) -> str:
         return f"{path}: is a folder; expected a raster file, or a pattern such as {pattern}{trust.or_trust_it(path)}"
     if os.path.getsize(path) == 0:
         return f"{path}: is empty (0 bytes); expected a raster file; copy or download it again"
+    inside = next((how for ending, how in _ARCHIVES.items() if path.lower().endswith(ending)), None)
+    if inside is not None:
+        return f"{path}: is an archive; name the raster in it as {inside.format(path)}, or unpack it"
+    if path.lower().endswith(_VECTORS):
+        return (
+            f"{path}: holds vectors, and a raster is expected ({error}); to make labels of polygons, burn the class "
+            "ids onto the grid of the image (gdal_rasterize, or Rasterize in QGIS)"
+        )
     return (
         f"{path}: is not a raster that GDAL can open, or its header is damaged ({error}); "
         f"expected GeoTIFF, PNG, JPEG or another plain GDAL format{trust.or_trust_it(path)}"

@@ -27,7 +27,9 @@ def scenes_of(given: str) -> list[str] | None:
     require_file(path)
     if path.is_dir() and path.suffix.upper() != ".SAFE":
         found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith("."))
-        return _some(found, f"{given}: the folder holds no image ({', '.join(IMAGES)})")
+        below = f"{given.rstrip('/')}/**/*.tif"
+        message = f"{given}: the folder holds no image ({', '.join(IMAGES)})"
+        return _some(found, f"{message}; images in folders below are found by '{below}'")
     if path.suffix.lower() == ".txt":
         return _some(_lines(path), f"{given}: the list names no scene; expected one path a line")
     if path.suffix.lower() in (".json", ".geojson"):

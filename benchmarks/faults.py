@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +99,8 @@ def make_trials(trials: Sequence[Trial], numbers: Sequence[int], scratch: Path, 
     """The results, in order. Each of `jobs` processes is a fork of this one, so that it has everything imported."""
     global _work
     _work = lambda number: tried(trials[number - 1], number, scratch)  # noqa: E731
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        return pool.map(_call_work, numbers, chunksize=1)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_call_work, numbers))
 
 
 _work: Callable[[int], Result]

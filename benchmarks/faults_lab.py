@@ -15,7 +15,6 @@ import signal
 import sqlite3
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
 GIBI = 2**30
+ROOM = 6 * GIBI  # of addresses, beside those of the imports: a fault must not take the machine
 PATIENCE = 30.0  # seconds after which a command counts as hung
 QUICK = 10.0  # seconds within which broken input has to be refused
 MODEST = 2 * GIBI  # resident bytes, beside what the imports take, that a refusal may need
@@ -57,7 +57,11 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. code: of its exit, or minus the signal. peak: resident bytes beyond those at its start."""
+    """How a command ended.
+
+    code: of its exit, or minus the signal. seconds: of a processor, as another process may hold the clock up. peak:
+    resident bytes beyond those at its start.
+    """
 
     code: int
     said: str
@@ -74,6 +78,8 @@ class Ended:
         """Empty if it ended with exit code 2 or 3 and a message that names `names`, soon and modestly; else why not."""
         if self.code not in (2, 3) or "Traceback" in self.said:
             return f"ended with {self.code} after {self.seconds:.1f} s: {self.tail}"
+        if "out of memory" in self.said or "cannot allocate" in self.said:
+            return f"asked for more than {ROOM / GIBI:.0f} GiB: {self.tail}"
         if names and names not in self.said:
             return f"the message does not name {names}: {self.tail}"
         return self.dear(seconds)
@@ -129,7 +135,7 @@ def started(
             sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
             os.chdir(here)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            room = _pages(0) + 6 * GIBI  # a fault must not take the machine
+            room = _pages(0) + ROOM
             resource.setrlimit(resource.RLIMIT_AS, (room, room))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["vfmseg", *arguments]
@@ -163,7 +169,6 @@ class Running:
         handle, name = tempfile.mkstemp(prefix="said", dir=here.parent)
         os.close(handle)
         self.log = Path(name)
-        self.since = time.perf_counter()
         self.pid = os.fork()
         if self.pid == 0:
             started(arguments, here, self.log, around, closed)()
@@ -172,7 +177,7 @@ class Running:
         """Wait for it; after `patience` seconds it is killed."""
         with Alarm(self.pid, patience):
             _, status, usage = os.wait4(self.pid, 0)
-        return _ended(status, usage, self.since, self.log)
+        return _ended(status, usage, self.log)
 
 
 def run(
@@ -190,9 +195,8 @@ def run_watched(arguments: Sequence[str], here: Path, below: Path, decide: Calla
     """The same, with a decision before each change to files (see faults_calls.py)."""
     handle, name = tempfile.mkstemp(prefix="said", dir=here.parent)
     os.close(handle)
-    since = time.perf_counter()
     stopped = watched(started(arguments, here, Path(name)), below, decide)
-    return _ended(stopped.status, stopped.usage, since, Path(name))
+    return _ended(stopped.status, stopped.usage, Path(name))
 
 
 def calls_of(arguments: Sequence[str], here: Path, below: Path) -> list[Call]:
@@ -213,11 +217,11 @@ def require(ended: Ended) -> None:
         raise SystemExit(f"an undisturbed command ended with {ended.code}:\n{ended.said}")
 
 
-def _ended(status: int, usage: Any, since: float, log: Path) -> Ended:
+def _ended(status: int, usage: Any, log: Path) -> Ended:
     code = os.waitstatus_to_exitcode(status)
     said = log.read_text(encoding="utf-8", errors="replace")
     log.unlink()
-    return Ended(code, said, time.perf_counter() - since, max(0, usage.ru_maxrss * 1024 - _pages(1)))
+    return Ended(code, said, usage.ru_utime + usage.ru_stime, max(0, usage.ru_maxrss * 1024 - _pages(1)))
 
 
 def _pages(which: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 from faults_bits import OUT, answer, label
-from faults_lab import QUICK, Ended, Trial, contents, difference, recipe, run
+from faults_lab import QUICK, Trial, contents, difference, recipe, run
 from faults_rasters import bounded
 
 NUMBERS = ("0", "-1", "1", "1000000000", "1e300", "-1e300", "1e-300", "nan", "inf", "-inf", "9" * 400, "0.5", "x", "")
@@ -73,12 +73,8 @@ def numbers(lab: Path) -> Iterator[Trial]:
             yield Trial(f"{name} whose {stream} nobody reads", _unheard(lab, name, closed))
 
 
-def _judged(ended: Ended) -> str:
-    return ended.dear() if ended.code == 0 else bounded(ended)
-
-
 def _predict(command: list[str]) -> Callable[[Path], str]:
-    return lambda here: _judged(run(command, here, patience=QUICK + 5))
+    return lambda here: bounded(run(command, here, patience=QUICK + 5))
 
 
 def _write_recipe(lab: Path, here: Path) -> None:
@@ -90,7 +86,7 @@ def _write_recipe(lab: Path, here: Path) -> None:
 def _finetune(lab: Path, change: str) -> Callable[[Path], str]:
     def act(here: Path) -> str:
         _write_recipe(lab, here)
-        return _judged(run(["finetune", "r.yaml", change], here, patience=QUICK + 5))
+        return bounded(run(["finetune", "r.yaml", change], here, patience=QUICK + 5))
 
     return act
 
@@ -102,7 +98,7 @@ def _around(lab: Path, name: str, around: dict[str, str]) -> Callable[[Path], st
         _write_recipe(lab, here)
         command = label(lab / "lora" / "run" / "best", lab) if name == "predict" else ["finetune", "r.yaml"]
         ended = run(command, here, patience=QUICK + 5, around=around)
-        wrong = _judged(ended)
+        wrong = bounded(ended)
         return wrong or ("" if ended.said.strip() else f"ended with {ended.code} without a word")
 
     return act

@@ -629,7 +629,7 @@ def test_gdal_keeps_32_mebibytes_of_blocks() -> None:
     """rasterio hands the number on as bytes: 32 would switch the cache off, for the whole process."""
     from rasterio.env import getenv
 
-    from vfmseg.geo.rasterfile import gdal
+    from vfmseg.geo.opening import gdal
 
     with gdal():
         assert int(getenv()["GDAL_CACHEMAX"]) == 32 * 2**20

@@ -68,7 +68,7 @@ def use(path: Path | str) -> np.ndarray:
     file = RasterFile(path)
     try:
         read = file.read(range(1, file.info.count + 1), WHOLE)
-        file.read_shown([1], WHOLE)
+        file.read_hidden([1], WHOLE)
     finally:
         file.close()
     return read[0]

@@ -12,9 +12,9 @@ from typing import Any
 
 from vfmseg.checkpoint import versions
 from vfmseg.errors import DamagedError
+from vfmseg.geo.fileinfo import FileInfo
 from vfmseg.geo.grid import Window
 from vfmseg.geo.mosaic import map_tags
-from vfmseg.geo.rasterfile import FileInfo
 from vfmseg.geo.reader import Raster
 from vfmseg.geo.trust import is_remote
 from vfmseg.how import Settled

@@ -8,7 +8,7 @@ from typing import Any
 from rasterio.io import MemoryFile
 
 from vfmseg.errors import MachineError, RecipeError, nearest
-from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, in_pixels
+from vfmseg.geo.opening import GDAL_ERRORS, gdal, in_pixels
 
 COMPRESSIONS = ("deflate", "zstd", "lzw")
 

@@ -10,7 +10,7 @@ from rasterio.crs import CRS
 from rasterio.warp import transform
 
 from vfmseg.geo.grid import Grid
-from vfmseg.geo.rasterfile import GDAL_ERRORS
+from vfmseg.geo.opening import GDAL_ERRORS
 
 Rings = list[np.ndarray]
 """A polygon: its outline, then its holes, each float64 (points, 2) of x and y; the last point may repeat the first."""

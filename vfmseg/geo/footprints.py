@@ -10,7 +10,7 @@ from rasterio.warp import transform_bounds
 
 from vfmseg.geo.dateline import period
 from vfmseg.geo.grid import Grid
-from vfmseg.geo.rasterfile import GDAL_ERRORS
+from vfmseg.geo.opening import GDAL_ERRORS
 
 
 def ground_shared(of: Sequence[Grid], by: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,8 @@ import numpy as np
 from rasterio.io import MemoryFile
 
 from vfmseg.errors import DataError
-from vfmseg.geo.rasterfile import FileInfo, gdal, open_dataset
+from vfmseg.geo.fileinfo import FileInfo
+from vfmseg.geo.opening import gdal, open_dataset
 from vfmseg.geo.reader import Bands, Raster
 
 # types that GDAL has no like of -> the next one that holds them

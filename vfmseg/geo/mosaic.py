@@ -12,7 +12,7 @@ import numpy as np
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
-from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset, rasterio_window
+from vfmseg.geo.opening import GDAL_ERRORS, gdal, open_dataset, rasterio_window
 
 _TYPES = {"uint8": "Byte", "uint16": "UInt16", "int16": "Int16", "int32": "Int32"}
 

@@ -23,7 +23,8 @@ from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.crs import short_name
 from vfmseg.geo.dateline import near_zero
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.rasterfile import RasterFile, gdal, open_dataset
+from vfmseg.geo.opening import gdal, open_dataset
+from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.tracing import Pieces, trace
 from vfmseg.geo.validity import as_stored
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from vfmseg.errors import DataError
 from vfmseg.geo.crs import short_name
+from vfmseg.geo.fileinfo import FileInfo
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.rasterfile import FileInfo, RasterFile
+from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.said import BandSaid, places_by_name
 from vfmseg.geo.validity import Hidden, as_stored, equals, hides_alone, no_numbers
 from vfmseg.geo.warp import Warp

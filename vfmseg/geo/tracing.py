@@ -13,7 +13,7 @@ import numpy as np
 from rasterio.features import shapes
 from rasterio.transform import Affine
 
-from vfmseg.geo.rasterfile import gdal
+from vfmseg.geo.opening import gdal
 
 _BATCH = 20_000
 """Polygons handled at a time."""

@@ -19,7 +19,7 @@ from vfmseg.errors import DataError
 from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.dateline import period, turned, within, x_range
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.rasterfile import GDAL_ERRORS
+from vfmseg.geo.opening import GDAL_ERRORS
 
 # values (bands, h, w) and validity (h, w) of a window of the raster's own grid
 Read = Callable[[Window], tuple[np.ndarray, np.ndarray]]

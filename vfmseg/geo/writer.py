@@ -26,7 +26,7 @@ from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.compression import check_compression, cog_options, geotiff_options
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
-from vfmseg.geo.rasterfile import GDAL_ERRORS, gdal, open_dataset, rasterio_window
+from vfmseg.geo.opening import GDAL_ERRORS, gdal, open_dataset, rasterio_window
 from vfmseg.paths import SIDECARS, elsewhere
 
 BLOCK = 256

@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{kind}: {good} of {len(results)} held, {passed} s so far", file=sys.stderr, flush=True)
     print(table(held))
     print("\n".join(failures))
-    report = options.json or (RESULTS if list(held) == list(KINDS) else None)
+    report = options.json or (RESULTS if not only and list(held) == list(KINDS) else None)
     if report:
         minutes = round((time.perf_counter() - started) / 60, 1)
         content = {"kinds": held, "failures": failures, "seed": options.seed, "minutes": minutes} | facts()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -90,7 +91,10 @@ def rasters(lab: Path) -> Iterator[Trial]:
         yield Trial(f"a scene that is {name}", _asking(lab, checkpoint, text))
         inner = _vrt(96, 96, _SOURCE.format(r=1, name="inner.tif"))
         yield Trial(f"a VRT over a scene that is {name}", _asking(lab, checkpoint, text, inner))
-    for name in ("secret.bin", "../secret.bin", "{here}/secret.bin"):
+    for suffix in (".msk", ".ovr", ".aux.xml"):
+        text = _vrt(96, 96, _SOURCE.format(r=0, name="/vsicurl/http://{host}/a.tif"))
+        yield Trial(f"a scene with a VRT over a server as its {suffix}", _asking(lab, checkpoint, text, suffix=suffix))
+    for name in ("../secret.bin", "{here}/secret.bin", "link.bin", "/vsisubfile/0_3000,../secret.bin"):
         yield Trial(f"a raw band over {name}", _reading(lab, checkpoint, name))
     yield trial("a VRT with a function in Python", _function)
     yield trial("a VRT over itself", _text(_vrt(96, 96, _SOURCE.format(r=1, name="scene.tif"))))
@@ -171,14 +175,19 @@ def _tiff(path: Path, width: int, height: int, layout: list[tuple[int, int, int,
     path.write_bytes((head + body).ljust(200, b"\0") + struct.pack("<3H", 8, 8, 8))
 
 
-def _asking(lab: Path, checkpoint: Path, text: str, outer: str = "") -> Callable[[Path], str]:
-    """A scene that would ask a server of this machine, which waits for somebody to come."""
+def _asking(lab: Path, checkpoint: Path, text: str, outer: str = "", suffix: str = "") -> Callable[[Path], str]:
+    """A scene that would ask a server of this machine, which waits for somebody to come.
+
+    outer: the scene, if `text` is what it stands on; suffix: of a file beside a plain scene that holds `text`.
+    """
 
     def act(here: Path) -> str:
         with socket.create_server(("127.0.0.1", 0)) as server:
             host = f"127.0.0.1:{server.getsockname()[1]}"
             inner = text.replace("{host}", host).replace("{{", "{").replace("}}", "}")
-            (here / ("inner.tif" if outer else "scene.tif")).write_text(inner, encoding="utf-8")
+            (here / ("inner.tif" if outer else f"scene.tif{suffix}")).write_text(inner, encoding="utf-8")
+            if suffix:
+                shutil.copy(lab / "scene.tif", here / "scene.tif")
             if outer:
                 (here / "scene.tif").write_text(outer, encoding="utf-8")
             ended = run(_label(checkpoint, here / "scene.tif"), here, patience=QUICK + 5)
@@ -186,19 +195,19 @@ def _asking(lab: Path, checkpoint: Path, text: str, outer: str = "") -> Callable
             with contextlib.suppress(BlockingIOError):
                 server.accept()[0].close()
                 return f"it asked a server; then: {ended.tail}"
-        return ended.refusal()
+        return ended.dear() if suffix and ended.code == 0 else ended.refusal()
 
     return act
 
 
 def _reading(lab: Path, checkpoint: Path, name: str) -> Callable[[Path], str]:
-    """A scene whose bands are the bytes of another file. What the model makes of them must not be seen either."""
+    """A scene whose bands are the bytes of a file outside of its folder; what the model makes of them tells too."""
 
     def act(here: Path) -> str:
         inside = here / "scenes"
         inside.mkdir()
-        for folder in (here, inside):
-            (folder / "secret.bin").write_bytes(SECRET)
+        (here / "secret.bin").write_bytes(SECRET)
+        (inside / "link.bin").symlink_to(here / "secret.bin")
         relative = "0" if name.startswith("{") else "1"
         raw = _RAW.replace("{r}", relative).replace("{name}", name.replace("{here}", str(here)))
         (inside / "scene.tif").write_text(_vrt(32, 32, "", band=raw), encoding="utf-8")

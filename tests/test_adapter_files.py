@@ -218,7 +218,7 @@ def test_p13_p14_an_adapter_of_another_recipe_is_refused_by_loading_and_merging(
     refused(folders, "clip", folder, "missing", targets=("q", "v", "o"))
     for change, words in (
         ({"use_dora": True}, "use_dora"),
-        ({"peft_type": "IA3"}, "peft_type = IA3"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"target_modules": ["q_proj"]}, r"trained on other targets .*encoder\.layers\.0\.self_attn\.q_proj"),
     ):
         for file in folder.iterdir():

@@ -73,6 +73,7 @@ def test_finetune_evaluate_predict(place: Path, tmp_path: Path, monkeypatch: pyt
     assert "mean IoU" in vfmseg("evaluate", tmp_path / "run" / "best", recipe).stdout
     with monkeypatch.context() as patch:  # of several processes one prints
         patch.setenv("RANK", "1")
+        patch.setenv("WORLD_SIZE", "2")
         silent = vfmseg("evaluate", tmp_path / "run" / "best", recipe, "--json")
         assert (silent.returncode, silent.stdout) == (0, "")
     image, _ = toy_scene(5)
@@ -264,6 +265,7 @@ def test_p62_errors_of_rights_and_of_other_processes_say_where(
         raise KeyboardInterrupt
 
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert guarded(locked) == 2
     assert "vfmseg, process 1: runs/locked" in capsys.readouterr().err
     assert guarded(interrupted, "again") == 130
@@ -400,4 +402,5 @@ def test_p37_the_line_that_resumes_can_be_typed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["site/vfmseg/cli.py", "predict", "a.tif"])
     assert _resumed() == shlex.join([sys.executable, "-m", "vfmseg.cli", "predict", "a.tif", "--resume"])
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert _resumed() == "the same command with --resume"

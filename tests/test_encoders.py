@@ -432,8 +432,8 @@ def test_bad_checkpoints_are_refused_with_their_place(folders: dict[str, Path], 
             build_encoder(name, str(checkpoint), 3)
         assert str(checkpoint) in str(caught.value)
 
-    refused("clip", folders["sam"], r"model_type = sam, but the encoder clip reads clip or clip_vision_model")
-    refused("dinov2", folders["clip"], r"model_type = clip")
+    refused("clip", folders["sam"], r"model_type = 'sam', but the encoder clip reads clip or clip_vision_model")
+    refused("dinov2", folders["clip"], r"model_type = 'clip'")
     refused("sam", tmp_path / "nowhere", r"no such folder")
     refused("sam", "nobody/has-this-encoder", r"config\.json cannot be read")
     (tmp_path / "empty").mkdir()

@@ -9,9 +9,11 @@ import pytest
 import rasterio
 import torch
 
-from vfmseg.geo.grid import Grid
+from vfmseg.errors import DataError
+from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.writer import MapWriter
 from vfmseg.inference.contracts import Finished
+from vfmseg.inference.engine import _require_numbers
 from vfmseg.inference.products import EXTRAS, NODATA, STEPS, Products
 
 IDS = (3, 7, 40, 41)
@@ -156,3 +158,18 @@ def test_only_what_is_asked_for_is_made() -> None:
     assert set(Products(IDS)(given)) == {"labels"}
     assert set(Products(IDS, ("uncertainty",))(given)) == {"labels", "uncertainty"}
     assert set(Products(IDS, ("uncertainty",)).layers(["a"] * 4, [(0, 0, 0)] * 4, {})) == {"labels", "uncertainty"}
+
+
+@pytest.mark.parametrize("size", [1e37, 3e38])
+def test_f11_huge_finite_logits_are_labelled_or_told(size: float) -> None:
+    """Their total may be beyond all numbers where each is one; sums that are none have a message with their place."""
+    sums = torch.full((3, 4, 5), size)
+    sums[1, 2:] = 0.9 * size
+    assert not torch.isfinite(sums.sum())
+    _require_numbers(sums, Window(0, 0, 4, 5))
+    made = Products((4, 5, 6), EXTRAS, logits=True)(Finished(sums, torch.ones(4, 5), np.ones((4, 5), dtype=bool)))
+    assert (made["labels"] == 4).all()
+    assert made["confidence"].max() <= 254
+    sums[0, 1, 3] = float("inf")
+    with pytest.raises(DataError, match="row 11, column 23: the model answers NaN or infinity"):
+        _require_numbers(sums, Window(10, 20, 4, 5))

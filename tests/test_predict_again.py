@@ -358,7 +358,7 @@ def test_p62_blocks_that_are_lost_are_told_by_the_process_that_lost_them(
     """Of a list, each process labels scenes of its own."""
     paths = [write_raster(tmp_path / "in" / f"{name}.tif", toy_scene(1, 70, 50)[0]) for name in ("whole", "hurt")]
     paths[1].write_bytes(paths[1].read_bytes()[:-4000])
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("vfmseg.terminal.rank", lambda: 1)
     predict(segmenter, [*map(str, paths)], {}, tmp_path / "out", How(), Wanted(skip_unreadable=True))
     assert "left out as nodata" in capsys.readouterr().err
 

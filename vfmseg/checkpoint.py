@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adapter
+from vfmseg.adapters.tensors import misfits, unusable
 from vfmseg.catalog import CATALOG
 from vfmseg.digests import changed, sha256_of, signed
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder_from_config
 from vfmseg.errors import CheckpointError, MachineError, VfmsegError
 from vfmseg.files import require_own, whole_folder
-from vfmseg.geo.said import BandSaid
 from vfmseg.geo.trust import require_file
 from vfmseg.jsonfile import read_json
 from vfmseg.metrics import mean_text
@@ -49,6 +48,8 @@ from vfmseg.model import (
     with_decoder,
 )
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
+from vfmseg.recipe.base import show
+from vfmseg.record import encoder_of, facts_of
 
 FORMAT = 1
 MARK = "segmenter.json"  # a folder that holds it is a segmenter, and may be replaced by one
@@ -202,7 +203,7 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
         require_file(path)
     record = _read_record(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    facts = _facts(folder, record, recipe)
+    facts = facts_of(folder / MARK, record, recipe)
     built = _load_encoder(folder, recipe, facts, record, encoder)
     adapter = recipe.model.adapter
     place = folder / "adapters" / adapter_folder(facts)
@@ -213,6 +214,8 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
         load_adapter(built, attached, place)
     model = with_decoder(recipe, built, attached, facts.bands)
     load_strictly(_read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
+    if not (built.std > 0).all():
+        raise CheckpointError(f"{folder / 'head.safetensors'}: encoder.std must be above 0; copy the checkpoint again")
     known = _require_unchanged(folder, record)  # last: what is wrong in a file is told better by who reads it
     return Loaded(model.eval(), recipe, facts, record, fingerprint_of(folder, known))
 
@@ -235,61 +238,17 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not the record of a segmenter; copy the checkpoint again")
     if record.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: format = {record.get('format')}, but this version of vfmseg reads format {FORMAT}; "
+            f"{path}: format = {show(record.get('format'))}, but this version of vfmseg reads format {FORMAT}; "
             "update vfmseg, or train again"
         )
     return record
-
-
-def _facts(folder: Path, record: dict[str, Any], recipe: Recipe) -> InputFacts:
-    """What was noted of the training data; it must be that of the recipe beside it."""
-    try:
-        entries = record["input"].items()
-        facts = InputFacts(
-            bands={name: entry["bands"] for name, entry in entries},
-            dtypes={name: entry["dtype"] for name, entry in entries},
-            statistics={
-                name: (tuple(entry["statistics"][0]), tuple(entry["statistics"][1]))
-                for name, entry in entries
-                if entry["statistics"]
-            },
-            said={name: _said(entry, recipe, name) for name, entry in entries},
-        )
-        noted = {name: entry["normalize"] for name, entry in entries}
-        fits = noted == normalization(recipe, facts) and all(
-            name in facts.statistics for name in noted if noted[name] == "dataset"
-        )
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-        fits = False
-    if not fits:
-        raise CheckpointError(
-            f"{folder / MARK}: what it says of the input does not fit recipe.yaml; the folder is damaged or mixes two "
-            "checkpoints, copy it again"
-        )
-    return facts
-
-
-def _said(entry: dict[str, Any], recipe: Recipe, name: str) -> tuple[BandSaid, ...]:
-    """What the training files said of the bands; of segmenters that do not keep it, how the recipe scales them."""
-    if "said" not in entry:
-        section = recipe.data.modalities[name]
-        scale, offset = 1.0 if section.scale is None else section.scale, section.offset or 0.0
-        return (BandSaid(scale=scale, offset=offset),) * int(entry["bands"])
-    said = tuple(BandSaid(**band) for band in entry["said"])
-    numbers = [number for band in said for number in (band.scale, band.offset) if number is not None]
-    if len(said) != entry["bands"] or not all(math.isfinite(number) for number in numbers):
-        raise ValueError("as many bands as are read, with finite numbers, were expected")
-    return said
 
 
 def _load_encoder(
     folder: Path, recipe: Recipe, facts: InputFacts, record: dict[str, Any], override: str | None
 ) -> Encoder:
     section = recipe.model.encoder
-    stored = record.get("encoder", {})
-    whole = isinstance(stored, dict) and {"name", "id", "sha256", "stored"} <= stored.keys()
-    if not whole or (stored["stored"] and not isinstance(stored.get("config"), dict)):
-        raise CheckpointError(f"{folder / MARK}: does not say which encoder it needs; copy the checkpoint again")
+    stored = encoder_of(folder / MARK, record)
     if stored["name"] != section.name:
         raise CheckpointError(
             f"{folder}: segmenter.json names a {stored['name']} encoder, recipe.yaml a {section.name} encoder; "
@@ -336,13 +295,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_strictly(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
     """Copy `tensors` into `expected` in place; every one there, none too many, each of its shape (CheckpointError)."""
-    missing = sorted(set(expected) - set(tensors))
-    extra = sorted(set(tensors) - set(expected))
-    shapes = [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]
-    if missing or extra or shapes:
-        parts = [("missing", missing), ("not expected", extra), ("of another shape", shapes)]
-        found = "; ".join(f"{len(n)} tensors {what} ({', '.join(n[:3])})" for what, n in parts if n)
+    found = misfits(tensors, {name: tensor.shape for name, tensor in expected.items()})
+    if found:
         raise CheckpointError(f"{path}: {found}; this file belongs to another architecture than its recipe.yaml")
+    found = unusable({name: tensors[name] for name, tensor in expected.items() if tensor.is_floating_point()})
+    if found:
+        raise CheckpointError(f"{path}: {found}; the file is damaged or was not written by a training run")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])

@@ -14,6 +14,7 @@ import typer
 
 from vfmseg.errors import RecipeError
 from vfmseg.geo.trust import close_services
+from vfmseg.launch import several
 from vfmseg.terminal import deliver, guarded, is_main_process, keep_displays, quiet_libraries, say
 
 app = typer.Typer(
@@ -163,7 +164,7 @@ def predict(
 
 def _resumed() -> str:
     """The command that goes on with what this one began."""
-    if "RANK" in os.environ:
+    if several():
         return "the same command with --resume"  # only the launcher knows how it was started
     module = Path(sys.argv[0]).name == "cli.py"
     return shlex.join([*([sys.executable, "-m", "vfmseg.cli"] if module else sys.argv[:1]), *sys.argv[1:], "--resume"])

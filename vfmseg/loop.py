@@ -138,6 +138,7 @@ class Loop:
         for epoch in range(self.state.epoch, self.schedule.epochs):
             started = time.perf_counter()
             self._train_epoch(epoch)
+            self._require_numbers(epoch)
             seconds = time.perf_counter() - started
             scores = self.validate()
             score = comparable(scores) if scores else None
@@ -192,6 +193,15 @@ class Loop:
         self.state.records.append({"kind": "step", "step": self.state.step, "loss": value, "lr": rate})
         images = sum(len(batch) for batch in group) * self.accelerator.num_processes
         self.on_step(StepReport(epoch + 1, self.state.step, self.steps_total, value, rate, images))
+
+    def _require_numbers(self, epoch: int) -> None:
+        """An error where the last steps have made a weight infinite or NaN: the loss has not seen it yet."""
+        lost = [name for name, tensor in self.model.trainable().items() if not torch.isfinite(tensor).all()]
+        if lost:
+            raise VfmsegError(
+                f"training: {len(lost)} tensors hold NaN or infinity after epoch {epoch + 1} ({', '.join(lost[:3])}); "
+                "expected finite weights, so this epoch is not saved; try a lower train.optimizer.lr"
+            )
 
     def _global_counts(self, group: list[Batch]) -> dict[str, Tensor]:
         """The divisors of this step: counts summed over its batches and over all processes."""

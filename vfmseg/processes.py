@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vfmseg.errors import MachineError
+from vfmseg.launch import rank_and_size, require_meeting_point
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,6 +30,11 @@ def connect(precision: str) -> Accelerator:
                 f"accelerate is configured to use {name}, which cuts a model over processes; vfmseg trains whole "
                 "models side by side: launch with another configuration (--config_file), or by torchrun"
             )
+    _, started = rank_and_size()
+    require_meeting_point()
+    if started == 1:  # what an earlier launch has left behind would make accelerate wait for others
+        for name in ("RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
@@ -46,7 +52,6 @@ def connect(precision: str) -> Accelerator:
         raise MachineError(
             "train.precision = fp16 needs a GPU, but accelerate is configured to use the CPU; change that, or use bf16"
         )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise MachineError(
             f"{started} processes were started, but accelerate connected {accelerator.num_processes}: each would train "

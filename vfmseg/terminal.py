@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from vfmseg.errors import MachineError, VfmsegError
+from vfmseg.launch import rank, several
 
 _said: set[str] = set()
 _lost: dict[int, OSError] = {}  # why a stream, by its number, could not be written to
@@ -24,7 +25,7 @@ _lost: dict[int, OSError] = {}  # why a stream, by its number, could not be writ
 
 def is_main_process() -> bool:
     """True on the one process that talks: rank 0 of a launch, or the only process."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def say(message: str) -> None:
@@ -103,7 +104,7 @@ def _termination_unwinds() -> Iterator[None]:
     Not one of several processes: it may wait for the others in code that no exception reaches, while its launcher waits
     for it. And only the main thread may say what a signal does.
     """
-    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+    if several() or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -119,7 +120,7 @@ def _termination_unwinds() -> Iterator[None]:
 
 def complain(message: str) -> None:
     """A message on stderr from whatever process, which says its number."""
-    who = "vfmseg" if is_main_process() else f"vfmseg, process {os.environ['RANK']}"
+    who = "vfmseg" if is_main_process() else f"vfmseg, process {rank()}"
     _to_stderr(f"{who}: {message}\n")
 
 

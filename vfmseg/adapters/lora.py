@@ -19,6 +19,7 @@ from vfmseg.adapters.tensors import require_tensors
 from vfmseg.encoders.base import Encoder
 from vfmseg.errors import AdapterError, CheckpointError
 from vfmseg.jsonfile import read_json
+from vfmseg.recipe.base import show
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -127,27 +128,45 @@ def read_fitting(
     """Tensors of a peft folder, without peft's prefix, if they are the plain LoRA of this rank, alpha and sites."""
     config, tensors = read_adapter(folder)
     variants = [
-        key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(key)
+        key
+        for key in (
+            "use_rslora",
+            "use_dora",
+            "use_qalora",
+            "lora_bias",
+            "fan_in_fan_out",
+            "rank_pattern",
+            "alpha_pattern",
+            "layer_replication",
+            "target_parameters",
+        )
+        if config.get(key)
     ]
     if config.get("peft_type") != "LORA" or variants:
         raise CheckpointError(
-            f"{folder / CONFIG}: peft_type = {config.get('peft_type')} with {', '.join(variants) or 'no variant'}; "
-            "expected plain LoRA, as vfmseg writes it"
+            f"{folder / CONFIG}: peft_type = {show(config.get('peft_type'))} with "
+            f"{', '.join(variants) or 'no variant'}; expected plain LoRA, as vfmseg writes it"
         )
     if config.get("r") != rank or config.get("lora_alpha") != alpha:
         raise CheckpointError(
-            f"{folder / CONFIG}: rank {config.get('r')} and alpha {config.get('lora_alpha')}, but recipe.yaml says "
-            f"{rank} and {alpha}; the folder mixes two checkpoints"
+            f"{folder / CONFIG}: rank {show(config.get('r'))} and alpha {show(config.get('lora_alpha'))}, but "
+            f"recipe.yaml says {rank} and {alpha}; the folder mixes two checkpoints"
         )
     require_tensors(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
-    foreign = sorted(set(config.get("target_modules") or ()) ^ set(sites))
+    named = config.get("target_modules") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(
+            f"{folder / CONFIG}: target_modules = {show(named)}; expected the list that vfmseg writes"
+        )
+    foreign = sorted(set(named) ^ set(sites))
     for name, wanted in sites.items():
         parts = zip("qkv", tensors[f"{name}.lora_B.weight"].chunk(3), strict=True) if wanted else ()
         foreign += [f"{part} of {name}" for part, rows in parts if part not in wanted and rows.any()]
     if foreign:
+        some = ", ".join(name[:80] for name in foreign[:3])
         raise CheckpointError(
-            f"{folder}: the adapter was trained on other targets than recipe.yaml names ({', '.join(foreign[:3])}); "
-            "the folder mixes two checkpoints"
+            f"{folder}: the adapter was trained on other targets than recipe.yaml names ({some}); the folder mixes two "
+            "checkpoints"
         )
     return tensors
 
@@ -162,6 +181,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: the adapter cannot be read ({error}); copy it again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG}: holds {show(config)}, not the settings of an adapter; copy it again")
     return config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 

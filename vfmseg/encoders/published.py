@@ -17,6 +17,7 @@ from vfmseg.encoders.strangers import stranger
 from vfmseg.errors import CheckpointError
 from vfmseg.geo.trust import require_file
 from vfmseg.jsonfile import read_json
+from vfmseg.recipe.base import show
 
 
 def load_published(family: Family, checkpoint: str, revision: str | None) -> tuple[nn.Module, BaseRecord]:
@@ -57,10 +58,10 @@ def quick_imports() -> Iterator[None]:
 
 def check_model_type(family: Family, config: dict[str, Any], checkpoint: str) -> str:
     """`model_type` of a config, if the family reads it."""
-    model_type = str(config.get("model_type"))
-    if model_type not in family.model_types:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in family.model_types:
         raise CheckpointError(
-            f"{checkpoint}: config.json says model_type = {model_type}, but the encoder {family.name} reads "
+            f"{checkpoint}: config.json says model_type = {show(model_type)}, but the encoder {family.name} reads "
             f"{' or '.join(family.model_types)}; choose the encoder that fits the checkpoint, or a "
             "checkpoint that vfmseg reads (checkpoints.md)"
         )

@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 from vfmseg.errors import CheckpointError
+from vfmseg.recipe.base import show
 
 ATTENTION = ("eager", "sdpa")
 """Implementations of attention that come with torch; all others are packages or code from the hub."""
@@ -69,7 +70,7 @@ def plain_settings(
         own = config.get(config_class.base_config_key, {})
         if not isinstance(own, Mapping):
             raise CheckpointError(
-                f"{place}: {config_class.base_config_key} = {_shown(own)}; expected the settings of the image "
+                f"{place}: {config_class.base_config_key} = {show(own)}; expected the settings of the image "
                 "encoder; copy it again"
             )
     if config.get("quantization_config"):
@@ -103,7 +104,7 @@ def _attention(config: Mapping[str, Any], place: str) -> str | None:
     for value in found:
         if value not in ATTENTION:
             raise CheckpointError(
-                f"{place}: asks for the attention implementation {_shown(value)}, which may be code from elsewhere; "
+                f"{place}: asks for the attention implementation {show(value)}, which may be code from elsewhere; "
                 f"expected {' or '.join(ATTENTION)}: correct it, or delete the line"
             )
     return str(found[0]) if found else None
@@ -116,23 +117,18 @@ def _checked(key: str, value: Any, place: str) -> Any:
     if isinstance(value, str) and key == "hidden_act":
         if value in _ACTIVATIONS:
             return value
-        raise CheckpointError(f"{place}: hidden_act = {_shown(value)}; expected one of {', '.join(_ACTIVATIONS)}")
+        raise CheckpointError(f"{place}: hidden_act = {show(value)}; expected one of {', '.join(_ACTIVATIONS)}")
     least, most = BOUNDS.get(key, (-(2**31), 2**31))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and least <= value <= most:
+    if number and least <= value <= most:
         return value
     if key not in BOUNDS and (isinstance(value, bool) or (isinstance(value, str) and len(value) <= 64)):
         return value
-    raise CheckpointError(f"{place}: {key} = {_shown(value)}; expected {_range(least, most)}; copy it again")
+    raise CheckpointError(f"{place}: {key} = {show(value)}; expected {_range(least, most)}; copy it again")
 
 
 def _range(least: float, most: float) -> str:
     return f"{least:g}" if least == most else f"a number from {least:g} to {most:g}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _require_shapes(settings: Mapping[str, Any], place: str, most: float, blocks: int | None) -> None:

@@ -263,7 +263,10 @@ def _require_numbers(sums: Tensor, window: Window) -> None:
     """DataError where the model answers no number: the largest of them would be a class that nothing speaks for."""
     if torch.isfinite(sums.sum()):  # one pass; only then look where
         return
-    row, col = (~torch.isfinite(sums)).any(dim=0).nonzero()[0].tolist()
+    places = (~torch.isfinite(sums)).any(dim=0).nonzero()
+    if not len(places):  # each is a number, and only their total is beyond all numbers
+        return
+    row, col = places[0].tolist()
     raise DataError(
         f"row {window.row + row}, column {window.col + col}: the model answers NaN or infinity near here; look for "
         "values in the scene that are no measurements and no nodata value names (such as -3.4e38), or for an overflow "

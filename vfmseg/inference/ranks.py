@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -12,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from vfmseg.errors import MachineError, RecipeError
+from vfmseg.launch import REMEDY, local_rank, rank_and_size, require_meeting_point
 from vfmseg.lock import also_held, held, lock_beside
 
 T = TypeVar("T")
@@ -26,14 +26,19 @@ def joined() -> Iterator[tuple[int, int]]:
 
     A connection made here ends here: left to the end of the interpreter, its threads may abort the process.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    _, ranks = rank_and_size()
     if ranks == 1:
         yield 0, 1
         return
     own = not torch.distributed.is_initialized()
     if own:
-        # only short messages are exchanged, so gloo does on every machine
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        require_meeting_point()
+        try:
+            # only short messages are exchanged, so gloo does on every machine
+            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise MachineError(f"the {ranks} processes cannot be connected ({reason}); {REMEDY}") from None
     try:
         yield torch.distributed.get_rank(), torch.distributed.get_world_size()
     finally:
@@ -93,7 +98,7 @@ def own_device() -> str:
     """The accelerator of this process on its machine, or the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return f"cuda:{local_rank() % torch.cuda.device_count()}"
 
 
 def usable_device(name: str) -> torch.device:

@@ -35,7 +35,7 @@ class OptimizerSection(Section):
     """Highest learning rate."""
     encoder_lr: Number | None = Field(default=None, gt=0, le=LARGEST_RATE, examples=[1e-5])
     """Highest learning rate of what learns inside the encoder; left out: lr."""
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.05
+    weight_decay: Annotated[Number, Field(ge=0, le=LARGEST_RATE)] = 0.05
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     """Share of all steps in which the learning rate rises."""
 

@@ -1,0 +1,218 @@
+"""Segmenters of strangers: whatever their JSON and tensors hold, each ends in one message, or loads as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from makers import recipe_dict, save_encoder, write_recipe
+from safetensors.torch import load_file, save_file
+
+from vfmseg import checkpoint
+from vfmseg.checkpoint import load_segmenter, save_segmenter
+from vfmseg.errors import CheckpointError, VfmsegError
+from vfmseg.model import InputFacts, build_model
+from vfmseg.recipe import load_recipe
+
+DEEP = "[" * 200_000
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 3.0, 1e400, float("nan"), 10**30, "", "x", "3", "x" * 10**5, [], [[]], [None], {}, {"a": {}},
+    [1, 2],
+)  # fmt: skip
+
+
+def make(root: Path, adapter: dict[str, Any], normalize: str) -> Path:
+    """A segmenter as a run writes it, never trained."""
+    recipe = recipe_dict(root / "data", root / "encoder", root / "run")
+    recipe["model"]["adapter"] = adapter
+    recipe["data"]["modalities"] = {"rgb": {"bands": [1, 2, 3], "normalize": normalize}}
+    loaded = load_recipe(write_recipe(root / "r.yaml", recipe))
+    statistics = {"rgb": ((100.0, 90.0, 80.0), (50.0, 40.0, 30.0))} if normalize == "dataset" else {}
+    facts = InputFacts({"rgb": 3}, {"rgb": "uint8"}, statistics)
+    save_segmenter(root / adapter["name"], build_model(loaded, facts), loaded, facts, {"epoch": 1})
+    return root / adapter["name"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("segmenters")
+    save_encoder(root / "encoder", "dinov2")
+    kinds = {"lora": "dataset", "full": "encoder", "adapter": "encoder"}
+    return {name: make(root, {"name": name}, normalize) for name, normalize in kinds.items()}
+
+
+@pytest.fixture(autouse=True)
+def _encoder_once(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the base encoder takes most of the time of loading, and is tested elsewhere."""
+    record = load_recipe(made["lora"] / "recipe.yaml")
+    facts = InputFacts({"rgb": 3}, {"rgb": "uint8"}, {"rgb": ((100.0, 90.0, 80.0), (50.0, 40.0, 30.0))})
+    once = checkpoint.published_encoder(record, facts)
+    monkeypatch.setattr(checkpoint, "published_encoder", lambda *_, **__: copy.deepcopy(once))
+
+
+def copied(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def mutants(value: Any, odds: tuple[Any, ...], path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Each place of a JSON value with each odd value, and each key left out."""
+    for odd in odds:
+        yield path, odd
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key), ...
+        yield from mutants(inner, odds, (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], odd: Any) -> Any:
+    if not path:
+        return odd
+    result = copy.deepcopy(value)
+    inner = result
+    for key in path[:-1]:
+        inner = inner[key]
+    if odd is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = odd
+    return result
+
+
+def try_all(file: Path, folder: Path, parts: tuple[str, ...], odds: tuple[Any, ...] = ODD) -> tuple[int, int]:
+    """Load the folder with each mutant of the named parts of a JSON file: (mutants, refused)."""
+    content = json.loads(file.read_text())
+    tried = refused = 0
+    for path, odd in mutants(content, odds):
+        if not path or path[0] in parts:
+            tried += 1
+            file.write_text(json.dumps(changed(content, path, odd)))
+            try:
+                load_segmenter(folder)
+            except VfmsegError as error:
+                refused += 1
+                assert len(str(error)) < 2000, (path, odd)  # noqa: PT017
+    file.write_text(json.dumps(content))
+    load_segmenter(folder)
+    return tried, refused
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_f11_every_odd_record_is_one_message_or_loads(made: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = copied(made[kind], tmp_path / "s")
+    tried, refused = try_all(folder / "segmenter.json", folder, ("format", "input", "encoder"))
+    assert tried > 200
+    assert refused > tried // 2
+
+
+def test_f11_every_odd_adapter_config_is_one_message_or_loads(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(made["lora"], tmp_path / "s")
+    keys = ("peft_type", "r", "target_modules", "rank_pattern", "auto_mapping")
+    odd = (None, 3.0, float("nan"), "x" * 10**5, [], [[]], {"a": {}}, [1, 2])
+    tried, refused = try_all(folder / "adapters" / "rgb" / "adapter_config.json", folder, keys, odd)
+    assert tried > 50
+    assert refused > tried // 2
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("bands", [3.0, -3, 0, None, "3", True, 4, 10**6, [3]]),
+        ("dtype", [None, 3, [], "", "x" * 100]),
+        ("normalize", [None, "encoder", 3, []]),
+        ("statistics", [
+            None, [], [[1, 2, 3]], [[1, 2], [1, 2]], [[1, 2, 3], [1, 2, 0]], [[1, 2, 3], [1, 2, -4]],
+            [[1, 2, 3], [1, 2, float("nan")]], [[1, 2, float("inf")], [1, 2, 3]], [["1", 2, 3], [1, 2, 3]],
+            [[1, 2, 3], [1, 2, True]], [[1, 2, 3], [1, 2, 1e-45]], [[10**400, 2, 3], [1, 2, 3]], "abc", {"0": 1},
+        ]),
+    ],
+)  # fmt: skip
+def test_f11_what_decides_how_pixels_are_read_is_checked(
+    made: dict[str, Path], tmp_path: Path, key: str, values: list[Any]
+) -> None:
+    folder = copied(made["lora"], tmp_path / "s")
+    content = json.loads((folder / "segmenter.json").read_text())
+    words = rf"segmenter\.json: input\.rgb\.{key} = .*; expected .* copy it again"
+    for value in values:
+        (folder / "segmenter.json").write_text(json.dumps(changed(content, ("input", "rgb", key), value)))
+        with pytest.raises(CheckpointError, match=words):
+            load_segmenter(folder)
+
+
+@pytest.mark.parametrize("value", [None, 3, "", "x", "0" * 63, ["0" * 64], True])
+def test_f11_the_hash_of_the_encoder_is_a_hash(made: dict[str, Path], tmp_path: Path, value: Any) -> None:
+    folder = copied(made["lora"], tmp_path / "s")
+    content = json.loads((folder / "segmenter.json").read_text())
+    (folder / "segmenter.json").write_text(json.dumps(changed(content, ("encoder", "sha256"), value)))
+    with pytest.raises(CheckpointError, match=r"segmenter\.json: encoder\.sha256 = "):
+        load_segmenter(folder)
+
+
+@pytest.mark.parametrize("name", ["segmenter.json", "adapters/rgb/adapter_config.json", "recipe.yaml"])
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "\x00", DEEP, '{"a": ' * 200_000, "9" * 5000, '"x"'])
+def test_f11_files_that_hold_something_else_are_one_message(
+    made: dict[str, Path], tmp_path: Path, name: str, text: str
+) -> None:
+    folder = copied(made["lora"], tmp_path / "s")
+    (folder / name).write_text(text)
+    with pytest.raises(VfmsegError, match=name.rpartition("/")[2].replace(".", r"\.") + r"|the adapter cannot be read"):
+        load_segmenter(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("lora", "head.safetensors"),
+        ("lora", "adapters/rgb/adapter_model.safetensors"),
+        ("adapter", "adapters/rgb/adapter.safetensors"),
+        ("full", "encoder.safetensors"),
+    ],
+)
+def test_f11_tensors_are_weights_as_training_writes_them(
+    made: dict[str, Path], tmp_path: Path, kind: str, file: str
+) -> None:
+    folder = copied(made[kind], tmp_path / "s")
+    metadata = {"scale": "0.1"}
+    tensors = load_file(folder / file)
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.bool, torch.float64):
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / file, metadata)
+        with pytest.raises(CheckpointError, match=rf"{file}: \d+ tensors of type \w+ instead of float"):
+            load_segmenter(folder)
+    for number in (float("nan"), float("inf")):
+        wrong = {name: tensor.clone() for name, tensor in tensors.items()}
+        wrong[sorted(wrong)[-1]].view(-1)[0] = number
+        save_file(wrong, folder / file, metadata)
+        with pytest.raises(CheckpointError, match=rf"{file}: 1 tensors with NaN or infinity"):
+            load_segmenter(folder)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):  # may be stored in half, as models often are
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / file, metadata)
+        load_segmenter(folder)
+
+
+def test_f11_the_head_holds_no_negative_std(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(made["lora"], tmp_path / "s")
+    tensors = load_file(folder / "head.safetensors")
+    for factor in (-1.0, 0.0):
+        save_file({**tensors, "encoder.std": factor * tensors["encoder.std"]}, folder / "head.safetensors")
+        with pytest.raises(CheckpointError, match=r"head\.safetensors: encoder\.std must be above 0"):
+            load_segmenter(folder)
+
+
+def test_f11_the_order_of_modalities_in_the_record_means_nothing(tmp_path: Path) -> None:
+    from vfmseg.record import facts_of
+
+    recipe = recipe_dict(tmp_path, tmp_path, tmp_path / "run")
+    recipe["data"]["modalities"] = {"rgb": {"bands": [1, 2, 3]}, "dem": {"bands": [1]}}
+    for split in ("train", "val", "test"):
+        recipe["data"][split]["dem"] = f"{split}.tif"
+    loaded = load_recipe(write_recipe(tmp_path / "r.yaml", recipe))
+    one = {"bands": 1, "dtype": "float32", "normalize": "dataset", "statistics": [[5], [2]]}
+    three = {"bands": 3, "dtype": "uint8", "normalize": "encoder", "statistics": None}
+    facts = facts_of(tmp_path / "segmenter.json", {"input": {"dem": one, "rgb": three}}, loaded)
+    assert list(facts.bands) == ["rgb", "dem"]

@@ -1,0 +1,107 @@
+"""What segmenter.json says, checked: it decides how pixels are read, and may come from a stranger."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vfmseg.errors import CheckpointError
+from vfmseg.geo.said import BandSaid
+from vfmseg.model import BandStatistics, InputFacts, normalization
+from vfmseg.recipe import Recipe
+from vfmseg.recipe.base import show
+from vfmseg.recipe.data import MOST_BANDS, ModalitySection
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_LARGEST = 1e30  # of a mean or std: far from where float32 ends
+
+
+def facts_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> InputFacts:
+    """What was noted of the training data, in the recipe's order; it must be that of the recipe beside it."""
+    entries = record.get("input")
+    if not isinstance(entries, dict) or set(entries) != set(recipe.data.modalities):
+        names = show(list(entries)) if isinstance(entries, dict) else show(entries)
+        raise _wrong(path, "input", names, f"the modalities of recipe.yaml ({', '.join(recipe.data.modalities)})")
+    facts = InputFacts({}, {}, {})
+    for name, modality in recipe.data.modalities.items():
+        entry, place = entries[name], f"input.{name}"
+        if not isinstance(entry, dict):
+            raise _wrong(path, place, entry, "a mapping")
+        bands, dtype = entry.get("bands"), entry.get("dtype")
+        wanted = len(modality.bands) if modality.bands else None
+        if type(bands) is not int or not 1 <= bands <= MOST_BANDS or bands != (wanted or bands):
+            raise _wrong(path, f"{place}.bands", bands, f"{wanted or 'a whole number'} as in recipe.yaml")
+        if not isinstance(dtype, str) or not 0 < len(dtype) < 32:
+            raise _wrong(path, f"{place}.dtype", dtype, "the name of a type")
+        facts.bands[name], facts.dtypes[name] = bands, dtype
+        facts.said[name] = _said(path, f"{place}.said", entry.get("said"), bands, modality)
+        if entry.get("statistics") is not None:
+            facts.statistics[name] = _statistics(path, f"{place}.statistics", entry["statistics"], bands)
+    for name, how in normalization(recipe, facts).items():
+        if entries[name].get("normalize") != how:
+            raise _wrong(path, f"input.{name}.normalize", entries[name].get("normalize"), f"{how} as in recipe.yaml")
+        if how == "dataset" and name not in facts.statistics:
+            raise _wrong(path, f"input.{name}.statistics", None, "mean and std of each band")
+    return facts
+
+
+def _said(path: Path, place: str, value: Any, bands: int, modality: ModalitySection) -> tuple[BandSaid, ...]:
+    """What the training files said of the bands; of segmenters that do not keep it, how the recipe scales them."""
+    if value is None:
+        scale = 1.0 if modality.scale is None else modality.scale
+        return (BandSaid(scale=scale, offset=modality.offset or 0.0),) * bands
+    entries = value if isinstance(value, list) and len(value) == bands else ()
+    texts, numbers = ("name", "color"), ("scale", "offset")
+    for entry in entries:
+        right = isinstance(entry, dict) and set(entry) == {*texts, *numbers}
+        right = right and all(isinstance(entry[key], str) for key in texts) and entry["scale"] != 0
+        if not right or not all(
+            entry[key] is None or (_is_number(entry[key]) and abs(entry[key]) <= _LARGEST) for key in numbers
+        ):
+            entries = ()
+            break
+    if not entries:
+        raise _wrong(path, place, value, f"name, color, scale and offset of {bands} bands")
+    return tuple(BandSaid(**entry) for entry in entries)
+
+
+def _statistics(path: Path, place: str, value: Any, bands: int) -> BandStatistics:
+    pairs = value if isinstance(value, list) and len(value) == 2 else ()
+    for part, least in zip(pairs, (-_LARGEST, 1 / _LARGEST), strict=False):
+        right = isinstance(part, list) and len(part) == bands
+        if not right or not all(_is_number(number) and least <= number <= _LARGEST for number in part):
+            pairs = ()
+            break
+    if not pairs:
+        raise _wrong(path, place, value, f"two lists of {bands} numbers: means, and stds above 0")
+    mean, std = pairs
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def encoder_of(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was noted of the encoder: name, id, sha256, stored, and the config of one that is stored."""
+    found = record.get("encoder")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: does not say which encoder it needs; copy the checkpoint again")
+    for key, expected in (("name", str), ("id", str), ("sha256", str), ("stored", bool)):
+        if not isinstance(found.get(key), expected) or len(str(found[key])) > 1000:
+            what = "true or false" if expected is bool else "text"
+            raise _wrong(path, f"encoder.{key}", found.get(key), f"{what}, to know which encoder it needs")
+    if not found["stored"] and not _HASH.fullmatch(found["sha256"]):
+        raise _wrong(path, "encoder.sha256", found["sha256"], "64 hexadecimal digits")
+    if found["stored"] and not isinstance(found.get("config"), dict):
+        raise _wrong(path, "encoder.config", found.get("config"), "the config of the encoder that is stored")
+    return found
+
+
+def _wrong(path: Path, place: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {place} = {show(value)}; expected {expected}; the folder is damaged or mixes two checkpoints, "
+        "copy it again"
+    )

@@ -221,18 +221,18 @@ def test_p55_a_run_goes_on_only_where_it_stood(
         run(tmp_path, content)
     said = {
         "encoder": "started on an encoder with SHA-256",
-        "values": "mean and std of the training scenes' rgb have changed",
+        "values": "mean and std of the training scenes' rgb have changed",  # also told by states without traces
         "bands": "had bands {'rgb': 3}, now they have {'rgb': 2}",
         "processes": "started with 3 processes, now there are 1",
     }
     if what == "encoder":
         shutil.rmtree(tmp_path / "encoder")
         save_encoder(tmp_path / "encoder", "dinov2", seed=5)
-    elif what == "processes":
+    elif what in ("processes", "values"):
         state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-        state["origin"]["processes"] = 3
+        state["origin"] |= {"processes": 3} if what == "processes" else {"data": {}}
         torch.save(state, tmp_path / "run" / "state.pt")
-    else:
+    if what in ("values", "bands"):
         for path in (tmp_path / "data" / "train" / "images").iterdir():
             with rasterio.open(path) as image:
                 pixels = image.read()
@@ -519,9 +519,11 @@ def test_p62_overrides_may_follow_an_option(tmp_path: Path, monkeypatch: pytest.
 
     given: list[Any] = []
     monkeypatch.setattr(script, "load_recipe", lambda path, overrides: given.append((path, overrides)))
-    monkeypatch.setattr(script, "finetune", lambda recipe, resume, overwrite: given.append((resume, overwrite)))
+    monkeypatch.setattr(script, "finetune", lambda recipe, *how: given.append(how))
     assert script.main(["a.yaml", "--overwrite", "train.epochs=5", "seed=3"]) == 0
-    assert given == [(Path("a.yaml"), ["train.epochs=5", "seed=3"]), (False, True)]
+    assert given == [(Path("a.yaml"), ["train.epochs=5", "seed=3"]), (False, True, False)]
+    assert script.main(["a.yaml", "--resume", "--accept-changed-data"]) == 0
+    assert given[3] == (True, False, True)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])

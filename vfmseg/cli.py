@@ -57,6 +57,9 @@ def finetune(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key.path=value.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished epoch.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="With --resume: go on with other images or labels.")
+    ] = False,
 ) -> None:
     """Train a segmenter as a recipe says. On several devices: accelerate launch vfmseg/finetune.py RECIPE ..."""
 
@@ -64,7 +67,8 @@ def finetune(
         from vfmseg.finetune import finetune as train
         from vfmseg.recipe import load_recipe
 
-        train(load_recipe(recipe, overrides or []), resume=resume, overwrite=overwrite)
+        chosen = load_recipe(recipe, overrides or [])
+        train(chosen, resume=resume, overwrite=overwrite, accept_changed_data=accept_changed_data)
 
     again = shlex.join(["vfmseg", "finetune", str(recipe), *(overrides or []), "--resume"])
     _end(verb, again)

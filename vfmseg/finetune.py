@@ -15,10 +15,11 @@ import os
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vfmseg.curves import Curves, remove_curves
+from vfmseg.errors import RecipeError
 from vfmseg.files import whole_file, write_json
 from vfmseg.geo.trust import close_services
 from vfmseg.processes import connect, launch_command
@@ -43,25 +44,30 @@ if TYPE_CHECKING:
     from vfmseg.model import SegmentationModel
 
 
-def finetune(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def finetune(
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, accept_changed_data: bool = False
+) -> dict[str, Any]:
     """Train as the recipe says and return what was reached.
 
     Writes into `recipe.output_dir`: `best/` (chosen on validation only) and `last/` segmenter folders, `state.pt`
     to resume from, `metrics.jsonl` (a line per step and epoch), `metrics.json`, `recipe.yaml`, and `tensorboard/` if
     `train.track` asks for it. Returns the content of `metrics.json`. Under `accelerate launch` every process calls
-    this; rank 0 writes.
+    this; rank 0 writes. With `resume`, images and labels must be those that the run was started with, unless
+    `accept_changed_data`.
     """
     quiet_libraries()
     check_place(recipe.output_dir, resume, overwrite)
+    if accept_changed_data and not resume:
+        raise RecipeError("--accept-changed-data is about going on with a run: add --resume, or leave it out")
     with ExitStack() as stack:
         if is_main_process():
             several = os.environ.get("WORLD_SIZE", "1") != "1"
             stack.enter_context(alone(recipe.output_dir, recipe.name, several))
         check_output(recipe.output_dir, resume, overwrite)
-        return _train(recipe, resume, overwrite, stack)
+        return _train(recipe, resume, accept_changed_data, stack)
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> dict[str, Any]:
+def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitStack) -> dict[str, Any]:
     output = recipe.output_dir
     curves = Curves(output / CURVES_FOLDER) if recipe.train.track == "tensorboard" else None
     accelerator = connect(recipe.train.precision)
@@ -71,15 +77,21 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
     from vfmseg.checkpoint import save_segmenter, saved_epoch
     from vfmseg.data.augment import Augment, Radiometry
     from vfmseg.data.dataset import CoverWindows, TrainingWindows
+    from vfmseg.data.traces import Traces
     from vfmseg.loop import Loop, Schedule, StepReport, score_windows
     from vfmseg.metrics import mean_text
     from vfmseg.model import build_model
     from vfmseg.objectives.segmentation import Segmentation, class_weight_tuple
-    from vfmseg.resume import Origin, load_run, save_run
+    from vfmseg.resume import Origin, inputs_of, load_run, save_run
     from vfmseg.scenes import input_facts, open_training, value_ranges
 
-    scenes = open_training(recipe)
+    known = resume and (output / STATE_FILE).is_file()
+    traces = Traces()
+    scenes = open_training(recipe, traces)
     facts = input_facts(recipe, scenes["train"])
+    if known and accept_changed_data:  # the weights were learned from values that were normalised as they were then
+        then = inputs_of(output / STATE_FILE).get("statistics", {})
+        facts = replace(facts, statistics={name: then.get(name, now) for name, now in facts.statistics.items()})
     model = build_model(recipe, facts)
     say(_parameter_lines(model))
     section = recipe.train
@@ -154,10 +166,11 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> d
         on_step,
         on_epoch,
     )
-    origin = Origin(_what_decides(recipe), model.encoder.base.sha256, asdict(facts), accelerator.num_processes)
-    known = resume and (output / STATE_FILE).is_file()
+    origin = Origin(
+        _what_decides(recipe), model.encoder.base.sha256, asdict(facts), accelerator.num_processes, traces.found
+    )
     if known:
-        load_run(output / STATE_FILE, loop, origin)
+        load_run(output / STATE_FILE, loop, origin, accept_changed_data)
     if loop.state.epoch:
         say(f"resuming after epoch {loop.state.epoch} of {section.epochs}")
     elif resume:
@@ -248,10 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
     group.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    parser.add_argument("--accept-changed-data", action="store_true", help="with --resume: go on with other data")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow an option
 
     def verb() -> None:
-        finetune(load_recipe(options.recipe, options.overrides), options.resume, options.overwrite)
+        chosen = load_recipe(options.recipe, options.overrides)
+        finetune(chosen, options.resume, options.overwrite, options.accept_changed_data)
 
     again = [*launch_command(), "vfmseg/finetune.py", str(options.recipe), *options.overrides, "--resume"]
     return guarded(verb, shlex.join(again))

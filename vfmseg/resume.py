@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.files import whole_file
 from vfmseg.loop import Loop, RunState
 from vfmseg.seal import is_intact, mark_of_seal, seal
+from vfmseg.terminal import say
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Origin:
     encoder: str  # SHA-256 of the tensors that were published
     inputs: dict[str, Any]  # of each modality: bands, stored type and statistics of the training scenes
     processes: int
+    data: dict[str, str] = field(default_factory=dict)  # a digest of each image and label map, by its name in words
 
 
 def save_run(path: Path, loop: Loop, origin: Origin) -> None:
@@ -48,30 +50,55 @@ def save_run(path: Path, loop: Loop, origin: Origin) -> None:
             ) from None
 
 
-def load_run(path: Path, loop: Loop, origin: Origin) -> None:
-    """Put a run back to where `save_run` left it; a run of another origin is refused."""
+def inputs_of(path: Path) -> dict[str, Any]:
+    """What a run noted of its training scenes: of each modality bands, stored type and statistics."""
+    try:
+        return dict(_read(path)["origin"]["inputs"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_state(path, error) from None
+
+
+def load_run(path: Path, loop: Loop, origin: Origin, accept_changed_data: bool = False) -> None:
+    """Put a run back to where `save_run` left it; a run of another origin is refused.
+
+    `accept_changed_data`: other images and labels than those of then are told, and the run goes on with them.
+    """
+    content = _read(path)
+    try:
+        _restore(path, loop, origin, content, accept_changed_data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _no_state(path, error) from None
+
+
+def _no_state(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not the state of a run ({type(error).__name__}: {error}); start anew with --overwrite"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
     if mark_of_seal(path) and not is_intact(path):  # states of before have no seal
         raise CheckpointError(
             f"{path}: is damaged: it does not hold what was written (checksum); copy it again if there is a copy, or "
             "start anew with --overwrite"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several unrelated types for a damaged or a code-bearing file
         raise CheckpointError(
             f"{path}: not a readable run state ({type(error).__name__}: {error}); copy it again if there is a copy, or "
             "start anew with --overwrite"
         ) from None
-    try:
-        _restore(path, loop, origin, content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: not the state of a run ({type(error).__name__}: {error}); start anew with --overwrite"
-        ) from None
+    return content
 
 
-def _restore(path: Path, loop: Loop, origin: Origin, content: dict[str, Any]) -> None:
-    changed = next(_changes(Origin(**content["origin"]), origin), None)
+def _restore(path: Path, loop: Loop, origin: Origin, content: dict[str, Any], accept_changed_data: bool) -> None:
+    then = Origin(**content["origin"])
+    other = list(_other_data(then.data, origin.data)) if then.data else []  # states of before have noted none
+    if other and accept_changed_data:
+        say(f"the data have changed since the run was started, and it goes on with what there is now: {_some(other)}")
+        then = replace(then, data=origin.data)
+    changed = next(_changes(then, origin), None)
     if changed:
         raise CheckpointError(f"{path}: {changed}; resume with the same, or start anew with --overwrite")
     state = RunState(**content["state"])
@@ -99,9 +126,34 @@ def _changes(then: Origin, now: Origin) -> Iterator[str]:
     for kind in ("bands", "dtypes"):
         if then.inputs[kind] != now.inputs[kind]:
             yield f"the training scenes had {kind} {then.inputs[kind]}, now they have {now.inputs[kind]}"
+    other = list(_other_data(then.data, now.data)) if then.data else []
+    if other:
+        yield (
+            f"the data have changed since the run was started: {_some(other)}; go on with what there is now by "
+            "--accept-changed-data"
+        )
     for name, values in now.inputs["statistics"].items():
         if not np.allclose(then.inputs["statistics"][name], values, rtol=1e-5):  # another machine rounds otherwise
-            yield f"mean and std of the training scenes' {name} have changed: their pixels are not those of then"
+            yield (
+                f"mean and std of the training scenes' {name} have changed: their pixels are not those of then; go on "
+                "with these pixels, and mean and std of then, by --accept-changed-data"
+            )
+
+
+def _other_data(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """Each image and label map that is not as it was."""
+    for what in sorted({*then, *now}, key=lambda what: ("(labels of" not in what, what)):
+        if what not in now:
+            yield f"{what} is not there any more"
+        elif what not in then:
+            yield f"{what} is new"
+        elif then[what] != now[what]:
+            yield f"{what} has changed"
+
+
+def _some(lines: Sequence[str]) -> str:
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return ", ".join(lines[:3]) + more
 
 
 def _changed_lines(before: str, after: str) -> list[str]:

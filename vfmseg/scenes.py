@@ -15,6 +15,7 @@ from vfmseg.data.split import (
 )
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.survey import survey
+from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.labels import LabelMap
 from vfmseg.geo.reader import Bands
@@ -74,8 +75,11 @@ def open_split(recipe: Recipe, split: str, like: Mapping[str, Sequence[BandSaid]
     return scenes
 
 
-def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
-    """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file."""
+def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, list[SceneLike]]:
+    """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file.
+
+    `traces` is told of all of them.
+    """
     splits = {"train": open_split(recipe, "train")}
     like = said_by(splits["train"])
     splits |= {name: open_split(recipe, name, like) for name in ("val", "test") if getattr(recipe.data, name)}
@@ -86,7 +90,9 @@ def open_training(recipe: Recipe) -> dict[str, list[SceneLike]]:
     training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
-        counts = require_labels(scenes, name, len(ids))
+        counts = require_labels(scenes, name, len(ids), traces)
+        if traces is not None:
+            traces.split(name, scenes)
         pixels = sum(scene.grid.height * scene.grid.width for scene in scenes)
         tell_absent(recipe, name, dict(zip(ids, counts, strict=True)), pixels)
         tell_survey(name, survey(scenes, len(ids)), [recipe.data.classes[i].name for i in ids])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vfmseg.data.traces import array_trace, bytes_trace
 from vfmseg.errors import DataError, nearest
 from vfmseg.geo.trust import require_file
 
@@ -101,6 +102,18 @@ class Rows:
                 array = array.astype(kind, copy=False)
             return (array[None] if array.ndim == 2 else array.transpose(2, 0, 1)), None
         return self._pixels(row, column, label)
+
+    def trace(self, row: int, column: str) -> str:
+        """A cheap digest of a cell; of an encoded image without decoding it."""
+        if self._kinds[column] is not None:
+            return array_trace(self.values(row, column, label=False)[0])
+        cell = None if self._encoded is None else self._encoded[row][column]
+        if cell is None:
+            raise DataError(f"{self.where(row, column)}: the cell is empty; expected an image")
+        if cell["bytes"] is not None:
+            return bytes_trace(BytesIO(cell["bytes"]))
+        with open(cell["path"], "rb") as file:
+            return bytes_trace(file)
 
     def _pixels(self, row: int, column: str, label: bool) -> tuple[np.ndarray, np.ndarray | None]:
         from PIL import ImageOps

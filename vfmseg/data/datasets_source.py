@@ -86,6 +86,11 @@ class DatasetScene:
         """{modality: what has hidden how many of the pixels decoded so far}."""
         return self._hidden
 
+    def traces(self) -> dict[str, tuple[str, str]]:
+        """{modality, or "labels": its column and a cheap digest}; that of labels is made where they are read."""
+        images = {name: (column, self._rows.trace(self._row, column)) for name, column in self._columns.items()}
+        return {**images, "labels": (self._labels, "")}
+
     def read(self, window: Window) -> dict[str, Chip]:
         """Pixels and validity of each modality in a window; beyond the edge invalid."""
         kept = self._rows.kept(self._row)

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from vfmseg.data.opened import OPENED
+from vfmseg.data.traces import raster_trace
 from vfmseg.errors import DataError
 from vfmseg.geo.crs import short_name
 from vfmseg.geo.grid import Grid, Window
@@ -73,6 +74,10 @@ class SceneLike(Protocol):
         """{modality: what has hidden how many of the pixels read so far}."""
         ...
 
+    def traces(self) -> dict[str, tuple[str, str]]:
+        """{modality, or "labels": its name and a cheap digest}; that of labels is made where they are read."""
+        ...
+
 
 class FileScene:
     """A scene in raster files, one per modality and one with labels, on the grid of the first modality.
@@ -129,6 +134,11 @@ class FileScene:
     def read_labels(self, window: Window) -> np.ndarray:
         """Class indexes int64 (h, w) in a window."""
         return OPENED.use(self._labels).read(window)
+
+    def traces(self) -> dict[str, tuple[str, str]]:
+        """{modality, or "labels": its file and a cheap digest}; that of labels is made where they are read."""
+        images = {name: (raster.paths[0], raster_trace(OPENED.use(raster))) for name, raster in self._rasters.items()}
+        return {**images, "labels": (self._labels.path, "")}
 
     def bands(self) -> dict[str, int]:
         """{modality: number of bands that are read}."""

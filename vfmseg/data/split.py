@@ -15,6 +15,7 @@ import numpy as np
 from vfmseg.data.datasets_source import scenes_from_dataset
 from vfmseg.data.pairing import find, pair
 from vfmseg.data.scene import FileScene, SceneLike
+from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, nearest
 from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
@@ -153,8 +154,8 @@ def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
                     )
 
 
-def require_labels(scenes: Sequence[SceneLike], split: str, classes: int) -> list[int]:
-    """Read every label once, and count the pixels of each of `classes` classes.
+def require_labels(scenes: Sequence[SceneLike], split: str, classes: int, traces: Traces | None = None) -> list[int]:
+    """Read every label once, and count the pixels of each of `classes` classes; `traces` sees them as well.
 
     DataError for an id that is no class, if not a single pixel of the split is labelled, and if the images say nothing
     at any that is. Labels are small beside images; a wrong id found here costs seconds, found in the third epoch it
@@ -162,11 +163,13 @@ def require_labels(scenes: Sequence[SceneLike], split: str, classes: int) -> lis
     """
     counts = np.zeros(classes, dtype=np.int64)
     seen = False
-    for scene in scenes:
+    for number, scene in enumerate(scenes):
         height, width = scene.grid.height, scene.grid.width
         for row, col in product(range(0, height, 256), range(0, width, 2**16)):  # rows as files store them
             window = Window(row, col, min(256, height - row), min(2**16, width - col))
             labels = scene.read_labels(window)
+            if traces is not None:
+                traces.labels(number, labels)
             labelled = labels != IGNORE
             counts += np.bincount(labels[labelled], minlength=classes)
             if not seen and labelled.any():

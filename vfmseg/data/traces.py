@@ -56,7 +56,7 @@ def raster_trace(raster: Raster) -> str:
     digest = _hash()
     for path, info in raster.infos.items():
         digest.update(repr((info.grid.crs, info.grid.transform, info.grid.height, info.grid.width)).encode())
-        digest.update(repr((info.dtypes, info.nodata)).encode())
+        digest.update(repr((info.dtypes, info.nodata, info.bands, info.alpha, info.turn)).encode())
         for file in (path, *info.others):
             if os.path.isfile(file):
                 found = os.stat(file)

@@ -175,6 +175,27 @@ sys.exit(guarded(verb))
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
+def test_p63_a_new_segmenter_leaves_what_others_have_put_beside_the_old_one(tmp_path: Path) -> None:
+    from vfmseg.checkpoint import OWN
+    from vfmseg.files import whole_folder
+
+    best = tmp_path / "best"
+    with whole_folder(best, OWN) as aside:
+        (aside / "adapters").mkdir()
+        (aside / "head.safetensors").write_bytes(b"old")
+    (best / "adapters" / "a").write_bytes(b"old")
+    (best / "maps").mkdir()
+    for name in ("maps/labels.tif", "notes.txt"):
+        (best / name).write_bytes(b"mine")
+    (best / "link").symlink_to("notes.txt")
+    with whole_folder(best, OWN) as aside:
+        (aside / "head.safetensors").write_bytes(b"new")
+    found = {path.relative_to(best).as_posix(): path.read_bytes() for path in best.rglob("*") if path.is_file()}
+    kept = {"maps/labels.tif": b"mine", "notes.txt": b"mine", "link": b"mine"}
+    assert found == kept | {"head.safetensors": b"new"}
+    assert (best / "link").is_symlink()
+
+
 def test_p37_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vfmseg.files import whole_folder
 

@@ -93,10 +93,10 @@ def test_f3_a_run_that_meets_a_full_disk_in_its_first_save_goes_on(
     from vfmseg import checkpoint, files
     from vfmseg import finetune as script
 
-    def full(target: Path) -> Any:
+    def full(target: Path, *own: Any) -> Any:
         if target.name == file:
             raise OSError(28, "No space left on device", str(target))
-        return files.whole_folder(target) if file in ("best", "last") else files.whole_file(target)
+        return files.whole_folder(target, *own) if file in ("best", "last") else files.whole_file(target)
 
     with monkeypatch.context() as patch:
         if file in ("best", "last"):

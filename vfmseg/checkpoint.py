@@ -53,6 +53,7 @@ from vfmseg.record import encoder_of, facts_of
 
 FORMAT = 1
 MARK = "segmenter.json"  # a folder that holds it is a segmenter, and may be replaced by one
+OWN = frozenset({MARK, "recipe.yaml", "adapters", "head.safetensors", "encoder.safetensors", "README.md"})
 LIBRARIES = ("torch", "torchvision", "transformers", "peft", "accelerate", "rasterio", "datasets", "safetensors")
 
 
@@ -103,10 +104,10 @@ def save_segmenter(
 
 @contextlib.contextmanager
 def segmenter_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write a segmenter into; it replaces an older segmenter at the end, and nothing else."""
+    """A folder to write a segmenter into; it replaces an older segmenter at the end, and nothing else there."""
     require_own(folder, MARK)
     try:
-        with whole_folder(folder) as aside:
+        with whole_folder(folder, OWN) as aside:
             yield aside
     except SafetensorError as error:  # how safetensors reports a full disk
         raise MachineError(

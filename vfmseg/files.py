@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,11 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that takes the target's name only when the block ends without an error."""
+def whole_folder(target: Path, own: Collection[str] | None = None) -> Iterator[Path]:
+    """A folder to write into that takes the target's name only when the block ends without an error.
+
+    own: names of what is ours in a folder that it replaces; what else a person has put there stays. None: all of it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
@@ -129,6 +132,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 path.chmod(readable)  # safetensors makes files that nobody else may read
                 _flush(path)
         if target.exists():
+            if own is not None:
+                new = {*own, *(path.name for path in aside.iterdir())}
+                _carry_over([path for path in target.iterdir() if path.name not in new], aside)
             target.rename(old)
         aside.rename(target)
     except BaseException as error:
@@ -140,6 +146,22 @@ def whole_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _carry_over(paths: Iterable[Path], folder: Path) -> None:
+    """Put files and folders into another folder as well, without a copy of their bytes where the disk can do that."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, folder / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, folder / path.name)
+
+
+def _link(path: str | Path, twin: str | Path) -> None:
+    try:
+        os.link(path, twin, follow_symlinks=False)
+    except OSError:  # disks without hard links
+        shutil.copy2(path, twin, follow_symlinks=False)
 
 
 @contextlib.contextmanager

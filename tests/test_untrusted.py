@@ -15,8 +15,10 @@ from makers import recipe_dict, save_encoder, write_recipe
 from safetensors.torch import load_file, save_file
 
 from vfmseg import checkpoint
+from vfmseg.catalog import published_statistics
 from vfmseg.checkpoint import load_segmenter, save_segmenter
-from vfmseg.errors import CheckpointError, VfmsegError
+from vfmseg.encoders.build import build_encoder
+from vfmseg.errors import CheckpointError, RecipeError, VfmsegError
 from vfmseg.model import InputFacts, build_model
 from vfmseg.recipe import load_recipe
 
@@ -216,3 +218,34 @@ def test_f11_the_order_of_modalities_in_the_record_means_nothing(tmp_path: Path)
     three = {"bands": 3, "dtype": "uint8", "normalize": "encoder", "statistics": None}
     facts = facts_of(tmp_path / "segmenter.json", {"input": {"dem": one, "rgb": three}}, loaded)
     assert list(facts.bands) == ["rgb", "dem"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_mean", [float("nan"), 0.5, 0.5]),
+        ("image_mean", [1e400, 0.5, 0.5]),
+        ("image_mean", [10**400, 0.5, 0.5]),
+        ("image_std", [float("nan"), 0.5, 0.5]),
+        ("image_std", [0.5, float("nan"), 0.5]),
+        ("image_std", [0.5, -0.5, 0.5]),
+        ("image_std", [1e400, 0.5, 0.5]),
+    ],
+)
+def test_f11_published_statistics_are_numbers(tmp_path: Path, key: str, value: list[float]) -> None:
+    content = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3} | {key: value}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: .*copy the folder again"):
+        published_statistics("dinov2", str(tmp_path))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(1e400, 2.0), (float("nan"), 2.0), (1.0, float("nan")), (1.0, 1e400)])
+def test_f11_statistics_of_callers_are_numbers(mean: float, std: float) -> None:
+    with pytest.raises(RecipeError, match="expected one finite mean and one std above 0"):
+        build_encoder("builtin", None, 4, [1.0, 1.0, mean, 1.0], [1.0, 1.0, std, 1.0])
+
+
+@pytest.mark.parametrize("upscale", [1e6, float("nan"), float("inf"), 0.0, -1.0])
+def test_f6_upscale_of_callers_is_bounded_too(upscale: float) -> None:
+    with pytest.raises(RecipeError, match=r"model\.encoder\.upscale = .* must be above 0 and at most 16"):
+        build_encoder("builtin", None, 3, upscale=upscale)

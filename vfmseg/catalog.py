@@ -6,6 +6,7 @@ prints `checkpoints.md`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +110,14 @@ def _of_folder(checkpoint: str | None) -> Statistics | None:
         if not content.get("do_normalize", True) or "image_mean" not in content:
             return None
         (r, g, b), (sr, sg, sb) = ([float(value) for value in content[key]] for key in ("image_mean", "image_std"))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
         raise CheckpointError(
             f"{file}: not understood ({type(error).__name__}: {error}); expected image_mean and image_std with three "
             "numbers each, as transformers writes them; copy the folder again"
         ) from None
-    if min(sr, sg, sb) <= 0:
+    if not all(math.isfinite(value) for value in (r, g, b)):
+        raise CheckpointError(f"{file}: image_mean = {[r, g, b]}; expected finite numbers; copy the folder again")
+    if not all(0 < value < math.inf for value in (sr, sg, sb)):
         raise CheckpointError(f"{file}: image_std = {[sr, sg, sb]}; expected numbers above 0; copy the folder again")
     return (r, g, b), (sr, sg, sb)
 

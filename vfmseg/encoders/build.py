@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from vfmseg.encoders.sam import SAM
 from vfmseg.encoders.settings import MOST_PARAMETERS, plain_settings
 from vfmseg.encoders.stem import Project, Published, Widen
 from vfmseg.errors import RecipeError, nearest
+from vfmseg.recipe.model import LARGEST_UPSCALE
 
 ENCODERS: dict[str, Family] = {"sam": SAM, "dinov2": DINOV2, "clip": CLIP, "builtin": BUILTIN}
 
@@ -156,17 +158,21 @@ def _statistics(
             )
         published = published_statistics(family.name, checkpoint)
         return tuple(255 * m for m in published[0]), tuple(255 * s for s in published[1])
-    if len(mean) != in_channels or len(std) != in_channels or min(std) <= 0:
+    if len(mean) != in_channels or len(std) != in_channels or not _usable(mean, std):
         raise RecipeError(
-            f"encoder: {len(mean)} means and {len(std)} stds for {in_channels} channels; expected one mean and one "
-            "std above 0 for each channel"
+            f"encoder: {len(mean)} means and {len(std)} stds for {in_channels} channels; expected one finite mean and "
+            "one std above 0 for each channel"
         )
     return mean, std
 
 
+def _usable(mean: Sequence[float], std: Sequence[float]) -> bool:
+    return all(math.isfinite(value) for value in mean) and all(0 < value < math.inf for value in std)
+
+
 def _check_input(in_channels: int, input: str | None, upscale: float) -> None:
-    if upscale <= 0:
-        raise RecipeError(f"model.encoder.upscale = {upscale} must be above 0")
+    if not 0 < upscale <= LARGEST_UPSCALE:
+        raise RecipeError(f"model.encoder.upscale = {upscale} must be above 0 and at most {LARGEST_UPSCALE:g}")
     if input not in (None, "widen", "project"):
         raise RecipeError(f"model.encoder.input = {input} is not a way in; {nearest(str(input), ('widen', 'project'))}")
     if input is not None and in_channels == 3:

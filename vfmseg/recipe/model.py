@@ -12,6 +12,7 @@ from vfmseg.catalog import CATALOG
 from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole, show
 
 MOST_BLOCKS = 256  # of an encoder; the deepest published one has 48
+LARGEST_UPSCALE = 16.0  # of an image: it then takes 256 times the memory
 LARGEST_WIDTH = 8192  # of a decoder or adapter, several times that of any encoder
 
 
@@ -23,7 +24,7 @@ class _AnyEncoder(Section):
         default=None, min_length=1, max_length=MOST_BLOCKS, examples=[[3, 6, 9, 12]]
     )
     """Blocks whose outputs the decoder gets, counted from 1; left out: the four quarter points."""
-    upscale: Annotated[Number, Field(gt=0, le=16)] = 1.0
+    upscale: Annotated[Number, Field(gt=0, le=LARGEST_UPSCALE)] = 1.0
     """The image is enlarged by this factor before the encoder: finer tokens for small objects, at a price."""
     input: Literal["widen", "project"] | None = None
     """How other than three bands enter the published weights."""

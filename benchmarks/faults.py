@@ -175,7 +175,8 @@ def page() -> str:
     """The page of the documentation with the table as it is now."""
     written = PAGE.read_text(encoding="utf-8")
     before, after = written[: written.index(BEGIN)], written[written.index(END) :]
-    return f"{before}{BEGIN}\n{show(json.loads(RESULTS.read_text(encoding='utf-8')))}\n{after}"
+    made = show(json.loads(RESULTS.read_text(encoding="utf-8"))) if RESULTS.is_file() else ""  # a tree not tried yet
+    return f"{before}{BEGIN}\n{made}{after}"
 
 
 def show(result: dict[str, Any]) -> str:
@@ -184,7 +185,7 @@ def show(result: dict[str, Any]) -> str:
     names = ("python", "torch", "transformers", "peft", "rasterio", "gdal")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names)
     made = f"`python benchmarks/faults.py --seed {result['seed']}`, {result['minutes']:.0f} minutes"
-    return f"\n{table(result['kinds'])}\n\n{made} on {result['machine']}; {libraries}.\n"
+    return f"\n{table(result['kinds'])}\n\n{made} on {result['machine']}; {libraries}.\n\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

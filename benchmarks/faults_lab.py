@@ -71,7 +71,7 @@ class Ended:
     @property
     def tail(self) -> str:
         """The last line that it said."""
-        lines = [line for line in self.said.splitlines() if line.strip()]
+        lines = [line for line in self.said.splitlines() if any(sign.isalnum() for sign in line)]
         return lines[-1][:300] if lines else "(nothing said)"
 
     def refusal(self, seconds: float = QUICK, names: str = "") -> str:

@@ -450,6 +450,7 @@ def test_cuda_without_a_number_is_the_device_of_this_process(monkeypatch: pytest
     from vfmseg.inference.ranks import usable_device
 
     monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.ones(size))

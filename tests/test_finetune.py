@@ -556,7 +556,9 @@ def test_p49_processes_that_are_not_connected_are_an_error(
 ) -> None:
     """Each of them would train a model of its own, and all would write it to one place."""
     monkeypatch.setattr("accelerate.Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(MachineError, match="2 processes were started, but accelerate connected 1"):
         run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -70,7 +70,7 @@ def held(lock: Path, target: Path, doing: str, shared: bool = False) -> Iterator
     try:
         handle = _take(lock, target, doing, shared)
         try:
-            with _signs_of_life(handle):
+            with _signs_of_life(lock, handle):
                 yield
         finally:
             _give_back(lock, handle)
@@ -96,7 +96,7 @@ def also_held(lock: Path, target: Path, doing: str) -> Iterator[None]:
         os.close(handle)
         raise
     try:
-        with _signs_of_life(handle):
+        with _signs_of_life(lock, handle):
             yield
     finally:
         _give_back(lock, handle)
@@ -255,14 +255,14 @@ def _kernel() -> str:
 
 
 @contextlib.contextmanager
-def _signs_of_life(handle: int) -> Iterator[None]:
+def _signs_of_life(lock: Path, handle: int) -> Iterator[None]:
     """Renew the time of the lock file while the block runs."""
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
-                os.utime(handle)
+                os.utime(handle if os.utime in os.supports_fd else lock)
 
     thread = threading.Thread(target=beat, name="vfmseg-lock", daemon=True)
     thread.start()

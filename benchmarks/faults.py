@@ -131,13 +131,14 @@ def run(options: argparse.Namespace) -> int:
             most = KINDS[kind].usual if options.trials is None else options.trials
             numbers = [int(only[kind])] if only else chosen(len(trials), most, options.seed)
             results = make_trials(trials, numbers, scratch, options.jobs)
-            failures += [told(kind, result, options.seed) for result in results if result.found]
+            broken = [told(kind, result, options.seed) for result in results if result.found]
+            failures += broken
             good = sum(not result.found for result in results)
             held[kind] = {"tried": len(results), "held": good, "of": len(trials)}
             passed = round(time.perf_counter() - started)
             print(f"{kind}: {good} of {len(results)} held, {passed} s so far", file=sys.stderr, flush=True)
+            print("".join(f"{lines}\n" for lines in broken), end="", flush=True)
     print(table(held))
-    print("\n".join(failures))
     report = options.json or (RESULTS if not only and list(held) == list(KINDS) else None)
     if report:
         minutes = round((time.perf_counter() - started) / 60, 1)

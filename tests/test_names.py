@@ -23,7 +23,7 @@ from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.reader import Bands
 from vfmseg.how import How
 from vfmseg.inference.worklist import scenes_of
-from vfmseg.patterns import readings
+from vfmseg.paths import readings
 from vfmseg.predict import Wanted, predict
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import guarded

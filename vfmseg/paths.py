@@ -1,7 +1,8 @@
-"""What a name given to GDAL leads to on this disk: a file, a data set inside one, or a file inside an archive."""
+"""What a name leads to on this disk: a file, a data set inside one, a file inside an archive, or what a pattern fits."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -35,6 +36,21 @@ def made_absolute(name: str, folder: str) -> str:
     for path, start, end in _found(name, folder):
         return name[:start] + os.path.abspath(path) + name[end:]
     return name
+
+
+def readings(pattern: str) -> list[str]:
+    """What a pattern may mean to `glob`, the likeliest first: a folder that is there by its letters is no pattern.
+
+    `data[1]/*.tif` is about the folder data[1] where there is one; and what no file matches is tried once more with its
+    brackets as letters.
+    """
+    parts = pattern.replace(os.sep, "/").split("/")
+    known = 0
+    while known < len(parts) - 1 and os.path.isdir("/".join(parts[: known + 1]) + "/"):
+        known += 1
+    start, rest = [glob.escape(part) for part in parts[:known]], parts[known:]
+    letters = [part.replace("[", "[[]") for part in rest]
+    return ["/".join([*start, *rest]), *(["/".join([*start, *letters])] if letters != rest else [])]
 
 
 def _found(name: str, folder: str) -> Iterator[tuple[str, int, int]]:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from vfmseg.errors import DataError
 from vfmseg.geo.trust import require_file
-from vfmseg.paths import elsewhere, files_behind
-from vfmseg.patterns import readings
+from vfmseg.paths import elsewhere, files_behind, readings
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img")
 """What is picked up from a folder that is named without a pattern."""

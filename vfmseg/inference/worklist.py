@@ -12,7 +12,7 @@ from vfmseg.errors import DataError
 from vfmseg.geo.trust import require_file
 from vfmseg.inference.job import product_path
 from vfmseg.jsonfile import read_json
-from vfmseg.patterns import readings
+from vfmseg.paths import readings
 
 IMAGES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 """Suffixes that count as scenes in a folder."""

@@ -1,4 +1,4 @@
-"""What a name leads to on this disk: a file, a data set inside one, a file inside an archive, or what a pattern fits."""
+"""What a name leads to on this disk: a file, a data set inside one, a file in an archive, what a pattern fits."""
 
 from __future__ import annotations
 

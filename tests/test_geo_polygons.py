@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -520,3 +522,26 @@ def test_a_missing_extra_is_named(tmp_path: Path, old: Path, monkeypatch: pytest
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MachineError, match=r"a\.gpkg: .*pip install 'vfmseg\[vector\]'"):
         write_polygons(path, old)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "UPDATE gpkg_contents SET min_x = NULL",
+        "UPDATE gpkg_ogr_contents SET feature_count = NULL",
+        "DROP TRIGGER trigger_insert_feature_count_polygons",
+    ],
+)
+def test_p37_a_geopackage_that_was_not_closed_is_never_published(tmp_path: Path, lost: str) -> None:
+    """On a full disk GDAL may write all polygons, and fail in silence at what it writes when it closes the file."""
+    target = tmp_path / "labels.gpkg"
+    count = write_polygons(save(tmp_path / "labels.tif", RING), target)
+    finished = target.rename(tmp_path / "finished ?#%.gpkg")
+    module._publish(finished, target, count)  # as it is, it is whole
+    target.rename(finished)
+    with contextlib.closing(sqlite3.connect(finished)) as stored:
+        stored.execute(lost)
+        stored.commit()
+    with pytest.raises(MachineError, match=r"its table of contents is not complete.*make room"):
+        module._publish(finished, target, count)
+    assert not target.exists()

@@ -10,10 +10,12 @@ import glob
 import os
 import re
 import shutil
+import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from rasterio.crs import CRS
@@ -296,9 +298,23 @@ def _publish(finished: Path, target: Path, count: int) -> None:
         held = pyogrio.read_info(finished, layer=_LAYER, force_feature_count=True)["features"]
         if held != count:
             raise OSError(f"{held} of {count} polygons arrived")
+        if finished.suffix.lower() == ".gpkg":
+            _require_closed(finished, count)
         for suffix in _JOURNALS:
             target.with_name(target.name + suffix).unlink(missing_ok=True)
         os.replace(finished, target)
+
+
+def _require_closed(package: Path, count: int) -> None:
+    """OSError if a GeoPackage lacks what GDAL writes into it last of all; on a full disk that fails without a word."""
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(package))}?mode=ro", uri=True)) as stored:
+        (placed,) = stored.execute("SELECT min_x IS NOT NULL AND max_y IS NOT NULL FROM gpkg_contents").fetchone()
+        (noted,) = stored.execute("SELECT feature_count FROM gpkg_ogr_contents").fetchone()
+        (kept,) = stored.execute(
+            "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND name LIKE '%_feature_count_%'"
+        ).fetchone()
+    if noted != count or kept != 2 or (count and not placed):
+        raise OSError("its table of contents is not complete")
 
 
 @contextlib.contextmanager
@@ -308,7 +324,7 @@ def _machine(target: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
+    except (OSError, sqlite3.Error, pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
         raise MachineError(
             f"{target}: could not be written ({error}); nothing was left behind: make room or choose another disk, "
             "then run again"

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -317,15 +318,15 @@ def _save_encoder(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{file or folder: what it holds}, hidden ones too; without the times and this folder's name in it."""
+    """{file or folder: what it holds}, hidden ones too; without times and the name of a run's folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        found[name] = "folder" if path.is_dir() else _content(path, folder)
+        found[name] = "folder" if path.is_dir() else _content(path)
     return found
 
 
-def _content(path: Path, folder: Path) -> str:
+def _content(path: Path) -> str:
     if path.name == "state.pt":  # holds seconds; what it is good for is seen when the run goes on
         return "state"
     data = path.read_bytes()
@@ -334,7 +335,12 @@ def _content(path: Path, folder: Path) -> str:
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(where, uri=True)) as tables:
             data = "".join(tables.iterdump()).encode()
     elif path.name == "recipe.yaml":
-        data = data.replace(os.fsencode(folder), b"")
+        data = re.sub(rb"(?m)^output_dir: .*", b"", data)
+    elif path.name == "segmenter.json":  # its digests tell the folder's name, by that of recipe.yaml
+        record = json.loads(data)
+        record.get("files", {}).pop("recipe.yaml", None)
+        record.pop("sha256", None)
+        data = json.dumps(record).encode()
     elif path.name == "metrics.jsonl":
         data = json.dumps([_timeless(json.loads(line)) for line in data.splitlines()]).encode()
     elif path.name == "metrics.json":

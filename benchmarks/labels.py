@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from vfmseg.checkpoint import load_segmenter
-from vfmseg.geo.grid import Window, spans
+from vfmseg.geo.grid import Spans, Window
 from vfmseg.geo.reader import Raster
 from vfmseg.how import How, settle
 from vfmseg.inference.plan import Plan
@@ -47,7 +47,7 @@ SEAMS = (("none", 0.0), ("none", 0.25), ("average", 0.25), ("gaussian", 0.25), (
 
 def borders(size: int, tile: int, overlap: float, blend: str) -> np.ndarray:
     """Positions i such that a tile's say ends or begins between pixels i - 1 and i."""
-    parts = spans(size, tile, int(tile * overlap))
+    parts = list(Spans(size, tile, int(tile * overlap)))
     if blend == "none":
         places = {core for _, core, _ in parts[1:]}
     else:

@@ -74,7 +74,7 @@ def test_f19_an_adapter_that_is_not_merged_is_called_one(base: Path, tmp_path: P
         ({"config.json": "{}"}, "no weights.*download the whole repository"),
         ({"weights.pth": ""}, "weights.pth is weights of PyTorch without a description.*checkpoints.md"),
         ({"config.json": "{}", "model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
-        ({"config.json": '{"model_type": "sam2"}', "model.safetensors": ""}, "model_type = sam2.*checkpoints.md"),
+        ({"config.json": '{"model_type": "sam2"}', "model.safetensors": ""}, "model_type = 'sam2'.*checkpoints.md"),
     ],
 )
 def test_f19_what_is_no_encoder_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:

@@ -357,7 +357,7 @@ def test_p63_a_folder_with_the_users_own_files_is_no_run(
 
 
 def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
-    data: Path, encoders: dict[str, Path], tmp_path: Path
+    data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["train"]["epochs"] = 1
@@ -373,6 +373,15 @@ def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(DataError, match="cut short"):
         run(tmp_path, broken, overwrite=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def fails(*_: object) -> None:
+        raise DataError("an image that is read for the first time is cut short")
+
+    monkeypatch.setattr("vfmseg.loop.Loop._step", fails)
+    content["train"]["optimizer"]["lr"] = 0.02
+    with pytest.raises(DataError, match="cut short"):
+        run(tmp_path, content, overwrite=True)
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     state = tmp_path / "run" / "state.pt"  # the results stay, but it is the new run that can be gone on with
     assert after.pop(state) != before.pop(state)

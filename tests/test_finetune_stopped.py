@@ -133,7 +133,9 @@ def scored(patch: pytest.MonkeyPatch, *scores: float) -> None:
 
     class Confusion:
         def scores(self, names: list[str]) -> dict[str, Any]:
-            return {"miou": next(following)}
+            score = next(following)
+            classes = {name: {"iou": score, "support": 1} for name in ("ground", "disc")}
+            return {"miou": score, "classes": classes, "absent": [], "classes_in_mean": 2}
 
     patch.setattr("vfmseg.loop.score_windows", lambda *_: Confusion())
 

@@ -178,8 +178,8 @@ def test_p26_a_nodata_value_in_any_band_hides_the_pixel(tmp_path: Path, dtype: s
     array[:, 4, 5] = value
     path = write(tmp_path / "a.tif", array, nodata=value if said_by == "file" else None)
     _, valid = read_all(path, Bands(scale=0.5, offset=1, nodata=value if said_by == "recipe" else None))
-    # an unsigned number may be a measurement, so the file's value hides where all bands hold it, as GDAL's masks say
-    alone = said_by == "recipe" or not dtype.startswith("u")
+    # any 8-bit number may be a measurement, so the file's value hides where all bands hold it, as GDAL's masks say
+    alone = said_by == "recipe" or dtype != "uint8"
     assert spots(valid) == ([(2, 3), (4, 5)] if alone else [(4, 5)])
 
 
@@ -332,12 +332,12 @@ def test_p26_mask_band_nodata_and_nan_add_up(tmp_path: Path) -> None:
 
 def test_files_are_stacked_and_bands_count_through_them(tmp_path: Path) -> None:
     first, second = noise(3), noise(2, dtype="uint16") + 300
-    first[:, 4, 5], second[:, 4, 5] = 7, 309
+    first[:, 4, 5] = 7
     paths = [
         write(tmp_path / "a.tif", first, nodata=7, **PLACE),
         write(tmp_path / "b.tif", second, nodata=309, **PLACE),
     ]
-    hidden = (first == 7).all(axis=0) & (second == 309).all(axis=0)
+    hidden = (first == 7).all(axis=0) | (second == 309).any(axis=0)
     assert hidden.any()
     assert not hidden.all()
     both = np.concatenate([first, second]).astype(np.float32)

@@ -78,8 +78,12 @@ def test_f5_key_path_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
     assert line.endswith("is not key.path=value; write for example train.epochs=3")
 
 
-def test_f5_text_without_end_is_not_read_to_its_end() -> None:
+def test_f5_text_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with (tmp_path / "r.yaml").open("wb") as file:
+        file.truncate(2**40)  # a hole
     with pytest.raises(RecipeError, match=f"expected a recipe of at most {LONGEST:,}"):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(DataError, match="is a device, no regular file"):
         load_recipe("/dev/zero")
 
 

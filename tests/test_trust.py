@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -488,3 +489,22 @@ def test_f7_every_name_in_a_virtual_raster_is_found(tmp_path: Path, opens: str) 
     scene.write_text(vrt("a.tif").replace("</VRTDataset>", opens.format("/vsis3/bucket/a.tif") + "</VRTDataset>"))
     with pytest.raises(DataError, match=r"names /vsis3/bucket/a\.tif, which lies behind a server"):
         use(scene)
+
+
+def test_f7_a_chain_of_virtual_rasters_ends_in_one_message(tmp_path: Path) -> None:
+    write_raster(tmp_path / "0.vrt", np.ones((4, 4), dtype=np.uint8))
+    for number in range(1, 1500):
+        (tmp_path / f"{number}.vrt").write_text(vrt(f"{number - 1}.vrt"))
+    with pytest.raises(DataError, match="over a virtual raster, and so on without end"):
+        use(tmp_path / "1499.vrt")
+
+
+def test_f6_a_header_that_claims_huge_blocks_is_not_believed(tmp_path: Path) -> None:
+    """A TIFF of 200 bytes whose only tile is of 2^31 px: GDAL would ask for 2 GiB at the first pixel."""
+    entries = [(256, 4, 96), (257, 4, 96), (258, 3, 8), (259, 3, 1), (262, 3, 1), (277, 3, 1), (322, 4, 2**16),
+               (323, 4, 2**15), (324, 4, 8), (325, 4, 100)]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    content = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + b"\0" * 4
+    (tmp_path / "a.tif").write_bytes(content.ljust(200, b"\0"))
+    with pytest.raises(DataError, match="claims blocks of 32768 x 65536 px in a file of 200 bytes"):
+        use(tmp_path / "a.tif")

@@ -81,9 +81,13 @@ class InputFacts:
     statistics: dict[str, BandStatistics]  # only for modalities that are normalised by the data set
     said: dict[str, tuple[BandSaid, ...]] = field(default_factory=dict)  # what the files say of their bands
 
+    def __post_init__(self) -> None:
+        for name, count in self.bands.items():  # what nobody said
+            self.said.setdefault(name, (BandSaid(),) * count)
+
     def plain(self, name: str) -> bool:
         """Whether the values of a modality are the numbers that its files store."""
-        return not any(band.scaled for band in self.said.get(name, ()))
+        return not any(band.scaled for band in self.said[name])
 
 
 def normalization(recipe: Recipe, facts: InputFacts) -> dict[str, str]:

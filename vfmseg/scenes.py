@@ -140,7 +140,7 @@ def require_same_task(recipe: Recipe, trained: Recipe) -> None:
         )
     for name in before:
         changed = [
-            f"{'bands' if key == 'indexes' else key} = {value} instead of {was}"
+            f"{'bands' if key == 'indexes' else key} = {value} instead of {_shown(was)}"
             for (key, value), was in zip(asdict(bands[name]).items(), asdict(before[name]).values(), strict=True)
             if value != was and not (value is None and key in ("scale", "offset"))  # then as in training
         ]
@@ -149,6 +149,10 @@ def require_same_task(recipe: Recipe, trained: Recipe) -> None:
                 f"data.modalities.{name}: read with {', '.join(changed)} as in training; scores mean "
                 "something only if the values mean the same"
             )
+
+
+def _shown(value: object) -> object:
+    return "the files' own" if value is None else value
 
 
 def value_ranges(facts: InputFacts) -> dict[str, float]:

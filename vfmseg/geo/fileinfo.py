@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,12 @@ from vfmseg.geo.said import BandSaid, said_of, split_alpha
 
 _NO_PIXELS = (".aux.xml", ".ovr")
 """Files that GIS programs put beside a raster when they show it."""
+
+LARGEST_BLOCK = 2**28
+"""Pixels of a block that no file has to justify."""
+
+DENSEST = 10_000
+"""Pixels for each byte of a file, beyond which larger blocks are not believed; deflate reaches 1030."""
 
 _HIGHEST = 1024
 """Most rows that count as a block of a mosaic: whole blocks are read ahead, and one may be as high as a tile."""
@@ -57,6 +64,7 @@ def describe(dataset: Any, path: str) -> FileInfo:
     alpha, not_alpha = split_alpha(dataset)
     turn = Turn(orientation_of(dataset, path), dataset.height, dataset.width)
     block = _block(dataset, others)
+    _require_plausible(block, dataset, path)
     return FileInfo(
         grid=Grid(_crs_text(dataset.crs, path), tuple(dataset.transform)[:6], *turn.shown_size),
         dtypes=tuple(str(dtype) for dtype in dataset.dtypes),
@@ -83,6 +91,16 @@ def _block(dataset: Any, others: Sequence[str]) -> tuple[int, int]:
             rows, cols = tile.block_shapes[0]
             return min(rows, _HIGHEST), cols
     return dataset.block_shapes[0]
+
+
+def _require_plausible(block: tuple[int, int], dataset: Any, path: str) -> None:
+    """DataError for a small file whose header claims blocks that would fill the memory as soon as one is read."""
+    pixels = block[0] * block[1]
+    if pixels > LARGEST_BLOCK and os.path.isfile(path) and pixels > DENSEST * os.path.getsize(path):
+        raise DataError(
+            f"{path}: its header claims blocks of {block[0]} x {block[1]} px in a file of {os.path.getsize(path)} "
+            "bytes: it is damaged; if it is not, write it again in tiles (gdal_translate -co TILED=YES)"
+        )
 
 
 def _belonging(dataset: Any) -> set[str]:

@@ -107,10 +107,16 @@ def vet(path: str) -> None:
     if trusted() or is_remote(path):
         return
     path = _LOCAL.sub("", path)
-    if path.lstrip().startswith("<"):
-        _vet_virtual(path.encode(), path[:40], os.curdir, set())
-    for piece in [path] if os.path.isfile(path) else _pieces(path):
-        _vet_file(piece, set())
+    try:
+        if path.lstrip().startswith("<"):
+            _vet_virtual(path.encode(), path[:40], os.curdir, set())
+        for piece in [path] if os.path.isfile(path) else _pieces(path):
+            _vet_file(piece, set())
+    except RecursionError:
+        raise DataError(
+            f"{path[:200]}: is a virtual raster over a virtual raster, and so on without end; build one over the tiles "
+            "themselves (gdalbuildvrt)"
+        ) from None
 
 
 def vet_opened(path: str, driver: str, overviews: Mapping[str, str]) -> None:

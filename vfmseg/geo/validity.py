@@ -1,9 +1,9 @@
 """Which stored numbers mean "nothing measured here", and how many pixels that hides.
 
     said by                                     hides a pixel where
-    nodata of the file, unsigned whole numbers  all bands that are read hold theirs: each number may be measured
+    nodata of the file, 8-bit numbers           all bands that are read hold theirs: each of 256 may be measured
     nodata 0, of the file or the recipe         all bands that are read hold 0: one dark band is a measurement
-    any other nodata                            any band that is read holds it: no sensor measures -9999
+    any other nodata                            any band that is read holds it: no sensor measures it
     NaN, infinity, numbers beyond +-1e37        any band that is read holds one
 
 What mask and alpha bands hide is added in `reader`.
@@ -48,7 +48,7 @@ def no_numbers(values: np.ndarray) -> np.ndarray:
 
 def hides_alone(nodata: float, dtype: np.dtype, of_file: bool) -> bool:
     """Whether one band with this nodata value hides the pixel; else all bands must hold theirs."""
-    return nodata != 0 and not (of_file and dtype.kind == "u")
+    return nodata != 0 and not (of_file and dtype == np.uint8)
 
 
 @dataclass

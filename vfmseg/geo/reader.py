@@ -289,28 +289,35 @@ class Raster:
         """Values and validity of a window inside the files, on their own grid, in a type that holds them."""
         layers = self._layers
         values = np.empty((len(layers), *window.shape), dtype=kind)
-        bad = np.zeros(window.shape, dtype=bool)
         empty: dict[str, np.ndarray] = {}  # where all bands so far hold their number of this source
+        hidden: dict[str, np.ndarray] = {}  # where any band so far says so, by cause
+
+        def hide(cause: str, hit: np.ndarray) -> None:
+            hidden[cause] = hidden[cause] | hit if cause in hidden else hit
+
         for number, file in enumerate(self._files):
             slots = [slot for slot, layer in enumerate(layers) if layer.file == number]
             if not slots:
                 continue
             bands = [layers[slot].band for slot in slots]
             for cause, hit in file.read_hidden(bands, window).items():
-                bad |= self.hidden.by(cause, hit)
+                hide(cause, hit)
             for slot, stored in zip(slots, file.read(bands, window), strict=True):
                 layer = layers[slot]
                 for mark in layer.any_of:
-                    bad |= self.hidden.by(f"nodata {mark:g}", equals(stored, mark))
+                    hide(f"nodata {mark:g}", equals(stored, mark))
                 for source, mark in layer.all_of.items():
                     hit = equals(stored, mark)
                     empty[source] = empty[source] & hit if source in empty else hit
                 values[slot] = _scaled(stored, layer.scale, layer.offset) if kind.kind == "f" else stored
                 if stored.dtype.kind == "f" or (layer.scale, layer.offset) != (1.0, 0.0):
-                    bad |= self.hidden.by("no number", no_numbers(values[slot]))
+                    hide("no number", no_numbers(values[slot]))
         for source, hit in empty.items():
             marks = sorted({f"{layer.all_of[source]:g}" for layer in layers if source in layer.all_of})
-            bad |= self.hidden.by(f"nodata {' and '.join(marks)} in all bands", hit)
+            hide(f"nodata {' and '.join(marks)} in all bands", hit)
+        bad = np.zeros(window.shape, dtype=bool)
+        for cause, hit in hidden.items():
+            bad |= self.hidden.by(cause, hit)
         self.hidden.pixels += bad.size
         values[:, bad] = 0
         return values, ~bad

@@ -344,6 +344,8 @@ def test_f16_order_that_is_not_told(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels, array)
     expected = "does not say which of its bands are red, green, blue: 1, 2, 3 are taken for them"
     assert notes_of(raster) == {"unnamed": expected}
+    one = read(write_raster(tmp_path / "dem.tif", array[:1]), Bands(like=(BandSaid("tile 33"),)))[2]
+    assert notes_of(one) == {}
     silent = read(tmp_path / "a.tif", Bands(like=read(tmp_path / "a.tif")[2].said))[2]
     assert notes_of(silent) == {}
 

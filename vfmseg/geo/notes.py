@@ -40,7 +40,7 @@ def _of_order(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
         count = len(there) - sum(len(info.alpha) for info in raster.infos.values())
         expected = raster.bands.indexes or tuple(range(1, count + 1))
         return {} if raster.places == expected else {"order": f"has {names} as its bands {places}, and is read so"}
-    if places_by_name(like, like) is None:  # the training files do not say it either
+    if places_by_name(like, like) is None or len(like) == len(there) == 1:  # nobody says it, or there is no order
         return {}
     return {"unnamed": f"does not say which of its bands are {names}: {places} are taken for them"}
 

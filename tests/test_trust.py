@@ -204,12 +204,20 @@ def test_f7_trust_is_one_setting(
 
 def test_f7_a_name_with_a_server_is_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trust.closed_network("a.tif")
-    assert trust.closed_network("zip://a.zip!a.tif")
+    for name in ("zip://a.zip!a.tif", "VRT://a.tif?bands=1", "vrt://vrt://a.tif"):
+        assert trust.closed_network(name)
     assert not trust.closed_network("s3://bucket/a.tif")
     assert not trust.closed_network("a.tif")  # read beside the other one: GDAL's settings are those of a process
     monkeypatch.setattr(trust, "_asked_servers", False)
     monkeypatch.setenv("VFMSEG_TRUST", "1")
     assert not trust.closed_network("a.tif")
+
+
+@pytest.mark.parametrize("before", ["PNG JPEG", "PNG,JPEG"])
+def test_f7_drivers_that_a_user_skips_stay_skipped(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    monkeypatch.setenv("GDAL_SKIP", before)
+    trust.close_services()
+    assert os.environ["GDAL_SKIP"].startswith("PNG,JPEG,WMS,")
 
 
 def test_f7_commands_have_no_drivers_of_services() -> None:
@@ -241,6 +249,42 @@ def test_f7_bytes_of_files_elsewhere_are_no_pixels(tmp_path: Path, how: str) -> 
         scene.write_text(raw(names[how], relative=0 if how in ("absolute", "device") else 1))
     with pytest.raises(DataError, match="is a device" if how == "device" else "outside of its folder.*VFMSEG_TRUST=1"):
         use(scene)
+
+
+BESIDE = ("scene.tif.MSK", "Scene.tif.msk", "of a tile", "archive", "tile in an archive", "DIMAP")
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_f7_nor_by_files_that_are_found_beside_a_scene(tmp_path: Path, how: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(range(256)) * 32)
+    scene = picture(tmp_path / "place" / "scene.tif")
+    flag = '<Metadata><MDI key="INTERNAL_MASK_FLAGS_1">2</MDI></Metadata><VRTRasterBand'
+    mask = "<!-- -->" + raw(str(secret), 0).replace("UInt16", "Byte").replace("<VRTRasterBand", flag, 1)
+    if "archive" in how:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.write(scene, "a.tif")
+            archive.writestr("a.tif.msk", mask)
+        inside = f"/vsizip/{tmp_path}/a.zip/a.tif"
+        scene.write_text(vrt(inside, 0))
+        name = inside if how == "archive" else str(scene)
+    elif how == "DIMAP":
+        (scene.parent / "pixels.tif").write_text("<!-- -->" + raw("../secret"))
+        scene.write_text(
+            '<Dimap_Document name="a"><Metadata_Id><METADATA_FORMAT version="1.1">DIMAP</METADATA_FORMAT></Metadata_Id>'
+            f"<Raster_Dimensions><NCOLS>{SIZE}</NCOLS><NROWS>{SIZE}</NROWS><NBANDS>1</NBANDS></Raster_Dimensions>"
+            "<Data_Access><DATA_FILE_FORMAT>GEOTIFF</DATA_FILE_FORMAT><Data_File><DATA_FILE_PATH href='pixels.tif'/>"
+            "</Data_File></Data_Access></Dimap_Document>"
+        )
+        name = str(scene)
+    else:
+        (scene.parent / ("scene.tif.Msk" if how == "of a tile" else how)).write_text(mask)
+        name = str(scene)
+        if how == "of a tile":
+            name = str(tmp_path / "mosaic.vrt")
+            (tmp_path / "mosaic.vrt").write_text(vrt("place/scene.tif"))
+    with pytest.raises(DataError, match="VFMSEG_TRUST=1"):
+        use(name)
 
 
 def test_f7_raw_bands_beside_their_vrt_are_read(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def open_dataset(path: str, mode: str = "r", **profile: Any) -> Any:
             return rasterio.open(path, mode, **profile)
         dataset = rasterio.open(path) if is_remote(path) else DatasetReader(path, driver=trust.drivers_for(path))
     try:
-        trust.vet_opened(path, dataset.driver, dataset.tags(ns="OVERVIEWS"))
+        trust.vet_opened(path, dataset.driver, dataset.files, dataset.tags(ns="OVERVIEWS"))
     except DataError:
         dataset.close()
         raise

@@ -10,7 +10,8 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from vfmseg.errors import DataError
@@ -39,7 +40,7 @@ _INSIDE = re.compile(r"(?:NETCDF|HDF4_\w+|HDF5|GPKG|GTIFF_DIR|NITF_IM|DIMAP|BAG|
 """Beginnings of the names of data sets inside a file."""
 
 _SERVER = re.compile(r"://|/vsi(?:curl|s3|gs|az|adls|oss|swift|hdfs|webhdfs)(?:_streaming)?/")
-_LOCAL = re.compile(r"^(?:vrt|file|zip|tar|gzip)://")
+_LOCAL = re.compile(r"^(?:(?:vrt|file|zip|tar|gzip)://)+", re.IGNORECASE)
 _ARCHIVES = ("/vsizip/", "/vsitar/", "/vsigzip/", "/vsi7z/", "/vsirar/", "/vsimem/")
 
 _NO_SERVERS = {
@@ -47,6 +48,9 @@ _NO_SERVERS = {
     "GDAL_HTTP_PROXY": "none://none",  # no such kind of proxy: libcurl gives up before it looks for the server
     "GDAL_HTTPS_PROXY": "none://none",
 }
+
+_BESIDE = (".msk", ".ovr")
+"""Endings of the rasters that GDAL looks for beside another one."""
 
 _HEAD = 1024  # bytes that GDAL looks at to tell a format
 _COMMON = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x89PNG", b"\xff\xd8")
@@ -72,8 +76,9 @@ def is_remote(path: str) -> bool:
 def close_services() -> None:
     """For a command, before GDAL is there: drivers that ask servers are not loaded, whatever would name them."""
     if not trusted():
-        before = os.environ.get("GDAL_SKIP")
-        os.environ["GDAL_SKIP"] = ",".join([*([before] if before else []), *_SERVICES])
+        before = os.environ.get("GDAL_SKIP", "")
+        skipped = before.split("," if "," in before else None)  # GDAL takes spaces or commas, but not both
+        os.environ["GDAL_SKIP"] = ",".join([*skipped, *_SERVICES])
 
 
 def closed_network(path: str) -> dict[str, str]:
@@ -119,10 +124,12 @@ def vet(path: str) -> None:
         ) from None
 
 
-def vet_opened(path: str, driver: str, overviews: Mapping[str, str]) -> None:
-    """The same for what only the open data set tells: its format, and the file that it names for its overviews."""
+def vet_opened(path: str, driver: str, files: Sequence[str], overviews: Mapping[str, str]) -> None:
+    """The same for what only the open data set tells: its format, its files, and what it names for overviews."""
     if driver not in PLAIN:
         raise DataError(f"{path}: is of GDAL's format {driver}, which is none of the plain ones; {_REMEDY}")
+    if not is_remote(path):
+        _vet_belonging(path, driver, files, set())
     smaller = overviews.get("OVERVIEW_FILE", "").removeprefix(":::BASE:::")
     if smaller and not is_remote(path):
         _vet_name(smaller, path, [os.path.dirname(path) or os.curdir], set())
@@ -171,9 +178,8 @@ def _vet_file(path: str, seen: set[str], nested: bool = False) -> None:
     if path in seen or not os.path.isfile(path):
         return
     seen.add(path)
-    for sidecar in (f"{path}.msk", f"{path}.ovr"):
-        if os.path.exists(sidecar):
-            _vet_file(sidecar, seen, nested=True)
+    for sidecar in _sidecars(path):
+        _vet_file(sidecar, seen, nested=True)
     text = _head(path).partition(b"\0")[0]
     if MARK.search(text):
         found = os.stat(path)
@@ -182,7 +188,7 @@ def _vet_file(path: str, seen: set[str], nested: bool = False) -> None:
             _vet_virtual(Path(path).read_bytes(), path, os.path.dirname(path) or os.curdir, seen)
             _vetted[path] = state
     elif nested and (b"<" in text or b"{" in text):
-        _probe(path, path)
+        _probe(path, path, seen)
 
 
 def _vet_virtual(content: bytes, place: str, folder: str, seen: set[str]) -> None:
@@ -222,11 +228,42 @@ def _vet_name(name: str, place: str, folders: list[str], seen: set[str]) -> None
     if there:
         return None
     if inner.startswith(_ARCHIVES):
-        return _probe(inner, place)
+        return _probe(inner, place, seen)
     prefixed = re.match(r"[A-Za-z]\w+:", inner) and not _INSIDE.match(inner)  # such as WMS:
     if inner.startswith("/vsi") or prefixed:
         raise _no_raster(place, name)
     return None
+
+
+def _sidecars(path: str) -> list[str]:
+    """Masks and overviews beside a file, as GDAL finds them: in whatever case."""
+    folder, name = os.path.split(path)
+    try:
+        found = _names_of(folder or os.curdir, os.stat(folder or os.curdir).st_mtime_ns)
+    except OSError:  # a folder that may be entered, but not listed
+        return [sidecar for end in _BESIDE for sidecar in (path + end, path + end.upper()) if os.path.exists(sidecar)]
+    return [os.path.join(folder, one) for end in _BESIDE for one in found.get(name.lower() + end, ())]
+
+
+@lru_cache(maxsize=16)
+def _names_of(folder: str, time: int) -> dict[str, list[str]]:
+    """{name in small letters: such names} of the masks and overviews in a folder, which is of this time."""
+    found: dict[str, list[str]] = {}
+    for name in os.listdir(folder):
+        if name.lower().endswith(_BESIDE):
+            found.setdefault(name.lower(), []).append(name)
+    return found
+
+
+def _vet_belonging(path: str, driver: str, files: Sequence[str], seen: set[str]) -> None:
+    """The files that an open data set is read from: some formats name others, and archives hold sidecars too."""
+    if driver == "VRT":  # which has been looked through before
+        return
+    for file in files:
+        if file != path and os.path.isfile(file):
+            _vet_file(file, seen)
+        elif file != path and file.startswith(_ARCHIVES) and _is_virtual(file):
+            raise _no_raster(path, file)
 
 
 def _candidates(name: str, folders: list[str]) -> list[str]:
@@ -254,15 +291,28 @@ def _require_beside(name: str, place: str, folders: list[str]) -> None:
             )
 
 
-def _probe(path: str, place: str) -> None:
+def _probe(path: str, place: str, seen: set[str]) -> None:
     """Open what may be the description of a service, or a virtual raster in an archive, in other plain formats only."""
     from rasterio.errors import RasterioError
     from rasterio.io import DatasetReader
 
     try:
-        DatasetReader(path, driver=_NO_VRT).close()
+        with DatasetReader(path, driver=_NO_VRT) as dataset:
+            driver, files = dataset.driver, dataset.files
     except RasterioError:
         raise _no_raster(place, path) from None
+    _vet_belonging(path, driver, files, seen)
+
+
+def _is_virtual(path: str) -> bool:
+    from rasterio.errors import RasterioError
+    from rasterio.io import DatasetReader
+
+    try:
+        DatasetReader(path, driver="VRT").close()
+    except RasterioError:
+        return False
+    return True
 
 
 def _no_raster(place: str, name: str) -> DataError:

@@ -36,6 +36,7 @@ GONE = 120.0
 """Seconds between signs of life, and without one after which a holder that no kernel answers for is taken for dead."""
 
 _TRIES = 100
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a lock leads to no other file, whoever may make links here
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -107,12 +108,17 @@ def _take(lock: Path, target: Path, doing: str, shared: bool) -> int:
     for _ in range(_TRIES):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         except FileNotFoundError:  # a run that has ended removes the folder that it made
             continue
         except OSError as error:
             if error.errno in _FULL:
                 raise
+            if lock.exists():
+                raise DataError(
+                    f"{target}: whether another run is writing it cannot be told ({error.strerror}: {lock}); remove "
+                    "that file if no run is, or choose another output"
+                ) from error
             raise DataError(
                 f"{target}: cannot be created ({error.strerror}: {error.filename}); choose a folder where you may write"
             ) from error
@@ -142,6 +148,8 @@ def _taken(lock: Path, target: Path, handle: int, doing: str, shared: bool) -> b
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
         os.write(handle, _line(doing))
+        with contextlib.suppress(OSError):  # another user's, who has done so: who may write here may take it over
+            os.chmod(handle if os.chmod in os.supports_fd else lock, 0o666)
     except OSError as error:  # a full disk is reported without a name
         lock.unlink(missing_ok=True)
         error.filename = error.filename or str(target)

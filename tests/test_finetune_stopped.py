@@ -161,6 +161,19 @@ def test_f4_a_best_segmenter_that_is_gone_is_made_again_from_the_state(
     assert head(tmp_path / "run" / "best") == best["head.safetensors"]
 
 
+def test_f4_whatever_else_is_gone_of_a_run_is_made_again_from_the_state(place: Path, tmp_path: Path) -> None:
+    content = recipe(place, tmp_path / "run", epochs=2)
+    run(tmp_path, content)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for name in ("metrics.jsonl", "recipe.yaml", "metrics.json", "last/head.safetensors"):
+        (tmp_path / "run" / name).unlink()
+        run(tmp_path, content, resume=True)
+        assert {path: path.read_bytes() for path in before} == before
+    shutil.rmtree(tmp_path / "run" / "last")
+    run(tmp_path, content, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_f4_a_run_whose_best_segmenter_is_lost_does_not_end_well(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epochs: int

@@ -11,7 +11,6 @@ if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(_
 
 import argparse
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from vfmseg.curves import Curves, remove_curves
 from vfmseg.errors import RecipeError
 from vfmseg.files import whole_file, write_json
 from vfmseg.geo.trust import close_services
+from vfmseg.launch import several
 from vfmseg.processes import connect, launch_command
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
@@ -61,8 +61,7 @@ def finetune(
         raise RecipeError("--accept-changed-data is about going on with a run: add --resume, or leave it out")
     with ExitStack() as stack:
         if is_main_process():
-            several = os.environ.get("WORLD_SIZE", "1") != "1"
-            stack.enter_context(alone(recipe.output_dir, recipe.name, several))
+            stack.enter_context(alone(recipe.output_dir, recipe.name, several()))
         check_output(recipe.output_dir, resume, overwrite)
         return _train(recipe, resume, accept_changed_data, stack)
 
@@ -122,6 +121,12 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
         metrics = {"epoch": state.epoch, "validation": state.records[-1].get("validation")}
         save_segmenter(output / name, model, recipe, facts, metrics)
 
+    def keep(state: RunState) -> None:
+        save("last", state)
+        _write_records(output / "metrics.jsonl", state)
+        with whole_file(output / "recipe.yaml") as aside:
+            aside.write_text(dump_recipe(recipe), encoding="utf-8")
+
     def on_step(report: StepReport) -> None:
         progress.step(report.step, report.epoch, report.loss, report.images)
         if curves and curves.started:
@@ -134,10 +139,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
             if state.epoch == 1:  # of an earlier run, whose segmenter is replaced now
                 (output / "metrics.json").unlink(missing_ok=True)
                 remove_curves(output / CURVES_FOLDER)
-            save("last", state)
-            _write_records(output / "metrics.jsonl", state)
-            with whole_file(output / "recipe.yaml") as aside:
-                aside.write_text(dump_recipe(recipe), encoding="utf-8")
+            keep(state)
             save_run(output / STATE_FILE, loop, origin)
             if improved:  # after the state, from which it can be made again if the run is stopped in between
                 save("best", state)
@@ -177,6 +179,9 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
         say(f"{output}: no epoch was finished there, so the run starts with the first one")
     if is_main_process():
         remove_leftovers(output)
+        texts = all((output / name).is_file() for name in ("metrics.jsonl", "recipe.yaml"))
+        if loop.state.epoch and not (texts and saved_epoch(output / "last") == loop.state.epoch):
+            keep(loop.state)
         there = saved_epoch(output / "best")
         if loop.state.epoch and loop.state.epoch == loop.state.best_epoch != there:
             save("best", loop.state)

@@ -196,6 +196,25 @@ def test_p63_a_new_segmenter_leaves_what_others_have_put_beside_the_old_one(tmp_
     assert (best / "link").is_symlink()
 
 
+def test_f3_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    from vfmseg.files import whole_folder
+    from vfmseg.run_folder import remove_leftovers
+
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    run.mkdir()
+    disk.mkdir()
+    (disk / "a").write_bytes(b"old")
+    (run / "best").symlink_to(disk)
+    (run / ".best.1.old").symlink_to(disk)
+    for content in (b"new", b"newer"):  # a run saves more than once
+        with whole_folder(run / "best") as aside:
+            (aside / "a").write_bytes(content)
+        assert (run / "best" / "a").read_bytes() == content
+    remove_leftovers(run)
+    assert [path.name for path in run.iterdir()] == ["best"]
+    assert (disk / "a").read_bytes() == b"old"
+
+
 def test_p37_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vfmseg.files import whole_folder
 

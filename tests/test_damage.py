@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_f8_a_damaged_file_of_a_segmenter_is_named(place: Path, tmp_path: Path, 
     (copy / "README.md").write_text("my own words")  # the card is no part of what is loaded
     (copy / "notes.txt").touch()
     Segmenter.from_pretrained(copy)
+
+
+def test_f7_nothing_of_a_segmenter_is_read_through_a_link_to_a_folder(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "run" / "best", tmp_path / "best")
+    (tmp_path / "best" / "adapters").rename(tmp_path / "elsewhere")
+    (tmp_path / "best" / "adapters").symlink_to(tmp_path / "elsewhere")
+    weights = next((tmp_path / "elsewhere").rglob("*.safetensors"))
+    weights.unlink()
+    os.mkfifo(weights)  # which would be waited for
+    with pytest.raises(CheckpointError, match=r"link to a folder.*cp -rL"):
+        load_segmenter(tmp_path / "best")
 
 
 def test_f8_folders_of_before_there_were_digests_still_load(place: Path, tmp_path: Path) -> None:

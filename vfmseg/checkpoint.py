@@ -208,6 +208,11 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
     built = _load_encoder(folder, recipe, facts, record, encoder)
     adapter = recipe.model.adapter
     place = folder / "adapters" / adapter_folder(facts)
+    if place.is_symlink() or place.parent.is_symlink():  # there may be anything behind it, such as a pipe
+        raise CheckpointError(
+            f"{place}: is reached by a link to a folder; expected it here: copy the segmenter with what its links lead "
+            "to (cp -rL)"
+        )
     if merge and adapter.name == "lora":
         attached = merge_lora(built, place, adapter.rank, adapter.alpha, adapter.targets)
     else:

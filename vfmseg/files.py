@@ -145,6 +145,8 @@ def whole_folder(target: Path, own: Collection[str] | None = None) -> Iterator[P
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if old.is_symlink():  # what it leads to is not ours to remove
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -100,7 +100,7 @@ def remove_leftovers(output: Path) -> None:
             if not (output / name).exists() and (old / "segmenter.json").is_file():
                 old.rename(output / name)
     for path in leftovers(output):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

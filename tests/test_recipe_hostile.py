@@ -73,6 +73,15 @@ def test_f5_what_is_nested_deeply_is_refused_at_once(tmp_path: Path, text: str) 
     assert time.process_time() - started < 2
 
 
+@pytest.mark.parametrize("text", ["- x\n", "- [a]\n", "x: {a: 1}\n"])
+def test_f5_values_without_end_are_refused_before_they_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr("vfmseg.recipe.text.MOST", 1000)  # of the hundred thousand, which take seconds
+    (line,) = complaint(tmp_path, text=text * 1001)
+    assert "holds more than 1,000 values; list files by a pattern or in a table" in line
+
+
 def test_f5_key_path_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
     (line,) = complaint(tmp_path, "a." * 3000 + "b=1")
     assert line.endswith("is not key.path=value; write for example train.epochs=3")

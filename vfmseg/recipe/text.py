@@ -34,6 +34,9 @@ _SCALARS = (
 LONGEST = 2 * 2**20
 """Characters of a recipe: a list of some 30,000 files."""
 
+MOST = 100_000
+"""Values of a recipe: three for each of those files. Each takes the parser 50 microseconds."""
+
 DEEPEST = 32
 """Lists and mappings inside each other."""
 
@@ -86,6 +89,9 @@ class _Loader(yaml.SafeLoader):
                 raise _Refused(None, None, what, place)
         else:
             self._values += 1
+            if self._values - self._repeated > MOST:
+                what = f"holds more than {MOST:,} values; list files by a pattern or in a table (CSV)"
+                raise _Refused(None, None, what, place)
             self._sizes[id(node)] = self._values - before
             self._require_fitting(node)
         return node

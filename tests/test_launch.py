@@ -64,14 +64,14 @@ def test_f11_an_environment_that_fits_no_launch_is_one_message(
             connect("no")
 
 
-@pytest.mark.parametrize("size", [None, "1"])
+@pytest.mark.parametrize("size", [None, "1", ""])
 @pytest.mark.parametrize("rank", ["3", "abc", "-1"])
 def test_f11_a_rank_that_was_left_behind_silences_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, size: str | None
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    if size:
+    if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
     assert terminal.is_main_process()
     terminal.say("hello")

@@ -20,7 +20,7 @@ def rank_and_size() -> tuple[int, int]:
     size = _number("WORLD_SIZE", "1", 1, 10**6)
     if size == 1:
         return 0, 1
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         raise MachineError(f"WORLD_SIZE = {size} is set in the environment, but RANK is not; {REMEDY}")
     return _number("RANK", "0", 0, size - 1), size
 
@@ -48,7 +48,7 @@ def require_meeting_point() -> None:
 
 
 def _number(name: str, otherwise: str, least: int, most: int) -> int:
-    text = os.environ.get(name, otherwise).strip()
+    text = os.environ.get(name, "").strip() or otherwise
     if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
         raise MachineError(
             f"{name} = {text[:40]!r} in the environment: expected a whole number from {least} to {most}; {REMEDY}"

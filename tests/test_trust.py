@@ -192,10 +192,11 @@ def test_f7_trust_is_one_setting(
     address, called = server
     scene = tmp_path / "scene.tif"
     scene.write_text(wms(address))
-    monkeypatch.setenv("VFMSEG_TRUST", "0")
-    with pytest.raises(DataError):
-        use(scene)
-    assert not called()
+    for word in ("0", "no", "false", "off"):
+        monkeypatch.setenv("VFMSEG_TRUST", word)
+        with pytest.raises(DataError):
+            use(scene)
+        assert not called()
     monkeypatch.setenv("VFMSEG_TRUST", "1")
     with pytest.raises(DamagedError):  # as nobody answers
         use(scene)

@@ -65,7 +65,7 @@ _vetted: dict[str, tuple[int, int]] = {}  # virtual rasters that have been looke
 
 def trusted() -> bool:
     """Whether the user answers for all files: VFMSEG_TRUST=1."""
-    return os.environ.get("VFMSEG_TRUST", "0") not in ("", "0")
+    return os.environ.get("VFMSEG_TRUST", "").strip() == "1"
 
 
 def is_remote(path: str) -> bool:

@@ -106,6 +106,18 @@ def test_f13_nodata_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(~read(path)[1], gdal_hides(path))
 
 
+def test_f13_nodata_that_differs_between_bands(tmp_path: Path) -> None:
+    array = noise()
+    array[1, 2:9] = 255  # green roofs
+    array[:, 0] = [[0], [255], [0]]
+    path = tmp_path / "a.png"  # a picture in which one colour is transparent
+    Image.fromarray(array.transpose(1, 2, 0)).save(path, transparency=(0, 255, 0))
+    for bands in (None, Bands(nodata=0)):
+        _, valid, _ = read(path, bands)
+        np.testing.assert_array_equal(~valid, gdal_hides(path))
+        assert hidden(valid) == [(0, col) for col in range(30)]
+
+
 def test_f13_nodata_that_was_rounded(tmp_path: Path) -> None:
     array = noise(2, dtype="float32")
     array[:, 0] = LOWEST
@@ -217,6 +229,23 @@ def test_f13_alpha(tmp_path: Path, dtype: str, opaque: int) -> None:
     assert raster.hidden.causes == {"alpha": 150}
 
 
+def test_f13_alpha_of_one_other_number(tmp_path: Path) -> None:
+    array = noise(4)
+    array[3], array[:, :5] = 127, 0  # a map that was exported half transparent
+    path = write_raster(tmp_path / "a.tif", array)
+    pixels, valid, _ = read(path)
+    assert len(pixels) == 3
+    np.testing.assert_array_equal(~valid, gdal_hides(path))
+
+
+def test_f13_infrared_of_water_alone(tmp_path: Path) -> None:
+    array = noise(4)
+    array[3] = 0
+    pixels, valid, _ = read(write_raster(tmp_path / "a.tif", array))
+    assert len(pixels) == 4
+    assert valid.all()
+
+
 @pytest.mark.parametrize("water", [0, 3])
 def test_f13_infrared_marked_as_alpha(tmp_path: Path, water: int) -> None:
     array = noise(4)
@@ -302,6 +331,9 @@ def test_f16_arrays_are_stored_numbers_or_values() -> None:
     for array, expected in ((stored, stored * 0.5 + 1), (stored.astype(np.float32), stored)):
         with ArrayRaster(array, Bands(like=like), "s2") as raster:
             np.testing.assert_array_equal(raster.read(window).pixels, expected)
+    # of an array with more bands than the model has, those that it reads
+    with ArrayRaster(noise(4, dtype="uint16"), Bands((3, 1), like=like[:1] * 2), "s2") as raster:
+        np.testing.assert_array_equal(raster.read(window).pixels, noise(4, dtype="uint16")[[2, 0]] * 0.5 + 1)
 
 
 # --- the order of bands ---------------------------------------------------------------------------------------
@@ -335,6 +367,17 @@ def test_f16_order_by_names(tmp_path: Path) -> None:
     # a name that stands twice tells nothing
     twice = tag(write_raster(tmp_path / "c.tif", array), descriptions=("B04", "B04", "B02"))
     assert read(twice, Bands(like=like))[2].places == (1, 2, 3)
+
+
+def test_f16_order_that_is_told_in_part(tmp_path: Path) -> None:
+    array = noise(4, dtype="uint16")
+    infrared = [*RGB, ColorInterp.undefined]
+    like = read(tag(write_raster(tmp_path / "a.tif", array), colorinterp=infrared))[2].said
+    path = tag(write_raster(tmp_path / "b.tif", array), colorinterp=[*RGB[::-1], ColorInterp.undefined])
+    pixels, _, raster = read(path, Bands(like=like))
+    np.testing.assert_array_equal(pixels, array)
+    assert "bands 1, 3 are blue, red, and in the training files they are red, blue" in notes_of(raster)["order"]
+    assert notes_of(read(tmp_path / "a.tif", Bands(like=like))[2]) == {}
 
 
 def test_f16_order_that_is_not_told(tmp_path: Path) -> None:

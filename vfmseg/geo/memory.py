@@ -39,10 +39,12 @@ class ArrayRaster(Raster):
                 photometric="MINISBLACK", interleave="band", BIGTIFF="IF_SAFER",
             ) as target:  # fmt: skip
                 target.write(stored)
-                like = bands.like or ()
-                scales = [(band.scale, band.offset) for band in like]
-                if array.dtype.kind in "ui" and len(like) == count and not any(None in pair for pair in scales):
-                    target.scales, target.offsets = ([pair[i] for pair in scales] for i in range(2))
+                read, like = bands.indexes or range(1, count + 1), bands.like or ()
+                said = {number: (band.scale, band.offset) for number, band in zip(read, like, strict=False)}
+                known = len(read) == len(like) and not any(None in pair for pair in said.values())
+                if array.dtype.kind in "ui" and known:
+                    pairs = [said.get(number, (1.0, 0.0)) for number in range(1, count + 1)]
+                    target.scales, target.offsets = ([pair[i] for pair in pairs] for i in range(2))
         self._array = array
         super().__init__(self._memory.name, bands)
 

@@ -40,6 +40,14 @@ def _of_order(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
         count = len(there) - sum(len(info.alpha) for info in raster.infos.values())
         expected = raster.bands.indexes or tuple(range(1, count + 1))
         return {} if raster.places == expected else {"order": f"has {names} as its bands {places}, and is read so"}
+    pairs = [(place, there[place - 1].meaning, band.meaning) for place, band in zip(raster.places, like, strict=False)]
+    other = [(str(place), its, ours) for place, its, ours in pairs if its and ours and its != ours]
+    if other:  # and the rest is not told, so that moving some might tear apart what belongs together
+        numbers, its, ours = (", ".join(column) for column in zip(*other, strict=True))
+        return {
+            "order": f"says that its bands {numbers} are {its}, and in the training files they are {ours}: they are "
+            "taken by their places all the same; name the right ones (--bands, data.modalities.NAME.bands)"
+        }
     if places_by_name(like, like) is None or len(like) == len(there) == 1:  # nobody says it, or there is no order
         return {}
     return {"unnamed": f"does not say which of its bands are {names}: {places} are taken for them"}

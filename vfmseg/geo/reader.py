@@ -57,8 +57,8 @@ class Chip:
 class _Layer:
     """One band to read: which file, which band of it, and how its numbers are taken.
 
-    any_of: stored numbers that hide the pixel if this band holds one. all_of: {who says so: stored number} that hides
-    the pixel if all bands hold theirs.
+    any_of: stored numbers that hide the pixel if this band holds one. all_of: {who says so, the recipe or the file:
+    stored number} that hides the pixel if all bands hold theirs.
     """
 
     file: int
@@ -266,14 +266,16 @@ class Raster:
         stored = np.dtype(dtype)
         any_of: list[np.generic] = []
         all_of: dict[str, np.generic] = {}
-        for source, value in (("recipe", self.bands.nodata), ("file", info.nodata[band - 1])):
+        ours = self.bands.nodata
+        theirs = None if set(info.nodata) <= {None, ours} else info.nodata[band - 1]  # the file says nothing else
+        for source, value in (("recipe", ours), ("file", theirs)):
             mark = None if value is None else as_stored(value, stored)
             if value is None or mark is None:
                 continue
             if hides_alone(value, stored, of_file=source == "file"):
                 any_of.append(mark)
             else:
-                all_of["zero" if value == 0 else source] = mark
+                all_of[source] = mark
         return _Layer(number, band, stored, tuple(any_of), all_of, *self._scaling(info.bands[band - 1]))
 
     def _scaling(self, said: BandSaid) -> tuple[float, float]:

@@ -93,8 +93,8 @@ def split_alpha(dataset: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(bands that are alpha, bands that are only marked as such), 1-based.
 
     Many writers mark the fourth band of an 8-bit file as alpha although it holds infrared. An alpha band holds 0 where
-    the picture is hidden and one number, the largest, nearly everywhere else; nine places are looked at. Where all of
-    them are 0 nothing speaks against the mark.
+    the picture is hidden and the largest number nearly everywhere else; nine places are looked at. Where it holds one
+    other number (a picture that shines through), or none, it is alpha if the picture is empty wherever it is 0.
     """
     marked = [band for band, color in enumerate(dataset.colorinterp, 1) if color == ColorInterp.alpha]
     alpha = tuple(band for band in marked if _is_alpha(dataset, band))
@@ -102,15 +102,23 @@ def split_alpha(dataset: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _is_alpha(dataset: Any, band: int) -> bool:
+    try:
+        numbers = _some_of(dataset, band)
+        shown = numbers[numbers != 0]
+        top = np.iinfo(numbers.dtype).max if numbers.dtype.kind in "iu" else 1.0
+        opaque = max(np.count_nonzero(shown == value) for value in (*_OPAQUE, top))
+        if opaque and 2 * opaque >= len(shown):
+            return True
+        below = _some_of(dataset, 1 if band > 1 else dataset.count)[numbers == 0]
+    except RasterioError:  # damaged there: whoever reads it will say so
+        return True
+    return bool((shown == shown[:1]).all() and (below == below[:1]).all())
+
+
+def _some_of(dataset: Any, band: int) -> np.ndarray:
+    """The numbers (n) of a band at nine places spread over the file."""
     height, width = min(_SAMPLE, dataset.height), min(_SAMPLE, dataset.width)
     rows = sorted({(dataset.height - height) * i // 2 for i in range(3)})
     cols = sorted({(dataset.width - width) * i // 2 for i in range(3)})
-    try:
-        parts = [dataset.read(band, window=RasterioWindow(c, r, width, height)) for r in rows for c in cols]
-    except RasterioError:  # damaged there: whoever reads it will say so
-        return True
-    numbers = np.concatenate([part.ravel() for part in parts])
-    shown = numbers[numbers != 0]
-    top = np.iinfo(numbers.dtype).max if numbers.dtype.kind in "iu" else 1.0
-    opaque = [np.count_nonzero(shown == value) for value in (*_OPAQUE, top)]
-    return bool(2 * max(opaque) >= len(shown))
+    parts = [dataset.read(band, window=RasterioWindow(c, r, width, height)) for r in rows for c in cols]
+    return np.concatenate([part.ravel() for part in parts])

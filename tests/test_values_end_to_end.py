@@ -139,3 +139,23 @@ def test_f16_a_recipe_that_names_a_scale_is_read_as_before(place: Path, tmp_path
     del record["input"]["rgb"]["said"], record["files"], record["sha256"]  # a segmenter of before
     (folder / "segmenter.json").write_text(json.dumps(record))
     np.testing.assert_array_equal(Segmenter.from_pretrained(folder).predict(scene), labels)
+
+
+def test_f16_a_recipe_that_names_other_bands_than_the_training_overrules_what_files_say(
+    segmenter: Segmenter, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = segmenter.evaluate(place / "recipe.yaml", "test")["miou"]
+    for file in (place / "data" / "test" / "images").iterdir():  # in the order of the training, and mistaken about it
+        image = rasterio.open(file).read()
+        with rasterio.open(stored(tmp_path / "test" / "images" / file.name, toy_scene(0)[0], 1e-4), "r+") as dataset:
+            dataset.write(image)
+            dataset.colorinterp = COLORS[::-1]
+        labels = place / "data" / "test" / "labels" / file.name
+        write_raster(tmp_path / "test" / "labels" / file.name, rasterio.open(labels).read())
+    content = recipe_dict(tmp_path, place / "encoder", place / "run")
+    content["data"]["test"] = {key: text.replace("train", "test") for key, text in content["data"]["train"].items()}
+    assert segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "test")["miou"] != right
+    content["data"]["modalities"]["rgb"] = {"bands": [1, 2, 3], "scale": 1e-4}
+    capsys.readouterr()
+    assert segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "test")["miou"] == right
+    assert "bands = (1, 2, 3) instead of" in capsys.readouterr().err

@@ -26,12 +26,19 @@ from vfmseg.remarks import tell_absent, tell_implausible, tell_notes, tell_share
 from vfmseg.terminal import say_once
 
 
-def bands_of(recipe: Recipe) -> dict[str, Bands]:
-    """How each modality's stored numbers are read."""
+def bands_of(recipe: Recipe, trained: Recipe | None = None) -> dict[str, Bands]:
+    """How each modality's stored numbers are read.
+
+    `trained`: the recipe of the segmenter that reads them; bands that are other ones than there are meant for these
+    very files, whatever those call them.
+    """
     return {
-        name: Bands(indexes=m.bands, scale=m.scale, offset=m.offset, nodata=m.nodata)
+        name: Bands(
+            indexes=m.bands, scale=m.scale, offset=m.offset, nodata=m.nodata,
+            chosen=trained is not None and m.bands not in (None, trained.data.modalities[name].bands),
+        )
         for name, m in recipe.data.modalities.items()
-    }
+    }  # fmt: skip
 
 
 def label_map_of(recipe: Recipe) -> LabelMap:
@@ -39,15 +46,21 @@ def label_map_of(recipe: Recipe) -> LabelMap:
     return LabelMap(ids=tuple(sorted(recipe.data.classes)), ignore_index=recipe.data.ignore_index)
 
 
-def open_split(recipe: Recipe, split: str, like: Mapping[str, Sequence[BandSaid]] | None = None) -> list[SceneLike]:
+def open_split(
+    recipe: Recipe,
+    split: str,
+    like: Mapping[str, Sequence[BandSaid]] | None = None,
+    trained: Recipe | None = None,
+) -> list[SceneLike]:
     """Open the scenes of `train`, `val` or `test`; nothing of their pixels is read yet.
 
     `like` {modality: what the training files say of their bands}: bands are found by it; left out, by the first scene.
+    `trained`: as in `bands_of`.
     """
     source = getattr(recipe.data, split)
     if source is None:
         raise RecipeError(f"{recipe.name}: data.{split} is not in the recipe; add it, or choose another split")
-    bands, labels = bands_of(recipe), label_map_of(recipe)
+    bands, labels = bands_of(recipe, trained), label_map_of(recipe)
     if source.kind == "files":
         scenes = scenes_from_files(source.images, source.labels, bands, labels, f"data.{split}")
     elif source.kind == "table":
@@ -142,7 +155,7 @@ def require_same_task(recipe: Recipe, trained: Recipe) -> None:
         changed = [
             f"{'bands' if key == 'indexes' else key} = {value} instead of {_shown(was)}"
             for (key, value), was in zip(asdict(bands[name]).items(), asdict(before[name]).values(), strict=True)
-            if value != was and not (value is None and key in ("scale", "offset"))  # then as in training
+            if value != was and (key, value, was) not in (("scale", None, 1.0), ("offset", None, 0.0))
         ]
         if changed:
             say_once(

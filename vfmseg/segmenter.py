@@ -236,7 +236,7 @@ class Segmenter:
             recipe = load_recipe(recipe)
         require_same_task(recipe, self.recipe)
         confusion = Confusion(len(self.ids))
-        scenes = open_split(recipe, split, self.facts.said)
+        scenes = open_split(recipe, split, self.facts.said, self.recipe)
         tell_types(scenes[0].dtypes(), self.facts.dtypes)
         # the tile of the training, unless it is asked for: what is in a tile changes what the model says
         settled = settle(How(tile=recipe.predict.tile or self.recipe.predict.tile or self.recipe.data.tile), recipe)

@@ -15,6 +15,7 @@ import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
 
 from vfmseg.errors import DataError
@@ -62,7 +63,7 @@ def test_p30_labels_that_jpeg_has_changed_are_refused(tmp_path: Path, profile: d
     if "deflate" in profile.values():
         np.testing.assert_array_equal(read(path), labels)
         return
-    with pytest.raises(DataError, match=r"mask\.tif: is compressed as JPEG, which changes class ids"):
+    with pytest.raises(DataError, match=r"mask\.tif: is compressed as JPEG or WebP, which changes class ids"):
         read(path)
 
 
@@ -281,7 +282,9 @@ def test_c21_foreign_palette_entry_raises_instead_of_becoming_class_0(tmp_path: 
 
 @pytest.mark.parametrize(("count", "alpha"), [(3, False), (4, True), (2, False)])
 def test_c21_labels_in_colours_or_several_bands_are_refused(tmp_path: Path, count: int, alpha: bool) -> None:
-    path = write(tmp_path / "colours.tif", np.zeros((count, 4, 4), dtype=np.uint8))
+    colours = np.random.default_rng(0).integers(1, 255, (count, 4, 4), dtype=np.uint8)
+    colours[3:] = 255  # alpha
+    path = write(tmp_path / "colours.tif", colours)
     with pytest.raises(DataError, match=rf"colours\.tif: has {count - alpha} bands.*expected one band of class ids"):
         LabelRaster(path, BINARY).read(Window(0, 0, 2, 2))
 
@@ -307,3 +310,29 @@ def test_no_crs_is_silent(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not read(path).any()
+
+
+def test_f19_a_grey_picture_of_three_equal_bands_holds_class_ids(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 2, (20, 30)).astype(np.uint8)
+    Image.fromarray(np.stack([ids] * 3, axis=-1)).save(tmp_path / "grey.png")
+    with LabelRaster(tmp_path / "grey.png", BINARY) as labels:
+        np.testing.assert_array_equal(labels.read(Window(0, 0, 20, 30)), ids)
+    coloured = np.stack([ids, ids, 1 - ids], axis=-1)
+    Image.fromarray(coloured).save(tmp_path / "colours.png")
+    with LabelRaster(tmp_path / "colours.png", BINARY) as labels, pytest.raises(DataError, match="in colours"):
+        labels.read(Window(0, 0, 20, 30))
+
+
+@pytest.mark.parametrize(("tiles", "fits"), [("PNG", True), ("JPEG", False), ("WEBP", False)])
+def test_f19_labels_in_a_table_of_a_geopackage(tmp_path: Path, tiles: str, fits: bool) -> None:
+    ids = np.random.default_rng(0).integers(0, 2, (512, 512)).astype(np.uint8)
+    place = {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 5000000, 10, 10)}
+    for table, more in (("img", {}), ("lab", {"APPEND_SUBDATASET": "YES"})):
+        write(tmp_path / "a.gpkg", ids, driver="GPKG", RASTER_TABLE=table,
+              TILE_FORMAT=tiles if table == "lab" else "JPEG", **place, **more)  # fmt: skip
+    with LabelRaster(f"GPKG:{tmp_path / 'a.gpkg'}:lab", BINARY) as labels:
+        if fits:
+            np.testing.assert_array_equal(labels.read(Window(0, 0, 512, 512)), ids)
+        else:
+            with pytest.raises(DataError, match="JPEG or WebP, which changes class ids"):
+                _ = labels.grid

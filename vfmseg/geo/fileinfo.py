@@ -13,6 +13,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import RasterioError
 
 from vfmseg.errors import DataError
+from vfmseg.geo.geopackage import lossy_tiles
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.opening import open_dataset
 from vfmseg.geo.orientation import Turn, orientation_of
@@ -76,7 +77,7 @@ def describe(dataset: Any, path: str) -> FileInfo:
         shared_mask=any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags),
         own_masks=tuple(i for i, each in enumerate(flags, 1) if not each),
         block=block if turn.shown_size == (turn.height, turn.width) else (block[1], block[0]),
-        lossy="JPEG" in (dataset.driver, compression.split()[-1]),  # such as "YCbCr JPEG"
+        lossy="JPEG" in (dataset.driver, compression.split()[-1]) or lossy_tiles(dataset),  # such as "YCbCr JPEG"
         control_points=len(dataset.gcps[0]),
         others=others,
         turn=turn,

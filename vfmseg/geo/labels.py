@@ -87,7 +87,8 @@ def _whole_numbers(array: np.ndarray, place: str, unlabelled: np.ndarray | None)
 class LabelRaster:
     """The labels of one scene: a file with one band of class ids, whole numbers of any type.
 
-    Palette images give their palette indexes. Unlabelled is: ignore_index, NaN, pixels hidden by alpha or a mask
+    Palette images give their palette indexes, and a grey picture that is stored as red, green and blue (as in every
+    GeoPackage) its grey. Unlabelled is: ignore_index, NaN, pixels hidden by alpha or a mask
     band, and the file's nodata value unless that is a class id (many label files name class 0 as nodata).
     """
 
@@ -99,21 +100,23 @@ class LabelRaster:
     @property
     def grid(self) -> Grid:
         """The grid of the labels. DataError if the file is missing, unreadable or not one band."""
-        self._band()
+        self._bands()
         return self._file.info.grid
 
     def read(self, window: Window) -> np.ndarray:
         """Indexes int64 (h, w) of a window of any position: 0..K-1, or IGNORE, also beyond the scene."""
         index = np.full(window.shape, IGNORE, dtype=np.int64)
-        band = self._band()
+        bands = self._bands()
         inside = window.clip(self._file.info.grid.height, self._file.info.grid.width)
         if inside.height and inside.width:
             within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
-            stored = self._file.read([band], inside)[0]
+            stored, *twins = self._file.read(bands, inside)
             hidden = np.zeros(stored.shape, dtype=bool)
-            for by_it in self._file.read_hidden([band], inside).values():
+            for by_it in self._file.read_hidden(bands, inside).values():
                 hidden |= by_it
-            nodata = self._file.info.nodata[band - 1]
+            if any(((twin != stored) & ~hidden).any() for twin in twins):
+                raise self._not_one_band(len(bands))
+            nodata = self._file.info.nodata[bands[0] - 1]
             if nodata is not None and nodata not in self.label_map.ids:
                 mark = as_stored(nodata, stored.dtype)
                 hidden |= False if mark is None else equals(stored, mark)
@@ -135,20 +138,23 @@ class LabelRaster:
     ) -> None:
         self.close()
 
-    def _band(self) -> int:
+    def _bands(self) -> list[int]:
+        """The band of class ids, or red, green and blue, which all hold them in a grey picture."""
         info = self._file.info
         bands = [band for band in range(1, info.count + 1) if band not in info.alpha]
-        if len(bands) != 1:
-            asked = " (a picture of the labels in colours?)" if len(bands) == 3 else ""
-            if len(bands) == len(self.label_map.ids):
-                asked += " (one band a class? write the id of the class whose band is largest)"
-            raise DataError(
-                f"{self.path}: has {len(bands)} bands{asked}; expected one band of class ids; "
-                "convert it to one number a class"
-            )
+        if len(bands) != 1 and [info.bands[band - 1].color for band in bands] != ["red", "green", "blue"]:
+            raise self._not_one_band(len(bands))
         if info.lossy:
             raise DataError(
-                f"{self.path}: is compressed as JPEG, which changes class ids; expected labels without loss: "
+                f"{self.path}: is compressed as JPEG or WebP, which changes class ids; expected labels without loss: "
                 "export them as GeoTIFF or PNG from their source (a conversion does not bring the ids back)"
             )
-        return bands[0]
+        return bands
+
+    def _not_one_band(self, count: int) -> DataError:
+        asked = " (a picture of the labels in colours?)" if count == 3 else ""
+        if count == len(self.label_map.ids):
+            asked += " (one band a class? write the id of the class whose band is largest)"
+        return DataError(
+            f"{self.path}: has {count} bands{asked}; expected one band of class ids; convert it to one number a class"
+        )

@@ -98,6 +98,9 @@ def test_f19_bands_are_chosen_for_one_scene(segmenter: Segmenter, place: Path, t
         DataError, match=r"trained on 3 bands \(red, green, blue\) for 'rgb'; name .* --bands rgb=1,2,3"
     ):
         segmenter.predict(tmp_path / "four.tif")
+    write_raster(tmp_path / "two.tif", image[:2].astype(np.uint16))
+    with pytest.raises(DataError, match="it holds 2 in all: choose a scene that has them"):
+        segmenter.predict(tmp_path / "two.tif")
     three = segmenter.predict(write_raster(tmp_path / "three.tif", image[::-1].astype(np.uint16) * 6))
     chosen = segmenter.predict(tmp_path / "four.tif", bands={"rgb": (3, 2, 1)})
     np.testing.assert_array_equal(chosen, three)

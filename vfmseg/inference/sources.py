@@ -130,6 +130,9 @@ def open_scenes(
                 some = ",".join(str(number) for number in range(1, expected + 1))
                 place = " + ".join(raster.paths)
                 remedy = f"name them, such as --bands {name}={some} (in Python bands={{'{name}': ({some},)}})"
+                there = sum(info.count for info in raster.infos.values())
+                if there < expected:
+                    remedy = f"it holds {there} in all: choose a scene that has them"
             names = [band.called for band in bands[name].like or () if band.called != "undefined"]
             called = f" ({', '.join(names)})" if len(names) == expected else ""
             raise DataError(

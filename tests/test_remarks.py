@@ -12,9 +12,10 @@ from makers import recipe_dict, toy_scene, write_raster
 from rasterio.enums import ColorInterp
 
 from vfmseg import terminal
+from vfmseg.geo.grid import Window
 from vfmseg.recipe.load import parse_recipe
 from vfmseg.remarks import tell_implausible
-from vfmseg.scenes import input_facts, open_training
+from vfmseg.scenes import input_facts, open_training, said_by
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,30 @@ def test_f13_implausible_statistics_are_told(capsys: pytest.CaptureFixture[str])
     tell_implausible({"dem": ((200.0, -7e30), (30.0, 1e31)), "rgb": ((2e9,), (1e9,))})
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dem: band 2 has mean -7e+30 and std 1e+31, which no sensor measures")
+
+
+def test_f16_the_first_scene_that_says_something_speaks_for_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first scene says nothing, the second is scaled and in another order: neither is passed over."""
+    scenes(tmp_path, lambda picture, labels: picture.astype(np.uint16))
+    for split, number, colors in (("train", 1, "blue green red"), ("val", 2, "red green blue")):
+        with rasterio.open(tmp_path / split / "images" / f"s{number}.tif", "r+") as dataset:
+            dataset.colorinterp = [ColorInterp[color] for color in colors.split()]
+            dataset.scales = (0.5,) * 3
+    content = recipe_dict(tmp_path, None, tmp_path / "run")
+    del content["data"]["test"]
+    opened = open_training(parse_recipe(content, tmp_path, "toy.yaml"))
+    text = capsys.readouterr().err
+    _, second = opened["train"]
+    window = Window(0, 0, 64, 64)
+    with rasterio.open(tmp_path / "train" / "images" / "s1.tif") as dataset:
+        np.testing.assert_array_equal(second.read(window)["rgb"].pixels, dataset.read() * 0.5)
+    with rasterio.open(tmp_path / "val" / "images" / "s2.tif") as dataset:
+        np.testing.assert_array_equal(opened["val"][0].read(window)["rgb"].pixels, dataset.read()[::-1] * 0.5)
+    assert "s0.tif does not say which of its bands are blue, green, red" in text
+    assert "s0.tif carries no scale and offset, the training files do" in text
+    assert [band.scale for band in said_by(opened["train"])["rgb"]] == [None] * 3
 
 
 def test_f16_scenes_of_other_orders_are_told_with_their_number(

@@ -364,6 +364,12 @@ def test_f16_order_by_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(other, Bands((1, 2, 3), like=like))[0], array)
     # whoever names the bands of this very scene is believed
     np.testing.assert_array_equal(read(other, Bands((1, 2, 3), like=like, chosen=True))[0], array[[2, 0, 1]])
+    # names that only count tell nothing
+    counting = tag(write_raster(tmp_path / "d.tif", array), descriptions=("Band 3", "Band 2", "Band 1"))
+    like = read(counting)[2].said
+    other = tag(write_raster(tmp_path / "e.tif", array), descriptions=("Band 1", "Band 2", "Band 3"))
+    assert read(other, Bands(like=like))[2].places == (1, 2, 3)
+    like = read(first)[2].said
     # a name that stands twice tells nothing
     twice = tag(write_raster(tmp_path / "c.tif", array), descriptions=("B04", "B04", "B02"))
     assert read(twice, Bands(like=like))[2].places == (1, 2, 3)

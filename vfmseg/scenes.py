@@ -19,7 +19,7 @@ from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.labels import LabelMap
 from vfmseg.geo.reader import Bands
-from vfmseg.geo.said import BandSaid
+from vfmseg.geo.said import BandSaid, places_by_name
 from vfmseg.model import InputFacts, normalization
 from vfmseg.recipe import Recipe
 from vfmseg.remarks import tell_absent, tell_implausible, tell_notes, tell_shared_ground, tell_survey
@@ -54,7 +54,7 @@ def open_split(
 ) -> list[SceneLike]:
     """Open the scenes of `train`, `val` or `test`; nothing of their pixels is read yet.
 
-    `like` {modality: what the training files say of their bands}: bands are found by it; left out, by the first scene.
+    `like` {modality: what the training files say of their bands}: bands are found by it; left out, by what these say.
     `trained`: as in `bands_of`.
     """
     source = getattr(recipe.data, split)
@@ -78,7 +78,7 @@ def open_split(
             config=source.config,
             revision=source.revision,
         )
-    said = scenes[0].said() if like is None else like
+    said = said_by(scenes) if like is None else like
     for scene in scenes:
         scene.follow(said)
     _check_alike(scenes, split)
@@ -125,11 +125,19 @@ def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
     return replace(facts, statistics={name: statistics[name] for name in by_dataset})
 
 
+def _first_said(scenes: Sequence[SceneLike]) -> dict[str, tuple[BandSaid, ...]]:
+    """{modality: what the first scene that names its bands says of them, else the first one}."""
+    found = dict(scenes[0].said())
+    for name, bands in found.items():
+        told = (bands, *(scene.said()[name] for scene in scenes[1:]))
+        found[name] = next((said for said in told if places_by_name(said, said) is not None), bands)
+    return found
+
+
 def said_by(scenes: Sequence[SceneLike]) -> dict[str, tuple[BandSaid, ...]]:
-    """{modality: what the files of scenes say of the bands}: names of the first; scales that differ are None."""
-    first, *others = (scene.said() for scene in scenes)
-    merged = dict(first)
-    for said in others:
+    """{modality: what the files of scenes say of the bands}: names of the first that has some; None: scales differ."""
+    merged = _first_said(scenes)
+    for said in (scene.said() for scene in scenes):
         for name, bands in said.items():
             merged[name] = tuple(
                 one if (one.scale, one.offset) == (two.scale, two.offset) else replace(one, scale=None, offset=None)

@@ -75,7 +75,7 @@ def _spread(height: int, width: int, count: int) -> Iterator[Window]:
     """At most `count` windows, in equal steps over the tiles of a scene."""
     across = -(-width // SIDE)
     tiles = across * -(-height // SIDE)
-    for number in sorted({i * tiles // count for i in range(min(count, tiles))} if count < tiles else range(tiles)):
+    for number in sorted({(2 * i + 1) * tiles // (2 * count) for i in range(count)} if count < tiles else range(tiles)):
         row, col = number // across * SIDE, number % across * SIDE
         yield Window(row, col, min(SIDE, height - row), min(SIDE, width - col))
 

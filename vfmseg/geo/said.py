@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ _COLORS = {
 }
 """Words for colours, in band names and in GDAL's colour interpretation."""
 
+_COUNTING = re.compile(r"(?:(?:band|layer|channel|raster|gray|grey)[\s_#-]*)?\d*")
+"""Names that programs make up; those of sensors, such as B04, are none."""
+
 
 @dataclass(frozen=True)
 class BandSaid:
@@ -53,6 +57,12 @@ class BandSaid:
         return (self.scale, self.offset) != (1.0, 0.0)
 
     @property
+    def own_name(self) -> str:
+        """The name in small letters; "" if it only counts (Band 1), as programs name bands that have no name."""
+        name = self.name.strip().lower()
+        return "" if _COUNTING.fullmatch(name) else name
+
+    @property
     def meaning(self) -> str:
         """The colour that the name or the interpretation tells; "" if neither does."""
         return _COLORS.get(self.name.strip().lower(), "") or _COLORS.get(self.color, "")
@@ -68,7 +78,7 @@ def places_by_name(wanted: Sequence[BandSaid], there: Sequence[BandSaid]) -> tup
 
     By descriptions where all wanted bands have one, else by colours: both must be there, each exactly once.
     """
-    for key in (lambda band: band.name.strip().lower(), lambda band: band.meaning):
+    for key in (lambda band: band.own_name, lambda band: band.meaning):
         names, found = [key(band) for band in wanted], [key(band) for band in there]
         if all(names) and len(set(names)) == len(names) and all(found.count(name) == 1 for name in names):
             return tuple(found.index(name) + 1 for name in names)

@@ -111,6 +111,12 @@ def open_scenes(
                     f"the array for '{name}' has shape {one.shape}, which looks like (height, width, bands); expected "
                     "(bands, height, width): pass array.transpose(2, 0, 1)"
                 )
+        varied = any(None in (band.scale, band.offset) for band in bands[name].like or ())
+        if isinstance(one, np.ndarray) and one.dtype.kind in "ui" and varied and bands[name].scale is None:
+            raise DataError(
+                f"the array for '{name}' holds whole numbers, but each of the training files says a scale of its own, "
+                "so what they mean is not known; pass values (stored * scale + offset) as float32"
+            )
     arrays = [name for name, one in given.items() if isinstance(one, np.ndarray)]
     inputs = {name: given[name] for name in bands}
     opened = [OpenScene(inputs, bands) for _ in range(1 if arrays else threads)]
@@ -129,7 +135,7 @@ def open_scenes(
             else:
                 some = ",".join(str(number) for number in range(1, expected + 1))
                 place = " + ".join(raster.paths)
-                remedy = f"name them, such as --bands {name}={some} (in Python bands={{'{name}': ({some},)}})"
+                remedy = f"name them, such as --bands {name}={some} (in Python bands={{'{name}': [{some}]}})"
                 there = sum(info.count for info in raster.infos.values())
                 if there < expected:
                     remedy = f"it holds {there} in all: choose a scene that has them"

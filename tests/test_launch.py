@@ -83,6 +83,14 @@ def test_f11_a_rank_that_was_left_behind_silences_nothing(
     assert own_device() in ("cpu", "cuda:0")
 
 
+def test_f11_settings_of_accelerate_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert connect("no").num_processes == 1
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "bogus")
+    with pytest.raises(MachineError, match=r"settings of accelerate .*BOGUS.*; correct them"):
+        connect("no")
+
+
 def test_f11_one_of_several_is_told_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")

@@ -33,7 +33,7 @@ def connect(precision: str) -> Accelerator:
     _, started = rank_and_size()
     require_meeting_point()
     if started == 1:  # what an earlier launch has left behind would make accelerate wait for others
-        for name in ("RANK", "LOCAL_RANK"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -41,13 +41,20 @@ def connect(precision: str) -> Accelerator:
 
     # accelerate keeps its settings for the life of a process; a second run in a notebook may want other ones
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        # on the CPU accelerate connects the processes of torchrun only if it is told that the CPU is meant
-        cpu=not torch.accelerator.is_available(),
-        # the loop accumulates by itself; a number in accelerate's settings would divide the gradients once more
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            # on the CPU accelerate connects the processes of torchrun only if it is told that the CPU is meant
+            cpu=not torch.accelerator.is_available(),
+            # the loop accumulates by itself; a number in accelerate's settings would divide the gradients once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+    except ValueError as error:  # of a word or number that it does not know
+        reason = " ".join(str(error).split())[:200]
+        raise MachineError(
+            f"the settings of accelerate in the environment (ACCELERATE_...) cannot be used ({reason}); correct them "
+            "by `accelerate config`, or unset them"
+        ) from None
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise MachineError(
             "train.precision = fp16 needs a GPU, but accelerate is configured to use the CPU; change that, or use bf16"

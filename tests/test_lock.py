@@ -195,6 +195,12 @@ def test_f1_what_a_power_cut_left_of_a_lock_is_taken_over(tmp_path: Path, conten
     assert not lock.exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="takes a folder in which nothing can be made")
+def test_f1_a_folder_that_takes_no_files_is_called_so() -> None:
+    with pytest.raises(DataError, match=r"/proc/\.m\.tif\.lock cannot be made there"):
+        take(lock_beside(Path("/proc/m.tif")))
+
+
 def test_f1_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")

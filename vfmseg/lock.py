@@ -129,7 +129,10 @@ def _take(lock: Path, target: Path, doing: str, shared: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)
-    raise DataError(f"{target}: cannot be created: {lock} is removed again and again; choose another output")
+    raise DataError(
+        f"{target}: cannot be created: {lock} cannot be made there, or is removed again and again; choose another "
+        "output"
+    )
 
 
 def _taken(lock: Path, target: Path, handle: int, doing: str, shared: bool) -> bool:

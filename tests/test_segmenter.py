@@ -16,9 +16,10 @@ from makers import recipe_dict, save_encoder, sign, toy_folder, toy_scene, write
 from safetensors.torch import load_file, save_file
 
 from vfmseg.checkpoint import load_segmenter
-from vfmseg.errors import CheckpointError, DataError, MachineError, RecipeError
+from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.how import How
+from vfmseg.lock import LOCK, held
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
@@ -201,6 +202,14 @@ def test_p26_nodata_never_reaches_the_scores(place: Path, tmp_path: Path) -> Non
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
     scores = Segmenter.from_pretrained(place / "run" / "best").evaluate(recipe, "val")
     assert scores["pixels"] == 64 * 64 - 600
+
+
+def test_f2_nothing_is_saved_into_a_run_that_trains(place: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.from_pretrained(place / "run" / "best")
+    shutil.copytree(place / "run", tmp_path / "run")
+    with held(tmp_path / "run" / LOCK, tmp_path / "run", "training"), pytest.raises(BusyError, match="training"):
+        segmenter.save_pretrained(tmp_path / "run" / "best")
+    segmenter.save_pretrained(tmp_path / "run" / "best")
 
 
 def test_evaluate_asks_for_the_same_task_and_tells_another_reading(

@@ -32,10 +32,11 @@ from vfmseg.inference.sources import Input, OpenScene, hidden_by, open_scenes, t
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
-from vfmseg.lock import held, lock_beside
+from vfmseg.lock import LOCK, held, lock_beside
 from vfmseg.metrics import Confusion
 from vfmseg.provenance import finished_before, mark_of, tags_of, work_of
 from vfmseg.recipe import Recipe, load_recipe
+from vfmseg.run_folder import holds_run
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -261,7 +262,9 @@ class Segmenter:
             return Path(folder)
         if source in target.parents or target in source.parents:
             raise CheckpointError(f"{folder}: one of it and {self.folder} lies in the other; choose a folder beside it")
-        with held(lock_beside(target), target, "saving a segmenter"), segmenter_folder(target) as aside:
+        # a run's best/ and last/ are written under the run's own lock
+        lock = target.parent / LOCK if holds_run(target.parent) else lock_beside(target)
+        with held(lock, target, "saving a segmenter"), segmenter_folder(target) as aside:
             shutil.copytree(self.folder, aside, dirs_exist_ok=True)
             if fingerprint_of(aside) != self.fingerprint:
                 raise CheckpointError(f"{self.folder}: is no longer the segmenter that was loaded; load it again")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -76,10 +76,12 @@ def chunk_rows(block_height: int, tile: int) -> int:
     return block_height * -(-least // block_height)
 
 
-def chunks_of(top: int, bottom: int, height: int) -> list[tuple[int, int]]:
+def chunks_of(top: int, bottom: int, height: int) -> Iterator[tuple[int, int]]:
     """(row, rows) of the chunks that cover rows top to bottom - 1, cut at multiples of `height`."""
-    cuts = [top, *range((top // height + 1) * height, bottom, height), bottom]
-    return [(a, b - a) for a, b in pairwise(cuts)]
+    while top < bottom:
+        end = min(bottom, (top // height + 1) * height)
+        yield top, end - top
+        top = end
 
 
 def pieces_of(left: int, right: int, block_width: int, threads: int) -> list[tuple[int, int]]:

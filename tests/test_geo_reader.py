@@ -273,6 +273,7 @@ def test_p26_alpha_hides_and_is_no_band(tmp_path: Path, driver: str) -> None:
     assert spots(read_all(path, Bands((1,)))[1]) == [(0, 0), (5, 6)]
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_p26_a_fourth_band_asked_for_by_number_is_data_though_the_file_calls_it_alpha(tmp_path: Path) -> None:
     """GDAL marks the fourth band of any 8-bit file as alpha unless told otherwise; here it holds infrared."""
     array = noise(4)

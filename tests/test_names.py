@@ -147,6 +147,7 @@ def test_f19_patterns_without_brackets_have_one_reading() -> None:
 GRID = Grid("EPSG:32633", (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), 20, 20)
 
 
+@pytest.mark.filterwarnings("ignore:'crs' was not provided")
 def test_f19_areas_that_are_folders_or_name_no_system_are_called_so(tmp_path: Path) -> None:
     pyogrio, shapely = pytest.importorskip("pyogrio"), pytest.importorskip("shapely")
     (tmp_path / "folder").mkdir()

@@ -412,6 +412,7 @@ def test_f7_so_are_devices_and_sockets_whoever_is_trusted(tmp_path: Path, monkey
             use("s.tif")
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_f7_other_formats_are_a_matter_of_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as those whose headers name the file with the pixels: it could be any file."""
     profile = {"width": SIZE, "height": SIZE, "count": 1, "dtype": "uint16"}

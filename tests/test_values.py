@@ -13,7 +13,6 @@ import rasterio
 from makers import toy_scene, write_raster
 from PIL import Image
 from rasterio.enums import ColorInterp
-from rasterio.errors import NotGeoreferencedWarning
 
 from vfmseg.data.scene import FileScene
 from vfmseg.data.survey import survey
@@ -106,6 +105,7 @@ def test_f13_nodata_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(~read(path)[1], gdal_hides(path))
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_f13_nodata_that_differs_between_bands(tmp_path: Path) -> None:
     array = noise()
     array[1, 2:9] = 255  # green roofs
@@ -402,7 +402,7 @@ def test_f16_order_that_is_not_told(tmp_path: Path) -> None:
 # --- orientation ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings(f"ignore::{NotGeoreferencedWarning.__module__}.NotGeoreferencedWarning")
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
 def test_f14_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:

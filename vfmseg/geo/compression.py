@@ -8,7 +8,8 @@ from typing import Any
 from rasterio.io import MemoryFile
 
 from vfmseg.errors import MachineError, RecipeError, nearest
-from vfmseg.geo.opening import GDAL_ERRORS, gdal, in_pixels
+from vfmseg.geo.opening import GDAL_ERRORS, gdal
+from vfmseg.geo.quiet import in_pixels
 
 COMPRESSIONS = ("deflate", "zstd", "lzw")
 

@@ -13,7 +13,7 @@ from rasterio.transform import Affine
 from vfmseg.errors import OutsideError
 from vfmseg.geo.dateline import Rings
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.opening import in_pixels
+from vfmseg.geo.quiet import in_pixels
 
 _BLOCK = 256
 """Height and width in pixels of the fixed squares that polygons are burnt in."""

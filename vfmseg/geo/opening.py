@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import rasterio
 from rasterio._err import CPLE_BaseError  # the only name that rasterio has for what GDAL says of some damaged headers
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.errors import DataError
 from vfmseg.geo import trust
 from vfmseg.geo.grid import Window
+from vfmseg.geo.quiet import in_pixels
 from vfmseg.geo.trust import is_remote
 from vfmseg.paths import elsewhere, files_behind
 
@@ -45,8 +44,6 @@ _ARCHIVES = {".zip": "/vsizip/{}/FILE.tif", ".tar": "/vsitar/{}/FILE.tif", ".tgz
 """Endings of archives, and how GDAL is told to look inside."""
 
 _VECTORS = (".shp", ".geojson", ".json", ".kml", ".kmz", ".gml", ".fgb", ".gpkg", ".gpx", ".dxf")
-
-_warnings_lock = threading.Lock()  # Python's warning filters belong to the process, not to a thread
 
 
 @contextmanager
@@ -77,14 +74,6 @@ def open_dataset(path: str, mode: str = "r", **profile: Any) -> Any:
         dataset.close()
         raise
     return dataset
-
-
-@contextmanager
-def in_pixels() -> Iterator[None]:
-    """rasterio does not warn that pixel numbers are no coordinates."""
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
 
 
 def open_raster(path: str) -> Any:

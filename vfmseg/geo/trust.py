@@ -296,8 +296,10 @@ def _probe(path: str, place: str, seen: set[str]) -> None:
     from rasterio.errors import RasterioError
     from rasterio.io import DatasetReader
 
+    from vfmseg.geo.quiet import in_pixels
+
     try:
-        with DatasetReader(path, driver=_NO_VRT) as dataset:
+        with in_pixels(), DatasetReader(path, driver=_NO_VRT) as dataset:
             driver, files = dataset.driver, dataset.files
     except RasterioError:
         raise _no_raster(place, path) from None
@@ -308,8 +310,11 @@ def _is_virtual(path: str) -> bool:
     from rasterio.errors import RasterioError
     from rasterio.io import DatasetReader
 
+    from vfmseg.geo.quiet import in_pixels
+
     try:
-        DatasetReader(path, driver="VRT").close()
+        with in_pixels():
+            DatasetReader(path, driver="VRT").close()
     except RasterioError:
         return False
     return True

@@ -337,7 +337,7 @@ def test_two_processes_share_a_scene_and_give_the_same_bytes(
 
 
 def interrupted(scene: Path, target: Path, fingerprint: dict[str, Any]) -> Parts:
-    """Label until three pieces are finished."""
+    """Label until three pieces are finished, or a few more: they are written beside the model's work."""
     job = job_of(scene)
     parts = Parts(target, job.plan, job.grid, LAYERS, fingerprint)
 
@@ -355,9 +355,10 @@ def test_p37_a_piece_that_was_cut_short_is_labelled_anew(
     scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     parts = interrupted(scene, tmp_path / "labels.tif", {})
-    piece = parts.path("labels", parts.plan.shards[0])
+    before, first = parts.finished(), parts.plan.shards[0]
+    piece = parts.path("labels", first)
     piece.write_bytes(piece.read_bytes()[:400])
-    assert len(parts.finished()) == 2
+    assert parts.finished() == before - {first} != before
     files = label(scene, tmp_path / "labels.tif", resume=True)
     assert {name: path.read_bytes() for name, path in files.items()} == undisturbed
 
@@ -391,7 +392,7 @@ def test_f1_a_piece_of_other_work_never_reaches_the_map(scene: Path, tmp_path: P
     first = job.plan.shards[0]
 
     def with_another_run(images: Any, valid: Any) -> Any:
-        if len(parts.finished()) == 5 and not seen:
+        if len(parts.finished()) >= 5 and not seen:
             os.replace(foreign.path("labels", first), parts.path("labels", first))
             seen.append(True)
         return pointwise(images, valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from vfmseg.checkpoint import load_strictly, plain_tensors
 from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.files import whole_file
 from vfmseg.loop import Loop, RunState
-from vfmseg.seal import is_intact, mark_of_seal, seal
+from vfmseg.seal import is_intact, seal
 from vfmseg.terminal import say
 
 
@@ -76,8 +77,15 @@ def _no_state(path: Path, error: Exception) -> CheckpointError:
     )
 
 
+def _never_sealed(path: Path) -> bool:
+    """Whether a state of before there were seals may be in a file: one that ends where its archive ends."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 22))
+        return file.read(4) == b"PK\5\6"
+
+
 def _read(path: Path) -> dict[str, Any]:
-    if mark_of_seal(path) and not is_intact(path):  # states of before have no seal
+    if not is_intact(path) and not _never_sealed(path):
         raise CheckpointError(
             f"{path}: is damaged: it does not hold what was written (checksum); copy it again if there is a copy, or "
             "start anew with --overwrite"

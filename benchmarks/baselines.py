@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vfmseg.build.data import open_split
 from vfmseg.data.scene import SceneLike
 from vfmseg.errors import DataError, VfmsegError
 from vfmseg.geo.grid import Window, cut
-from vfmseg.losses import IGNORE, counts, cross_entropy, dice
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import load_recipe
-from vfmseg.scenes import open_split
+from vfmseg.training.losses import IGNORE, counts, cross_entropy, dice
 
 LARGEST = 512  # pixels a side up to which a scene is one tile
 SIDE = 5  # pixels a side of the forest's neighbourhood

@@ -106,10 +106,10 @@ def imports() -> None:
     import shapely  # noqa: F401
     from transformers.models.dinov2 import Dinov2Model  # noqa: F401
 
+    import vfmseg.build.data
     import vfmseg.cli
     import vfmseg.finetune
     import vfmseg.predict
-    import vfmseg.scenes
     import vfmseg.segmenter  # noqa: F401
 
 

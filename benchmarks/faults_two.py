@@ -220,6 +220,6 @@ def _names(path: Path) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    from vfmseg.checkpoint import fingerprint_of
+    from vfmseg.checkpoint.folder import fingerprint_of
 
     return fingerprint_of(folder)

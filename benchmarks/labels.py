@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vfmseg.checkpoint import load_segmenter
+from vfmseg.build.data import bands_of
+from vfmseg.checkpoint.folder import load_segmenter
 from vfmseg.geo.grid import Spans, Window
 from vfmseg.geo.reader import Raster
-from vfmseg.how import How, settle
+from vfmseg.inference.how import How, settle
 from vfmseg.inference.plan import Plan
-from vfmseg.scenes import bands_of
 from vfmseg.segmenter import DTYPES, Segmenter
 
 ROOT = Path(__file__).resolve().parents[1]

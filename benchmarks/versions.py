@@ -84,7 +84,7 @@ def digests(folder: Path, who: str) -> dict[str, str]:
 
     torch.set_num_threads(1)
     from vfmseg.finetune import finetune
-    from vfmseg.how import How
+    from vfmseg.inference.how import How
     from vfmseg.recipe import load_recipe
     from vfmseg.segmenter import Segmenter
 

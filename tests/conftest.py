@@ -23,3 +23,17 @@ settings.load_profile("same_examples")  # others each time: pytest --hypothesis-
 def _seeded() -> None:
     """Each test starts from the same random state, whatever ran before it on the same worker."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pitfall", help="only the tests that guard lines of docs/pitfalls.md, such as C24,P43")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--pitfall")
+    if not chosen:
+        return
+    wanted = set(chosen.upper().split(","))
+    guards = {item: {name for mark in item.iter_markers("pitfall") for name in mark.args} & wanted for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not guards[item]])
+    items[:] = [item for item in items if guards[item]]

@@ -18,7 +18,7 @@ import yaml
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 
-from vfmseg.digests import signed
+from vfmseg.disk.digests import signed
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -11,16 +11,18 @@ import pytest
 import torch
 from makers import recipe_dict, toy_folder, toy_scene, write_raster
 
-from vfmseg import cli, loop, terminal
-from vfmseg.checkpoint import load_segmenter
+from vfmseg import cli, terminal
+from vfmseg.build.data import open_training
+from vfmseg.checkpoint.folder import load_segmenter
 from vfmseg.errors import DataError
 from vfmseg.finetune import finetune
+from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import LabelMap, LabelRaster
+from vfmseg.geo.labels import LabelRaster
 from vfmseg.metrics import Confusion, comparable, mean_text
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, parse_recipe
-from vfmseg.scenes import open_training
+from vfmseg.training import loop
 
 NAMES = ("ground", "disc", "tree")
 
@@ -59,7 +61,8 @@ def as_255(labels: np.ndarray) -> np.ndarray:
 # --- the number ---------------------------------------------------------------------------------------------
 
 
-def test_f18_a_mean_over_fewer_classes_says_so() -> None:
+@pytest.mark.pitfall("F18")
+def test_a_mean_over_fewer_classes_says_so() -> None:
     whole = scores_of([0, 1, 2], [0, 1, 1])
     assert (mean_text(whole), whole["classes_in_mean"]) == ("0.500", 3)
     part = scores_of([0, 0, 1, 1], [0, 0, 1, 0])
@@ -69,7 +72,8 @@ def test_f18_a_mean_over_fewer_classes_says_so() -> None:
     json.dumps(part)
 
 
-def test_f18_epochs_are_compared_by_the_classes_that_have_labels() -> None:
+@pytest.mark.pitfall("F18")
+def test_epochs_are_compared_by_the_classes_that_have_labels() -> None:
     truth = [0] * 10 + [1] * 10
     better, worse = scores_of(truth, [0] * 10 + [1] * 9 + [2]), scores_of(truth, [0] * 10 + [1] * 8 + [0] * 2)
     assert better["miou"] < worse["miou"]  # for one stray pixel of a class without labels
@@ -85,7 +89,8 @@ def test_f18_epochs_are_compared_by_the_classes_that_have_labels() -> None:
 # --- where it is shown --------------------------------------------------------------------------------------
 
 
-def test_f18_progress_table_and_card_are_marked(
+@pytest.mark.pitfall("F18")
+def test_progress_table_and_card_are_marked(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = scores_of([0, 0], [0, 0], classes=2)
@@ -96,7 +101,8 @@ def test_f18_progress_table_and_card_are_marked(
     assert json.loads(json.dumps(scores))["classes_in_mean"] == 1
 
 
-def test_f18_a_validation_of_one_class_chooses_no_epoch(
+@pytest.mark.pitfall("F18")
+def test_a_validation_of_one_class_chooses_no_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = toy(tmp_path, val=ground_only)
@@ -123,7 +129,8 @@ def test_f18_a_validation_of_one_class_chooses_no_epoch(
 # --- what is told before the run ----------------------------------------------------------------------------
 
 
-def test_f18_one_class_alone_teaches_nothing_and_the_reason_is_named(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F18")
+def test_one_class_alone_teaches_nothing_and_the_reason_is_named(tmp_path: Path) -> None:
     """Masks of 0 and 255, and 255 is the default of data.ignore_index."""
     with pytest.raises(
         DataError,
@@ -135,20 +142,23 @@ def test_f18_one_class_alone_teaches_nothing_and_the_reason_is_named(tmp_path: P
         open_training(toy(tmp_path, train=ground_only))
 
 
-def test_f18_the_remedy_of_the_message_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F18")
+def test_the_remedy_of_the_message_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = {0: "ground", 255: "disc"}
     open_training(toy(tmp_path, train=as_255, val=as_255, classes=classes, ignore_index=254))
     assert "no pixel of class" not in capsys.readouterr().err
 
 
-def test_f18_a_class_without_labels_in_validation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F18")
+def test_a_class_without_labels_in_validation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_training(toy(tmp_path, classes={0: "ground", 1: "disc", 2: "tree"}))
     told = [line for line in capsys.readouterr().err.splitlines() if "no pixel of class 2 (tree)" in line]
     assert [line.split(":")[0] for line in told] == ["data.train", "data.val"]
     assert "the best epoch is chosen by the mean IoU of the other classes" in told[1]
 
 
-def test_f18_all_classes_there_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F18")
+def test_all_classes_there_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_training(toy(tmp_path))
     assert "no pixel of class" not in capsys.readouterr().err
 
@@ -160,7 +170,8 @@ def test_f18_all_classes_there_nothing_is_said(tmp_path: Path, capsys: pytest.Ca
         (np.full((4, 4), 0.97, np.float32), "are these probabilities.*write the id of a class to each pixel"),
     ],
 )
-def test_f18_masks_of_other_kinds_are_told_with_a_remedy(tmp_path: Path, array: np.ndarray, message: str) -> None:
+@pytest.mark.pitfall("F18")
+def test_masks_of_other_kinds_are_told_with_a_remedy(tmp_path: Path, array: np.ndarray, message: str) -> None:
     path = write_raster(tmp_path / "labels.tif", array)
     with pytest.raises(DataError, match=message):
         LabelRaster(path, LabelMap((0, 1), 255)).read(Window(0, 0, 4, 4))

@@ -48,7 +48,8 @@ def trained(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("name", ["lora", "adapter"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_p6_a_saved_adapter_gives_the_same_maps(
+@pytest.mark.pitfall("P6")
+def test_a_saved_adapter_gives_the_same_maps(
     folders: dict[str, Path], trained: Callable[..., Any], kind: str, name: str
 ) -> None:
     folder, expected = trained(kind, name)
@@ -63,7 +64,8 @@ def test_p6_a_saved_adapter_gives_the_same_maps(
 
 
 @pytest.mark.parametrize("name", ["lora", "adapter"])
-def test_p14_c14_adapter_files_load_strictly(
+@pytest.mark.pitfall("P14", "C14")
+def test_adapter_files_load_strictly(
     folders: dict[str, Path], trained: Callable[..., Any], name: str, tmp_path: Path
 ) -> None:
     folder, _ = trained("sam", name)
@@ -94,7 +96,8 @@ def test_p14_c14_adapter_files_load_strictly(
         load_adapter(encoder, attached, tmp_path)
 
 
-def test_p14_an_adapter_of_another_scale_is_refused(folders: dict[str, Path], trained: Callable[..., Any]) -> None:
+@pytest.mark.pitfall("P14")
+def test_an_adapter_of_another_scale_is_refused(folders: dict[str, Path], trained: Callable[..., Any]) -> None:
     folder, _ = trained("sam", "adapter")
     encoder = build(folders, "sam")
     attached = attach(encoder, "adapter", scale=0.3)
@@ -105,7 +108,8 @@ def test_p14_an_adapter_of_another_scale_is_refused(folders: dict[str, Path], tr
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_p6_plain_peft_reads_the_file_on_the_upstream_model(
+@pytest.mark.pitfall("P6")
+def test_plain_peft_reads_the_file_on_the_upstream_model(
     folders: dict[str, Path], trained: Callable[..., Any], kind: str
 ) -> None:
     from peft import PeftModel
@@ -128,7 +132,8 @@ def test_p6_plain_peft_reads_the_file_on_the_upstream_model(
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_p13_the_file_names_the_base_it_stands_on(
+@pytest.mark.pitfall("P13")
+def test_the_file_names_the_base_it_stands_on(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the hub is not asked for that base at every save."""
@@ -148,7 +153,8 @@ def test_p13_the_file_names_the_base_it_stands_on(
     assert (config["r"], config["lora_alpha"]) == (LORA["rank"], LORA["alpha"])
 
 
-def test_p1_many_targets_stay_spelled_out(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P1")
+def test_many_targets_stay_spelled_out(tmp_path: Path) -> None:
     """Peft shortens 20 targets and more to suffixes; on the whole model those hit the blocks that were trimmed."""
     from peft import PeftModel
 
@@ -209,7 +215,8 @@ def refused(folders: dict[str, Path], kind: str, folder: Path, words: str, **cha
     assert [sha256_of(encoder.state_dict()) for encoder in (beside, into)] == digests
 
 
-def test_p13_p14_an_adapter_of_another_recipe_is_refused_by_loading_and_merging(
+@pytest.mark.pitfall("P13", "P14")
+def test_an_adapter_of_another_recipe_is_refused_by_loading_and_merging(
     folders: dict[str, Path], trained: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, _ = trained("clip")
@@ -228,7 +235,8 @@ def test_p13_p14_an_adapter_of_another_recipe_is_refused_by_loading_and_merging(
         refused(folders, "clip", tmp_path, words)
 
 
-def test_p1_p14_targets_of_a_fused_layer_are_told_by_its_rows(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P1", "P14")
+def test_targets_of_a_fused_layer_are_told_by_its_rows(folders: dict[str, Path], tmp_path: Path) -> None:
     """Names and shapes are the same whichever of q, k and v was trained."""
     encoder = build(folders, "sam")
     attached = attach(encoder, "lora", targets=("q", "k"))

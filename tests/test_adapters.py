@@ -59,7 +59,8 @@ ATTENTION = {
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("o",), ("mlp",), ALL])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_p1_p2_targets_are_these_layers_of_the_image_encoder(
+@pytest.mark.pitfall("P1", "P2")
+def test_targets_are_these_layers_of_the_image_encoder(
     folders: dict[str, Path], kind: str, targets: tuple[str, ...]
 ) -> None:
     """By name, for the installed transformers; nothing of SAM's mask decoder or CLIP's text tower."""
@@ -94,7 +95,8 @@ def fake(*blocks: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_p2_names_of_older_transformers_are_known(separate: bool) -> None:
+@pytest.mark.pitfall("P2")
+def test_names_of_older_transformers_are_known(separate: bool) -> None:
     encoder = fake(old_block(separate))
     start = "encoder.layer.0."
     assert list(chosen_sites(encoder, ("q", "v"))) == [
@@ -106,7 +108,8 @@ def test_p2_names_of_older_transformers_are_known(separate: bool) -> None:
     assert list(chosen_sites(encoder, ("mlp",))) == [f"{start}{name}" for name in mlp]
 
 
-def test_p3_a_target_without_match_is_an_error_with_near_names(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("P3")
+def test_a_target_without_match_is_an_error_with_near_names(folders: dict[str, Path]) -> None:
     stranger = nn.ModuleDict({"attn": nn.ModuleDict({"q_projection": nn.Linear(6, 6)})})
     with pytest.raises(AdapterError, match=r"'q' matches no layer of encoder\.layer\.0 .*attn\.q_projection"):
         chosen_sites(fake(stranger), ("q",))
@@ -124,7 +127,8 @@ def test_p3_a_target_without_match_is_an_error_with_near_names(folders: dict[str
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_c12_p15_a_fresh_adapter_changes_nothing(folders: dict[str, Path], kind: str, name: str) -> None:
+@pytest.mark.pitfall("C12", "P15")
+def test_a_fresh_adapter_changes_nothing(folders: dict[str, Path], kind: str, name: str) -> None:
     encoder = build(folders, kind)
     images = picture(50, 70)
     with torch.no_grad():
@@ -136,7 +140,8 @@ def test_c12_p15_a_fresh_adapter_changes_nothing(folders: dict[str, Path], kind:
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_c6_c8_p4_p5_p16_only_the_adapter_learns_and_all_of_it(folders: dict[str, Path], kind: str, name: str) -> None:
+@pytest.mark.pitfall("C6", "C8", "P4", "P5", "P16")
+def test_only_the_adapter_learns_and_all_of_it(folders: dict[str, Path], kind: str, name: str) -> None:
     encoder = build(folders, kind, in_channels=4)
     backbone = encoder.backbone
     before = {n: (p.dtype, p.device) for n, p in backbone.named_parameters()}
@@ -168,7 +173,8 @@ def test_c6_c8_p4_p5_p16_only_the_adapter_learns_and_all_of_it(folders: dict[str
 
 
 @pytest.mark.parametrize("name", ["none", "lora", "adapter"])
-def test_c7_a_parameter_that_sounds_like_an_adapter_stays_frozen(folders: dict[str, Path], name: str) -> None:
+@pytest.mark.pitfall("C7")
+def test_a_parameter_that_sounds_like_an_adapter_stays_frozen(folders: dict[str, Path], name: str) -> None:
     encoder = build(folders, "clip")
     block = encoder.blocks[0][1]
     for sound in ("adapter_x", "lora_x", "up"):
@@ -181,7 +187,8 @@ def test_c7_a_parameter_that_sounds_like_an_adapter_stays_frozen(folders: dict[s
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_c11_alpha_counts_in_every_layer(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("C11")
+def test_alpha_counts_in_every_layer(folders: dict[str, Path], kind: str) -> None:
     deltas: dict[float, dict[str, Tensor]] = {}
     for alpha in (1.0, 2.0):
         encoder = build(folders, kind)
@@ -212,7 +219,8 @@ def test_adaptformer_follows_its_formula() -> None:
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("q",), ("k", "v"), ("q", "k", "v")])
-def test_p1_fused_qkv_learns_the_wanted_thirds_alone(folders: dict[str, Path], targets: tuple[str, ...]) -> None:
+@pytest.mark.pitfall("P1")
+def test_fused_qkv_learns_the_wanted_thirds_alone(folders: dict[str, Path], targets: tuple[str, ...]) -> None:
     encoder = build(folders, "sam")
     attached = attach(encoder, "lora", targets=targets)
     train(encoder)
@@ -225,7 +233,8 @@ def test_p1_fused_qkv_learns_the_wanted_thirds_alone(folders: dict[str, Path], t
 @pytest.mark.parametrize(
     "change", [copy.deepcopy, lambda e: e.to(torch.bfloat16), lambda e: pickle.loads(pickle.dumps(e))]
 )
-def test_p1_c10_unwanted_thirds_stay_zero_in_a_copied_or_cast_model(
+@pytest.mark.pitfall("P1", "C10")
+def test_unwanted_thirds_stay_zero_in_a_copied_or_cast_model(
     folders: dict[str, Path], change: Callable[[Encoder], Encoder]
 ) -> None:
     """What holds them must travel with the module; `train` decays the weights too."""
@@ -241,7 +250,8 @@ def test_p1_c10_unwanted_thirds_stay_zero_in_a_copied_or_cast_model(
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_p9_p10_checkpointing_gives_adapters_the_same_gradient(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P9", "P10")
+def test_checkpointing_gives_adapters_the_same_gradient(folders: dict[str, Path], kind: str) -> None:
     found = []
     for asked in (False, True):
         encoder = build(folders, kind, gradient_checkpointing=asked)
@@ -259,7 +269,8 @@ def test_p9_p10_checkpointing_gives_adapters_the_same_gradient(folders: dict[str
         assert torch.allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_p8_dropout_acts_in_the_adapter_alone(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P8")
+def test_dropout_acts_in_the_adapter_alone(tmp_path: Path) -> None:
     upstream("dinov2", drop_path_rate=0.5, attention_probs_dropout_prob=0.5).save_pretrained(tmp_path)
     encoder = build_encoder("dinov2", str(tmp_path), 3)
     attached = attach(encoder, "lora", dropout=0.5)
@@ -277,7 +288,8 @@ def test_p8_dropout_acts_in_the_adapter_alone(tmp_path: Path) -> None:
         assert torch.equal(last_map(encoder), last_map(encoder))
 
 
-def test_p8_an_encoder_that_learns_as_a_whole_drops_as_published(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P8")
+def test_an_encoder_that_learns_as_a_whole_drops_as_published(tmp_path: Path) -> None:
     upstream("dinov2", drop_path_rate=0.5, attention_probs_dropout_prob=0.5).save_pretrained(tmp_path)
     encoder = build_encoder("dinov2", str(tmp_path), 3)
     attach(encoder, "full")
@@ -288,7 +300,8 @@ def test_p8_an_encoder_that_learns_as_a_whole_drops_as_published(tmp_path: Path)
         assert torch.equal(last_map(encoder), last_map(encoder))
 
 
-def test_c13_switching_modes_merges_nothing(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("C13")
+def test_switching_modes_merges_nothing(folders: dict[str, Path]) -> None:
     encoder = build(folders, "clip")
     attached = attach(encoder, "lora")
     train(encoder)
@@ -301,7 +314,8 @@ def test_c13_switching_modes_merges_nothing(folders: dict[str, Path]) -> None:
             assert torch.equal(last_map(encoder), first)
 
 
-def test_c10_table_counts_what_learns(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("C10")
+def test_table_counts_what_learns(folders: dict[str, Path]) -> None:
     encoder = build(folders, "sam")
     published = sum(p.numel() for p in encoder.parameters())
     attached = attach(encoder, "lora")
@@ -315,7 +329,8 @@ def test_c10_table_counts_what_learns(folders: dict[str, Path]) -> None:
     ]
 
 
-def test_c10_table_of_a_trained_encoder_has_no_adapter(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("C10")
+def test_table_of_a_trained_encoder_has_no_adapter(folders: dict[str, Path]) -> None:
     encoder = build(folders, "dinov2")
     attached = attach(encoder, "full")
     total = sum(p.numel() for p in encoder.parameters())
@@ -332,7 +347,8 @@ def test_attaching_says_nothing(
 
 
 @pytest.mark.parametrize("name", ["lora", "adapter"])
-def test_p11_an_error_while_injecting_surfaces_and_thaws_nothing(
+@pytest.mark.pitfall("P11")
+def test_an_error_while_injecting_surfaces_and_thaws_nothing(
     folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
@@ -347,7 +363,8 @@ def test_p11_an_error_while_injecting_surfaces_and_thaws_nothing(
     assert not any(p.requires_grad for n, p in encoder.named_parameters() if "lora" not in n)
 
 
-def test_p11_an_encoder_without_the_expected_parts_is_an_error(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("P11")
+def test_an_encoder_without_the_expected_parts_is_an_error(folders: dict[str, Path]) -> None:
     encoder = build(folders, "clip")
     encoder.blocks[1][1].feed_forward = encoder.blocks[1][1].mlp  # type: ignore[assignment]
     del encoder.blocks[1][1].mlp

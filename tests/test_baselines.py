@@ -14,8 +14,8 @@ import torch
 from makers import recipe_dict, toy_folder, toy_scene, write_raster, write_recipe
 
 from vfmseg.geo.labels import IGNORE as LABELS_IGNORE
-from vfmseg.losses import IGNORE as LOSSES_IGNORE
 from vfmseg.metrics import IGNORE
+from vfmseg.training.losses import IGNORE as LOSSES_IGNORE
 
 SOURCE = Path(__file__).resolve().parents[1] / "benchmarks" / "baselines.py"
 _spec = importlib.util.spec_from_file_location("baselines", SOURCE)
@@ -39,14 +39,16 @@ def test_unlabelled_is_the_same_number_in_every_room() -> None:
     assert IGNORE == LOSSES_IGNORE == LABELS_IGNORE
 
 
-def test_p26_targets_drop_unlabelled_and_invalid_pixels() -> None:
+@pytest.mark.pitfall("P26")
+def test_targets_drop_unlabelled_and_invalid_pixels() -> None:
     one = tile(nodata_rows=3)
     assert (one.targets[:3] == IGNORE).all()
     assert (one.targets[:, 0] == IGNORE).all()
     assert np.array_equal(one.targets[3:, 1:], one.labels[3:, 1:])
 
 
-def test_c1_majority_takes_the_training_labels_only() -> None:
+@pytest.mark.pitfall("C1")
+def test_majority_takes_the_training_labels_only() -> None:
     train, test = tile(0), tile(1)
     test.labels[:] = 1  # what the test has most of does not matter
     seen = train.labels[train.labels != IGNORE]
@@ -92,7 +94,8 @@ def test_the_forest_learns_and_its_seed_fixes_it() -> None:
     assert first.matrix.sum() == 32 * 31
 
 
-def test_c43_crops_move_image_valid_and_labels_together() -> None:
+@pytest.mark.pitfall("C43")
+def test_crops_move_image_valid_and_labels_together() -> None:
     rows, cols = np.mgrid[:12, :20]
     code = (100 * rows + cols).astype(np.float32)
     one = baselines.Tile(code[None] + 1, np.ones((12, 20), dtype=bool), code.astype(np.int64))
@@ -108,7 +111,8 @@ def test_c43_crops_move_image_valid_and_labels_together() -> None:
     assert len({c.labels.tobytes() for c in crops}) > 20  # places, turns and mirrors differ
 
 
-def test_p26_the_unet_does_not_see_what_lies_under_invalid_pixels() -> None:
+@pytest.mark.pitfall("P26")
+def test_the_unet_does_not_see_what_lies_under_invalid_pixels() -> None:
     one = tile(nodata_rows=10)
     model = baselines.UNet(*baselines.band_statistics([one]), 2, width=8)
     image, valid, _ = baselines.stacked([one])
@@ -129,7 +133,8 @@ def test_the_unet_learns_and_its_seed_fixes_it() -> None:
     assert first.confusion.matrix.sum() == (test[0].targets != IGNORE).sum()
 
 
-def test_c1_the_unet_keeps_the_weights_that_were_best_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("C1")
+def test_the_unet_keeps_the_weights_that_were_best_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     train, val, test = [tile(i) for i in range(4)], [tile(20)], [tile(30)]
     seen: list[torch.Tensor] = []
     real = baselines.score
@@ -179,8 +184,8 @@ def test_the_command_scores_the_test_split_of_a_recipe(
 
 
 def test_large_scenes_are_cut_into_tiles_that_cover_each_pixel_once(tmp_path: Path) -> None:
-    from vfmseg.data.split import scenes_from_files
-    from vfmseg.geo.labels import LabelMap
+    from vfmseg.data.from_files import scenes_from_files
+    from vfmseg.geo.classes import LabelMap
     from vfmseg.geo.reader import Bands
 
     labels = np.random.default_rng(0).integers(0, 2, (530, 70)).astype(np.uint8)
@@ -201,7 +206,8 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(script: str) -
     assert module.PAGE.read_text(encoding="utf-8") == module.page()
 
 
-def test_p62_the_demo_goes_to_a_folder_of_any_name(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_the_demo_goes_to_a_folder_of_any_name(tmp_path: Path) -> None:
     from vfmseg.demo import demo_recipe
 
     for name in ("\U0001f30d", 'a "b" [c]', "d: e #f"):

@@ -14,8 +14,8 @@ from vfmseg.data.windows import Draw
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.reader import Bands
-from vfmseg.how import How, settle
 from vfmseg.inference.contracts import Model
+from vfmseg.inference.how import How, settle
 from vfmseg.inference.job import Settings, prepare
 from vfmseg.inference.products import Products
 from vfmseg.inference.sources import OpenScene
@@ -50,7 +50,8 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("override", ABSURD, ids=lambda text: text[:40])
-def test_f6_numbers_that_no_run_means_are_refused(tmp_path: Path, override: str) -> None:
+@pytest.mark.pitfall("F6")
+def test_numbers_that_no_run_means_are_refused(tmp_path: Path, override: str) -> None:
     assert complaint(tmp_path, override)[0].endswith(ABSURD[override])
 
 
@@ -64,7 +65,8 @@ def test_f6_numbers_that_no_run_means_are_refused(tmp_path: Path, override: str)
         (How(scales=(8.0,) * 1000), r"scales = \[8.0, .*\.\.\.; expected numbers above 0 and at most 8, 16 in all"),
     ],
 )
-def test_f6_callers_are_held_to_the_bounds_of_the_recipe(tmp_path: Path, how: How, words: str) -> None:
+@pytest.mark.pitfall("F6")
+def test_callers_are_held_to_the_bounds_of_the_recipe(tmp_path: Path, how: How, words: str) -> None:
     (tmp_path / "r.yaml").write_text(SMALL)
     recipe = load_recipe(tmp_path / "r.yaml")
     with pytest.raises(RecipeError, match=words) as caught:
@@ -72,7 +74,8 @@ def test_f6_callers_are_held_to_the_bounds_of_the_recipe(tmp_path: Path, how: Ho
     assert len(str(caught.value)) < 200
 
 
-def test_f6_windows_far_larger_than_all_scenes_are_refused() -> None:
+@pytest.mark.pitfall("F6")
+def test_windows_far_larger_than_all_scenes_are_refused() -> None:
     scenes = [ArrayScene(96, 96), ArrayScene(64, 80)]
     with pytest.raises(DataError, match=r"data\.tile = 4096, but the longest side of a training scene is 96 px.*= 96$"):
         TrainingWindows(scenes, 4096, 0, None)
@@ -86,7 +89,8 @@ class Vast:
     grid = Grid(None, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), 2**31 - 1, 2**31 - 1)
 
 
-def test_f6_windows_of_vast_scenes_are_counted_and_not_listed() -> None:
+@pytest.mark.pitfall("F6")
+def test_windows_of_vast_scenes_are_counted_and_not_listed() -> None:
     tracemalloc.start()
     cover = CoverWindows([Vast(), Vast()], 256)  # type: ignore[list-item]
     assert len(cover) == 2 * (2**23) ** 2
@@ -103,7 +107,8 @@ def test_f6_windows_of_vast_scenes_are_counted_and_not_listed() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 2**28), (2147483647, 1)])
-def test_f6_a_small_file_that_claims_billions_of_pixels_is_planned_without_memory(
+@pytest.mark.pitfall("F6")
+def test_a_small_file_that_claims_billions_of_pixels_is_planned_without_memory(
     tmp_path: Path, height: int, width: int
 ) -> None:
     file = tmp_path / "wide.vrt"

@@ -68,7 +68,8 @@ def test_catalog_names_the_checkpoints_that_were_promised() -> None:
     assert licences == {("sam", "Apache-2.0"), ("dinov2", "Apache-2.0"), ("clip", "MIT")}
 
 
-def test_p21_normalisation_belongs_to_the_weights() -> None:
+@pytest.mark.pitfall("P21")
+def test_normalisation_belongs_to_the_weights() -> None:
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     clip = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     expected = {"sam": imagenet, "dinov2": imagenet, "clip": clip}
@@ -81,7 +82,8 @@ def test_p21_normalisation_belongs_to_the_weights() -> None:
     assert published_statistics("builtin", None) == imagenet
 
 
-def test_p21_statistics_of_another_family_are_refused() -> None:
+@pytest.mark.pitfall("P21")
+def test_statistics_of_another_family_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"openai/clip-vit-base-patch16 is a clip checkpoint, not dinov2"):
         published_statistics("dinov2", "openai/clip-vit-base-patch16")
     with pytest.raises(CheckpointError, match=r"'dino' is not known; did you mean 'dinov2'\?"):
@@ -111,7 +113,8 @@ def test_catalog_prints_its_page_without_torch() -> None:
     assert done.stdout.decode() == checkpoints_markdown()
 
 
-def test_p21_a_local_folder_says_its_own_statistics(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P21")
+def test_a_local_folder_says_its_own_statistics(tmp_path: Path) -> None:
     assert published_statistics("dinov2", str(tmp_path)) == FAMILY_STATISTICS["dinov2"]
     own = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143], "do_normalize": True}
     file = tmp_path / "preprocessor_config.json"

@@ -101,11 +101,13 @@ def test_finetune_evaluate_predict(place: Path, tmp_path: Path, monkeypatch: pyt
     ],
     ids=["unknown key", "wrong type", "empty glob", "band", "encoder", "layer", "label ids"],
 )
-def test_p62_bad_input_is_one_message_and_exit_code_2(place: Path, tmp_path: Path, change: Any, message: str) -> None:
+@pytest.mark.pitfall("P62")
+def test_bad_input_is_one_message_and_exit_code_2(place: Path, tmp_path: Path, change: Any, message: str) -> None:
     assert message in refused(place, tmp_path, change)
 
 
-def test_p62_truncated_image_names_the_file(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_truncated_image_names_the_file(place: Path, tmp_path: Path) -> None:
     broken = toy_folder(tmp_path / "data", {"train": 1, "val": 1, "test": 1})
     file = broken / "train" / "images" / "s0_train.tif"
     file.write_bytes(file.read_bytes()[:900])
@@ -116,7 +118,8 @@ def test_p62_truncated_image_names_the_file(place: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run" / "best").exists()
 
 
-def test_p31_unpaired_and_misfit_labels(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_unpaired_and_misfit_labels(place: Path, tmp_path: Path) -> None:
     data = toy_folder(tmp_path / "data", {"train": 2, "val": 1, "test": 1})
     label = data / "train" / "labels" / "s1_train.tif"
     label.rename(data / "train" / "labels" / "other.tif")
@@ -152,12 +155,13 @@ def test_a_run_state_with_code_is_refused(place: Path, tmp_path: Path) -> None:
     assert "state.pt" in done.stderr
 
 
-def test_p37_full_disk_while_saving_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P37")
+def test_full_disk_while_saving_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     """A file size limit stands for the full disk: the write fails half-way, the folder stays as it was."""
     script = f"""
 import resource, signal, sys
 from pathlib import Path
-from vfmseg.files import whole_folder
+from vfmseg.disk.files import whole_folder
 from vfmseg.terminal import guarded
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 target = Path({str(tmp_path / "best")!r})
@@ -175,9 +179,10 @@ sys.exit(guarded(verb))
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
-def test_p63_a_new_segmenter_leaves_what_others_have_put_beside_the_old_one(tmp_path: Path) -> None:
-    from vfmseg.checkpoint import OWN
-    from vfmseg.files import whole_folder
+@pytest.mark.pitfall("P63")
+def test_a_new_segmenter_leaves_what_others_have_put_beside_the_old_one(tmp_path: Path) -> None:
+    from vfmseg.checkpoint.folder import OWN
+    from vfmseg.disk.files import whole_folder
 
     best = tmp_path / "best"
     with whole_folder(best, OWN) as aside:
@@ -196,9 +201,10 @@ def test_p63_a_new_segmenter_leaves_what_others_have_put_beside_the_old_one(tmp_
     assert (best / "link").is_symlink()
 
 
-def test_f3_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
-    from vfmseg.files import whole_folder
-    from vfmseg.run_folder import remove_leftovers
+@pytest.mark.pitfall("F3")
+def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    from vfmseg.disk.files import whole_folder
+    from vfmseg.training.run_folder import remove_leftovers
 
     run, disk = tmp_path / "run", tmp_path / "disk"
     run.mkdir()
@@ -215,8 +221,9 @@ def test_f3_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: 
     assert (disk / "a").read_bytes() == b"old"
 
 
-def test_p37_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vfmseg.files import whole_folder
+@pytest.mark.pitfall("P37")
+def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vfmseg.disk.files import whole_folder
 
     with whole_folder(tmp_path / "best") as aside:
         (aside / "a").write_bytes(b"old")
@@ -235,7 +242,8 @@ def test_p37_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+@pytest.mark.pitfall("P55")
+def test_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     """The line is typed as it stands, and the run ends as it would have: same recipe, overrides included."""
     recipe = write_recipe(tmp_path / "my recipe.yaml", content(place, tmp_path / "run"))
     command = [sys.executable, "-m", "vfmseg.cli", "finetune", str(recipe), "train.epochs=20", "seed=3"]
@@ -270,7 +278,8 @@ def test_p55_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, se
         (["-o", "x.tif", "--scales", "nan"], "expected numbers above 0 and at most 8"),
     ],
 )
-def test_p62_wrong_predict_arguments_are_one_message(
+@pytest.mark.pitfall("P62")
+def test_wrong_predict_arguments_are_one_message(
     place: Path, tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from typer.testing import CliRunner
@@ -290,7 +299,8 @@ def test_p62_wrong_predict_arguments_are_one_message(
     assert not (tmp_path / "x.tif").exists()
 
 
-def test_p62_errors_of_rights_and_of_other_processes_say_where(
+@pytest.mark.pitfall("P62")
+def test_errors_of_rights_and_of_other_processes_say_where(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vfmseg.terminal import guarded
@@ -312,7 +322,8 @@ def test_p62_errors_of_rights_and_of_other_processes_say_where(
     assert capsys.readouterr().err == ""  # one process tells for all
 
 
-def test_p62_another_process_that_has_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P62")
+def test_another_process_that_has_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from vfmseg.errors import MachineError
@@ -339,7 +350,8 @@ def test_a_validation_without_a_score_is_shown_as_none(capsys: pytest.CaptureFix
     assert re.findall(r"val mIoU [^,]+", capsys.readouterr().err) == ["val mIoU 0.500", "val mIoU none"]
 
 
-def test_p62_out_of_memory_is_no_traceback_and_a_bug_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("P62")
+def test_out_of_memory_is_no_traceback_and_a_bug_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     from vfmseg.terminal import guarded
@@ -387,7 +399,8 @@ def test_demo_with_an_encoder_folder(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_p62_demo_names_an_encoder_that_is_none(tmp_path: Path, text: str) -> None:
+@pytest.mark.pitfall("P62")
+def test_demo_names_an_encoder_that_is_none(tmp_path: Path, text: str) -> None:
     from vfmseg.demo import encoder_family
     from vfmseg.errors import CheckpointError, RecipeError
 
@@ -400,7 +413,8 @@ def test_p62_demo_names_an_encoder_that_is_none(tmp_path: Path, text: str) -> No
     assert encoder_family("someone/dinov2-of-mine") == "dinov2"
 
 
-def test_p63_overwrite_replaces_the_run(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_overwrite_replaces_the_run(place: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", content(place, tmp_path / "run"))
     assert vfmseg("finetune", recipe, "train.epochs=1").returncode == 0
     done = vfmseg("finetune", recipe, "train.epochs=2", "--overwrite")
@@ -409,7 +423,8 @@ def test_p63_overwrite_replaces_the_run(place: Path, tmp_path: Path) -> None:
     assert sum(json.loads(line)["kind"] == "epoch" for line in lines) == 2
 
 
-def test_c38_examples_run(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("C38")
+def test_examples_run(place: Path, tmp_path: Path) -> None:
     def example(name: str, *arguments: object) -> str:
         done = subprocess.run(
             [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
@@ -427,14 +442,16 @@ def test_c38_examples_run(place: Path, tmp_path: Path) -> None:
     assert sum(pixels) == 70 * 90
 
 
-def test_c38_recipes_name_what_exists() -> None:
+@pytest.mark.pitfall("C38")
+def test_recipes_name_what_exists() -> None:
     from vfmseg.recipe import load_recipe
 
     names = {load_recipe(path).name for path in (ROOT / "recipes").glob("*.yaml")}
     assert names == {"oam-buildings", "aerial-multiclass", "s2-india-rgb-ir"}
 
 
-def test_p37_the_line_that_resumes_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P37")
+def test_the_line_that_resumes_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     from vfmseg.cli import _resumed
 
     monkeypatch.setattr(sys, "argv", ["bin/vfmseg", "predict", "a b.tif"])

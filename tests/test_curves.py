@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from makers import recipe_dict, save_encoder, toy_folder, write_recipe
 
-from vfmseg import curves, loop
-from vfmseg.curves import Curves, scalars
 from vfmseg.errors import MachineError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
+from vfmseg.training import curves, loop
+from vfmseg.training.curves import Curves, scalars
 
 
 def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -40,7 +40,8 @@ def expected(log: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def test_p55_curves_of_a_stopped_run_are_those_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P55")
+def test_curves_of_a_stopped_run_are_those_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of an epoch that was cut off were shown already; an earlier run's curves are in the way too."""
     encoder = save_encoder(tmp_path / "encoder", "dinov2")
     content = recipe_dict(toy_folder(tmp_path / "data"), encoder, tmp_path / "run")
@@ -74,7 +75,8 @@ def test_p55_curves_of_a_stopped_run_are_those_of_its_log(tmp_path: Path, monkey
     assert [path.name for path in (tmp_path / "run" / "tensorboard").iterdir()] == ["mine.txt"]
 
 
-def test_p62_curves_without_tensorboard_are_refused_before_training(
+@pytest.mark.pitfall("P62")
+def test_curves_without_tensorboard_are_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(tmp_path / "no data", tmp_path / "no encoder", tmp_path / "run")

@@ -13,13 +13,13 @@ import pytest
 import torch
 from makers import finished_run, recipe_dict, save_encoder, sign, toy_folder, write_recipe
 
-from vfmseg.checkpoint import load_segmenter, saved_epoch
-from vfmseg.digests import changed, signed
+from vfmseg.checkpoint.folder import load_segmenter, saved_epoch
+from vfmseg.disk.digests import changed, signed
 from vfmseg.errors import CheckpointError, VfmsegError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
-from vfmseg.resume import load_run
 from vfmseg.segmenter import Segmenter
+from vfmseg.training.resume import load_run
 
 FILES = (
     "adapters/rgb/adapter_config.json", "adapters/rgb/adapter_model.safetensors", "head.safetensors", "recipe.yaml",
@@ -38,7 +38,8 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("file", [*FILES, "segmenter.json"])
-def test_f8_one_flipped_bit_in_a_segmenter_is_refused(place: Path, tmp_path: Path, file: str) -> None:
+@pytest.mark.pitfall("F8")
+def test_one_flipped_bit_in_a_segmenter_is_refused(place: Path, tmp_path: Path, file: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(place / "run" / "best", copy)
     bits = 8 * (copy / file).stat().st_size
@@ -60,7 +61,8 @@ def test_f8_one_flipped_bit_in_a_segmenter_is_refused(place: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("file", FILES[1:3])
-def test_f8_a_damaged_file_of_a_segmenter_is_named(place: Path, tmp_path: Path, file: str) -> None:
+@pytest.mark.pitfall("F8")
+def test_a_damaged_file_of_a_segmenter_is_named(place: Path, tmp_path: Path, file: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(place / "run" / "best", copy)
     flip(copy / file, 8 * ((copy / file).stat().st_size - 3))  # inside the last tensor: a number like any other
@@ -72,7 +74,8 @@ def test_f8_a_damaged_file_of_a_segmenter_is_named(place: Path, tmp_path: Path, 
     Segmenter.from_pretrained(copy)
 
 
-def test_f7_nothing_of_a_segmenter_is_read_through_a_link_to_a_folder(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F7")
+def test_nothing_of_a_segmenter_is_read_through_a_link_to_a_folder(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "run" / "best", tmp_path / "best")
     (tmp_path / "best" / "adapters").rename(tmp_path / "elsewhere")
     (tmp_path / "best" / "adapters").symlink_to(tmp_path / "elsewhere")
@@ -83,7 +86,8 @@ def test_f7_nothing_of_a_segmenter_is_read_through_a_link_to_a_folder(place: Pat
         load_segmenter(tmp_path / "best")
 
 
-def test_f8_folders_of_before_there_were_digests_still_load(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_folders_of_before_there_were_digests_still_load(place: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(place / "run" / "best", copy)
     record = json.loads((copy / "segmenter.json").read_text())
@@ -96,7 +100,8 @@ def test_f8_folders_of_before_there_were_digests_still_load(place: Path, tmp_pat
 
 
 @pytest.mark.parametrize("files", [[], "all", {"../secret": "0"}, {"head.safetensors": 3}, {"gone": "0"}])
-def test_f8_a_record_whose_digests_are_none_is_refused(place: Path, tmp_path: Path, files: Any) -> None:
+@pytest.mark.pitfall("F8")
+def test_a_record_whose_digests_are_none_is_refused(place: Path, tmp_path: Path, files: Any) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(place / "run" / "best", copy)
     record = json.loads((copy / "segmenter.json").read_text()) | {"files": files}
@@ -107,7 +112,8 @@ def test_f8_a_record_whose_digests_are_none_is_refused(place: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("adapter", ["full", "adapter", "none"])
-def test_f8_every_kind_of_segmenter_names_all_its_files(tmp_path: Path, adapter: str) -> None:
+@pytest.mark.pitfall("F8")
+def test_every_kind_of_segmenter_names_all_its_files(tmp_path: Path, adapter: str) -> None:
     toy_folder(tmp_path / "data")
     save_encoder(tmp_path / "encoder", "dinov2")
     content = recipe_dict(tmp_path / "data", tmp_path / "encoder", tmp_path / "run")
@@ -122,7 +128,8 @@ def test_f8_every_kind_of_segmenter_names_all_its_files(tmp_path: Path, adapter:
     load_segmenter(best)
 
 
-def test_f8_a_record_is_signed_as_it_will_be_read(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_a_record_is_signed_as_it_will_be_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     record = {"b": (1, 2.5), "a": {10: "x", 9: "y"}, "nothing": None, "wide": 1e-7, "text": "\u00e9\ud83d\ude00"}
     read = json.loads(json.dumps(signed(record, tmp_path, {"a"}), indent=2))
@@ -131,7 +138,8 @@ def test_f8_a_record_is_signed_as_it_will_be_read(tmp_path: Path) -> None:
     assert changed({}, tmp_path) == (None, {})
 
 
-def test_f8_a_flipped_bit_in_a_state_is_refused(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_a_flipped_bit_in_a_state_is_refused(place: Path, tmp_path: Path) -> None:
     state = Path(shutil.copy(place / "run" / "state.pt", tmp_path / "state.pt"))
     whole = state.read_bytes()
     seal_too = range(8 * (len(whole) - 100), 8 * len(whole))
@@ -146,7 +154,8 @@ def test_f8_a_flipped_bit_in_a_state_is_refused(place: Path, tmp_path: Path) -> 
         load_run(state, None, None)  # type: ignore[arg-type]
 
 
-def test_f8_resume_refuses_a_damaged_state_and_leaves_it(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_resume_refuses_a_damaged_state_and_leaves_it(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     flip(tmp_path / "run" / "state.pt", 8 * 2000)
     before = (tmp_path / "run" / "state.pt").read_bytes()
@@ -156,7 +165,8 @@ def test_f8_resume_refuses_a_damaged_state_and_leaves_it(place: Path, tmp_path: 
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 
-def test_f8_f4_a_damaged_best_segmenter_is_not_called_done(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8", "F4")
+def test_a_damaged_best_segmenter_is_not_called_done(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     head = tmp_path / "run" / "best" / "head.safetensors"
     epoch = saved_epoch(head.parent)
@@ -165,7 +175,8 @@ def test_f8_f4_a_damaged_best_segmenter_is_not_called_done(place: Path, tmp_path
     assert saved_epoch(head.parent) is None
 
 
-def test_f8_only_what_was_loaded_is_saved(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_only_what_was_loaded_is_saved(place: Path, tmp_path: Path) -> None:
     """A training run may have replaced the folder since."""
     shutil.copytree(place / "run" / "best", tmp_path / "best")
     segmenter = Segmenter.from_pretrained(tmp_path / "best")

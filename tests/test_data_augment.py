@@ -11,7 +11,7 @@ import torch
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.sample import Sample
 from vfmseg.errors import DataError
-from vfmseg.geo.labels import IGNORE
+from vfmseg.geo.classes import IGNORE
 
 SIZE = 64
 GEOMETRIES = {
@@ -42,7 +42,8 @@ def sample(height: int = SIZE, width: int = SIZE) -> Sample:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_c43_checkerboards_stay_registered_with_the_labels(name: str) -> None:
+@pytest.mark.pitfall("C43")
+def test_checkerboards_stay_registered_with_the_labels(name: str) -> None:
     changed = 0
     for seed in range(12):
         out = GEOMETRIES[name](sample(), seed)
@@ -59,7 +60,8 @@ def test_c43_checkerboards_stay_registered_with_the_labels(name: str) -> None:
     assert changed >= 4
 
 
-def test_c43_pixels_mixed_by_resampling_follow_the_label_within_a_pixel() -> None:
+@pytest.mark.pitfall("C43")
+def test_pixels_mixed_by_resampling_follow_the_label_within_a_pixel() -> None:
     # a shift of half a pixel between image and labels would make far more than the cell borders disagree
     for seed in range(6):
         out = Augment(scale=(0.8, 1.4), rotate=30.0)(sample(), seed)
@@ -88,14 +90,16 @@ def test_without_quarter_turns_only_mirrors_and_tiles_that_are_not_square_keep_t
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_p27_no_label_appears_that_was_not_there(name: str) -> None:
+@pytest.mark.pitfall("P27")
+def test_no_label_appears_that_was_not_there(name: str) -> None:
     for seed in range(20):
         out = GEOMETRIES[name](sample(), seed)
         assert set(out.labels.unique().tolist()) <= {1, 3, IGNORE}
         assert out.labels.dtype == torch.int64
 
 
-def test_p28_corners_become_ignore_and_invalid_never_class_0() -> None:
+@pytest.mark.pitfall("P28")
+def test_corners_become_ignore_and_invalid_never_class_0() -> None:
     whole = sample()
     whole.labels = torch.zeros(SIZE, SIZE, dtype=torch.int64)  # class 0 everywhere: a fill of 0 would not show
     whole.labels[:] = 1
@@ -113,7 +117,8 @@ def test_p28_corners_become_ignore_and_invalid_never_class_0() -> None:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_p26_nodata_never_mixes_into_a_valid_pixel(name: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_never_mixes_into_a_valid_pixel(name: str) -> None:
     one = sample()
     hole = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.3
     one.images["dem"] = torch.where(hole, 0.0, 500.0)[None].clone()
@@ -158,7 +163,8 @@ def test_radiometry_of_8_bit_images_stays_in_0_to_255() -> None:
     assert free.min() < -1000
 
 
-def test_p26_radiometry_measures_valid_pixels_only_and_leaves_the_others_0() -> None:
+@pytest.mark.pitfall("P26")
+def test_radiometry_measures_valid_pixels_only_and_leaves_the_others_0() -> None:
     one = sample()
     one.valid["optical"][:, :48] = False
     one.images["optical"][:, :, :48] = 0
@@ -202,7 +208,8 @@ def test_saturation_of_other_than_three_bands_is_refused() -> None:
         Augment(radiometry={"dem": Radiometry(saturation=0.1)})(sample(), 0)
 
 
-def test_p57_the_seed_alone_decides_and_global_states_are_left_alone() -> None:
+@pytest.mark.pitfall("P57")
+def test_the_seed_alone_decides_and_global_states_are_left_alone() -> None:
     augment = Augment(scale=(0.7, 1.4), rotate=20.0, radiometry={"optical": Radiometry(0.2, 0.2, 0.2, 0.1)})
     states = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     first = augment(sample(), 5)

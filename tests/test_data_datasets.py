@@ -13,13 +13,14 @@ import pytest
 import rasterio
 from PIL import Image
 
+from vfmseg.data.checks import disjoint
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
-from vfmseg.data.split import disjoint, scenes_from_dataset
+from vfmseg.data.from_datasets import scenes_from_dataset
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.windows import Draw
 from vfmseg.errors import DataError
+from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import IGNORE, LabelMap
 from vfmseg.geo.reader import Bands
 
 datasets = pytest.importorskip("datasets")
@@ -78,7 +79,8 @@ def open_set(path: object, split: str = "train", labels: str = "mask", rgb: str 
     return scenes_from_dataset(str(path), split, {"rgb": rgb}, labels, {"rgb": Bands(**bands)}, LABELS)
 
 
-def test_p30_jpeg_cells_of_labels_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P30")
+def test_jpeg_cells_of_labels_are_refused(tmp_path: Path) -> None:
     encoded = BytesIO()
     Image.fromarray(classes(0)).save(encoded, "JPEG", quality=100)
     changed = table().remove_columns("mask").add_column("mask", [{"bytes": encoded.getvalue(), "path": None}] * ROWS)
@@ -165,7 +167,8 @@ def test_folder_of_images_with_a_metadata_file(tmp_path: Path) -> None:
     check(sorted(scenes, key=lambda scene: scene.read(Window(0, 0, 1, 1))["rgb"].pixels[0, 0, 0]))
 
 
-def test_p48_parts_of_a_split_share_no_row_and_overlapping_ones_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P48")
+def test_parts_of_a_split_share_no_row_and_overlapping_ones_are_refused(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table(), "test": table()}).save_to_disk(tmp_path / "set")
     first, last = open_set(tmp_path / "set", "train[:60%]"), open_set(tmp_path / "set", "train[60%:]")
     check(first, range(3))
@@ -179,7 +182,8 @@ def test_p48_parts_of_a_split_share_no_row_and_overlapping_ones_are_refused(tmp_
         disjoint({split: open_set(tmp_path / "one.parquet", split) for split in ("train", "val")})
 
 
-def test_p29_palette_labels_keep_their_indexes_and_colours_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P29")
+def test_palette_labels_keep_their_indexes_and_colours_are_refused(tmp_path: Path) -> None:
     palette = Image.fromarray(classes(0)).convert("P")
     palette.putdata(classes(0).flatten().tolist())
     palette.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 0])
@@ -197,7 +201,8 @@ def test_p29_palette_labels_keep_their_indexes_and_colours_are_refused(tmp_path:
     assert (scene.read(Window(0, 0, 24, 32))["rgb"].pixels == np.asarray(colours).transpose(2, 0, 1)).all()
 
 
-def test_p26_alpha_is_validity_and_16_bit_stays_16_bit(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_alpha_is_validity_and_16_bit_stays_16_bit(tmp_path: Path) -> None:
     clear = np.dstack([pixels(0), np.full((24, 32), 255, dtype=np.uint8)])
     clear[:10, :, 3] = 0
     clear[10, :, 3] = 1
@@ -218,7 +223,8 @@ def test_p26_alpha_is_validity_and_16_bit_stays_16_bit(tmp_path: Path) -> None:
     assert (deep.read(whole)["rgb"].pixels[0] == ramp).all()
 
 
-def test_f7_pictures_that_start_a_program_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F7")
+def test_pictures_that_start_a_program_are_refused(tmp_path: Path) -> None:
     encoded = BytesIO()
     Image.fromarray(pixels(0)).save(encoded, "EPS")
     rows = {"photo": [{"bytes": encoded.getvalue(), "path": None}], "mask": [Image.fromarray(classes(0))]}
@@ -270,7 +276,8 @@ def test_sets_that_cannot_be_loaded_say_what_is_expected(tmp_path: Path) -> None
         open_set(tmp_path / "broken.parquet")
 
 
-def test_p62_hub_id_offline_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P62")
+def test_hub_id_offline_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -346,7 +353,8 @@ def test_rows_travel_to_workers_and_become_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_p26_gaps_in_whole_numbers_are_unlabelled_and_invalid_never_0(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_gaps_in_whole_numbers_are_unlabelled_and_invalid_never_0(tmp_path: Path) -> None:
     """Arrow hands whole numbers with gaps over as float; turned back into uint8, a gap would be 0, a class."""
     labels = [[0, 1, None], [1, None, 0]]
     stored = [[5, None, 7], [5, 6, 7]]
@@ -364,7 +372,8 @@ def test_p26_gaps_in_whole_numbers_are_unlabelled_and_invalid_never_0(tmp_path: 
 
 
 @pytest.mark.parametrize("bands", [2, 3, 4])
-def test_p24_16_bit_colours_are_refused_never_cut_to_8(tmp_path: Path, bands: int) -> None:
+@pytest.mark.pitfall("P24")
+def test_16_bit_colours_are_refused_never_cut_to_8(tmp_path: Path, bands: int) -> None:
     deep = np.arange(bands * 24 * 32, dtype=np.uint16).reshape(bands, 24, 32) * 20
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -380,7 +389,8 @@ def test_p24_16_bit_colours_are_refused_never_cut_to_8(tmp_path: Path, bands: in
         _ = open_set(tmp_path / "set")[0].grid
 
 
-def test_p62_a_picture_cut_short_names_its_row_already_when_it_is_measured(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_picture_cut_short_names_its_row_already_when_it_is_measured(tmp_path: Path) -> None:
     cell = {"bytes": _png(pixels(0))[:60], "path": None}
     rows = {"photo": [cell], "mask": [Image.fromarray(classes(0))]}
     features = datasets.Features({"photo": datasets.Image(), "mask": datasets.Image()})

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from makers import DATA, write_raster
 
+from vfmseg.data.checks import disjoint, require_labels
+from vfmseg.data.from_files import scenes_from_files
+from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.opened import Opened
 from vfmseg.data.pairing import find
 from vfmseg.data.scene import FileScene
-from vfmseg.data.split import disjoint, require_labels, scenes_from_files, scenes_from_table
 from vfmseg.errors import DataError
+from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
+from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.reader import Bands, Raster
 
 LABELS = LabelMap((0, 1, 2), 255)
@@ -52,7 +55,8 @@ def from_globs(folder: Path, images: str = "images/*.tif", labels: str = "labels
     )
 
 
-def test_p31_pairs_by_name_whatever_the_order(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_pairs_by_name_whatever_the_order(tmp_path: Path) -> None:
     # sorted by path the two lists do not agree: tile_1.tif < tile_10.tif, but tile_1_x.png > tile_10_x.png
     twins(tmp_path, "{}.tif", "{}_x.tif")
     scenes = from_globs(tmp_path, labels="labels/*_x.tif")
@@ -61,7 +65,8 @@ def test_p31_pairs_by_name_whatever_the_order(tmp_path: Path) -> None:
     assert [scene.name for scene in scenes] == sorted(NAMES)
 
 
-def test_p31_list_order_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_list_order_does_not_matter(tmp_path: Path) -> None:
     twins(tmp_path)
     images = [str(tmp_path / "images" / f"{name}.tif") for name in NAMES]
     labels = [str(tmp_path / "labels" / f"{name}.tif") for name in reversed(NAMES)]
@@ -69,13 +74,15 @@ def test_p31_list_order_does_not_matter(tmp_path: Path) -> None:
     assert pairs_are_right(scenes)
 
 
-def test_p31_exact_stems_win_over_what_the_stars_stand_for(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_exact_stems_win_over_what_the_stars_stand_for(tmp_path: Path) -> None:
     # the stars stand for "1" and "img_1": only the stems agree
     twins(tmp_path, "img_{}.tif", "img_{}.tif")
     assert pairs_are_right(from_globs(tmp_path, images="images/img_*.tif"))
 
 
-def test_p31_exact_stems_win_also_where_the_stars_agree_on_other_pairs(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_exact_stems_win_also_where_the_stars_agree_on_other_pairs(tmp_path: Path) -> None:
     for folder, name, array in (
         ("A1", "x", image(10)), ("B2", "y", image(11)), ("C1", "y", label(1)), ("D2", "x", label(0))
     ):  # fmt: skip
@@ -86,7 +93,8 @@ def test_p31_exact_stems_win_also_where_the_stars_agree_on_other_pairs(tmp_path:
     assert pairs_are_right(scenes)
 
 
-def test_p31_folders_that_the_stars_stand_for_stay_apart(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_folders_that_the_stars_stand_for_stay_apart(tmp_path: Path) -> None:
     for number, place in enumerate(("north", "south", "west")):
         write_raster(tmp_path / place / "rgb" / "0001.tif", image(10 + number))
         write_raster(tmp_path / place / "label" / "0001.tif", label(number))
@@ -96,7 +104,8 @@ def test_p31_folders_that_the_stars_stand_for_stay_apart(tmp_path: Path) -> None
     assert pairs_are_right(from_globs(tmp_path, images="**/rgb/*.tif", labels="**/label/*.tif"))
 
 
-def test_p31_same_stem_twice_is_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_same_stem_twice_is_refused(tmp_path: Path) -> None:
     twins(tmp_path)
     write_raster(tmp_path / "more" / "a.tif", image(1))
     entries = [str(tmp_path / "images"), str(tmp_path / "more" / "*.tif")]
@@ -104,7 +113,8 @@ def test_p31_same_stem_twice_is_refused(tmp_path: Path) -> None:
         scenes_from_files({"rgb": entries}, str(tmp_path / "labels"), {"rgb": Bands()}, LABELS, "data.train")
 
 
-def test_p31_one_prefix_of_another_is_not_its_pair(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_one_prefix_of_another_is_not_its_pair(tmp_path: Path) -> None:
     twins(tmp_path, names=("tile_1", "tile_10"))
     os.remove(tmp_path / "labels" / "tile_1.tif")
     with pytest.raises(DataError, match=r"images/tile_1\.tif"):
@@ -112,7 +122,8 @@ def test_p31_one_prefix_of_another_is_not_its_pair(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["images", "labels"])
-def test_p31_unpaired_files_are_named(tmp_path: Path, lost: str) -> None:
+@pytest.mark.pitfall("P31")
+def test_unpaired_files_are_named(tmp_path: Path, lost: str) -> None:
     twins(tmp_path)
     (tmp_path / lost / "tile_2.tif").unlink()
     other = "labels" if lost == "images" else "images"
@@ -121,7 +132,8 @@ def test_p31_unpaired_files_are_named(tmp_path: Path, lost: str) -> None:
     assert "tile_10" not in str(caught.value)
 
 
-def test_p31_many_unpaired_files_name_five(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_many_unpaired_files_name_five(tmp_path: Path) -> None:
     twins(tmp_path, names=tuple("abcdefgh"))
     for name in "abcdefg":
         (tmp_path / "labels" / f"{name}.tif").unlink()
@@ -182,13 +194,15 @@ def test_image_and_label_of_different_places_are_refused(tmp_path: Path) -> None
     assert len(from_globs(tmp_path)) == 1  # a label that says nothing of its place contradicts nothing
 
 
-def test_p31_an_image_is_never_its_own_label(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_an_image_is_never_its_own_label(tmp_path: Path) -> None:
     twins(tmp_path)
     with pytest.raises(DataError, match=r"a\.tif: is image and labels at once; expected the labels in a file of"):
         from_globs(tmp_path, labels="images/*.tif")
 
 
-def test_p31_folders_with_brackets_pair_like_any_other(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.pitfall("P31")
+def test_folders_with_brackets_pair_like_any_other(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     home = tmp_path / "area [1]?"
     twins(home, "{}_ms.tif")
     scenes = scenes_from_files(
@@ -204,9 +218,8 @@ def test_p31_folders_with_brackets_pair_like_any_other(tmp_path: Path, recwarn: 
     ("pattern", "wild"),
     [("[!x]*.tif", "t/ile_1"), ("til[e[]_*.tif", "e/1"), ("tile[!]_*.tif", None), ("tile[\\d_]*.tif", "_/1")],
 )
-def test_p31_sets_of_characters_stand_for_what_the_file_system_says(
-    tmp_path: Path, pattern: str, wild: str | None
-) -> None:
+@pytest.mark.pitfall("P31")
+def test_sets_of_characters_stand_for_what_the_file_system_says(tmp_path: Path, pattern: str, wild: str | None) -> None:
     for name in ("tile_1.tif", "tile[!]_1.tif"):
         (tmp_path / name).touch()
     found = {Path(file.path).name: file.wild for file in find(f"{glob.escape(str(tmp_path))}/{pattern}", "here")}
@@ -238,14 +251,16 @@ def from_table(table: Path, split: str = "train", images: str = "image", labels:
 
 
 @pytest.mark.parametrize(("separator", "mark"), [(",", ""), (";", "\ufeff"), ("\t", "")])
-def test_p31_table_splits_are_exact_words(tmp_path: Path, separator: str, mark: str) -> None:
+@pytest.mark.pitfall("P31")
+def test_table_splits_are_exact_words(tmp_path: Path, separator: str, mark: str) -> None:
     table = write_table(tmp_path, separator, mark)
     scenes = from_table(table)
     assert [scene.name for scene in scenes] == ["tile_11", "tile_1"]  # not tile_2 of train_extra
     assert pairs_are_right(scenes)
 
 
-def test_p31_table_templates_fill_in_columns(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_table_templates_fill_in_columns(tmp_path: Path) -> None:
     table = write_table(tmp_path)
     scenes = from_table(table, "test", "images/{name}.tif", "labels/{name}.tif")
     assert [scene.name for scene in scenes] == ["b", "tile_10"]
@@ -280,7 +295,8 @@ def test_table_with_a_short_row_or_a_repeated_scene_is_refused(tmp_path: Path) -
         from_table(tmp_path / "none.csv")
 
 
-def test_p31_a_quotation_mark_left_open_swallows_no_scene(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_a_quotation_mark_left_open_swallows_no_scene(tmp_path: Path) -> None:
     table = write_table(tmp_path)
     text = table.read_text()
     table.write_text(
@@ -293,7 +309,8 @@ def test_p31_a_quotation_mark_left_open_swallows_no_scene(tmp_path: Path) -> Non
         from_table(table)
 
 
-def test_p31_table_cells_may_hold_commas_quotes_and_any_letter(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P31")
+def test_table_cells_may_hold_commas_quotes_and_any_letter(tmp_path: Path) -> None:
     name = 'a, "b"\u2028\x85 ü'
     twins(tmp_path, names=(name,))
     quoted = name.replace('"', '""')
@@ -314,7 +331,8 @@ def test_table_with_two_columns_of_one_name_or_a_path_beyond_limits_is_refused(t
         from_table(table)
 
 
-def test_p48_one_file_in_two_splits_is_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P48")
+def test_one_file_in_two_splits_is_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path)
     splits = {name: from_table(table, name) for name in ("train", "val", "test")}
     disjoint(splits)
@@ -339,7 +357,8 @@ def test_all_pixels_ignored_is_said_before_training(tmp_path: Path) -> None:
     assert require_labels(from_globs(tmp_path), "train", 2) == [0, 1]
 
 
-def test_p26_a_split_whose_images_say_nothing_at_its_labels_is_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_a_split_whose_images_say_nothing_at_its_labels_is_refused(tmp_path: Path) -> None:
     for name in "ab":
         array = image(1, (300, 20))
         array[:, 10:] = 0

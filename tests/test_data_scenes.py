@@ -11,12 +11,12 @@ import rasterio
 from makers import recipe_dict, toy_folder, write_raster
 
 from vfmseg import terminal
+from vfmseg.build.data import bands_of, label_map_of, open_split, open_training
+from vfmseg.build.model import InputFacts, normalization
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Window
 from vfmseg.inference.sources import OpenScene
-from vfmseg.model import InputFacts, normalization
 from vfmseg.recipe import Recipe, parse_recipe
-from vfmseg.scenes import bands_of, label_map_of, open_split, open_training
 
 
 def toy_recipe(folder: Path) -> Recipe:
@@ -29,7 +29,8 @@ def replace_images(folder: Path, split: str, image: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_p24_splits_of_another_type_or_number_of_bands_than_training_are_refused(tmp_path: Path, split: str) -> None:
+@pytest.mark.pitfall("P24")
+def test_splits_of_another_type_or_number_of_bands_than_training_are_refused(tmp_path: Path, split: str) -> None:
     """Statistics and value range come from the training split: 16 bits scored as if they were 8 mean nothing."""
     recipe = toy_recipe(toy_folder(tmp_path))
     assert set(open_training(recipe)) == {"train", "val"}
@@ -44,7 +45,8 @@ def test_p24_splits_of_another_type_or_number_of_bands_than_training_are_refused
         open_training(recipe)
 
 
-def test_p48_one_file_in_two_splits_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P48")
+def test_one_file_in_two_splits_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     toy_folder(tmp_path)
     link = tmp_path / "test" / "labels" / "s0_test.tif"
     link.unlink()
@@ -53,7 +55,8 @@ def test_p48_one_file_in_two_splits_ends_the_run_before_it_begins(tmp_path: Path
         open_training(toy_recipe(tmp_path))
 
 
-def test_p48_one_elevation_model_may_lie_under_all_splits(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P48")
+def test_one_elevation_model_may_lie_under_all_splits(tmp_path: Path) -> None:
     toy_folder(tmp_path)
     write_raster(tmp_path / "dem.tif", np.ones((1, 64, 64), np.float32))
     rows = ["split,rgb,dem,labels"]
@@ -70,7 +73,8 @@ def test_p48_one_elevation_model_may_lie_under_all_splits(tmp_path: Path) -> Non
     assert {name: len(scenes) for name, scenes in opened.items()} == {"train": 1, "val": 1}
 
 
-def test_p29_a_palette_image_is_told(
+@pytest.mark.pitfall("P29")
+def test_a_palette_image_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "_said", set())
@@ -87,7 +91,8 @@ def test_p29_a_palette_image_is_told(
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_p30_ids_outside_the_classes_end_the_run_before_it_begins(tmp_path: Path, split: str) -> None:
+@pytest.mark.pitfall("P30")
+def test_ids_outside_the_classes_end_the_run_before_it_begins(tmp_path: Path, split: str) -> None:
     toy_folder(tmp_path)
     write_raster(tmp_path / split / "labels" / f"s1_{split}.tif", np.full((64, 64), 7, dtype=np.uint8))
     with pytest.raises(DataError, match=rf"s1_{split}\.tif .*unknown label ids 7 \(4096 pixels\)"):
@@ -141,7 +146,8 @@ def two_grid_recipe(folder: Path) -> Recipe:
     return parse_recipe(content, folder, "toy.yaml")
 
 
-def test_p34_a_modality_on_another_grid_is_seen_in_training_as_in_prediction(
+@pytest.mark.pitfall("P34")
+def test_a_modality_on_another_grid_is_seen_in_training_as_in_prediction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "_said", set())
@@ -162,7 +168,8 @@ def test_p34_a_modality_on_another_grid_is_seen_in_training_as_in_prediction(
     assert covered.pixels[:, covered.valid].min() > 200
 
 
-def test_p34_heights_of_another_place_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P34")
+def test_heights_of_another_place_are_refused(tmp_path: Path) -> None:
     folder = two_grids(tmp_path)
     far = np.zeros((1, 90, 130), np.float32)
     write_raster(folder / "train" / "heights" / "s1_train.tif", far, crs="EPSG:32634", origin=(400000, 5000000))
@@ -170,7 +177,8 @@ def test_p34_heights_of_another_place_are_refused(tmp_path: Path) -> None:
         open_training(two_grid_recipe(folder))
 
 
-def test_p48_ground_of_another_split_is_told(
+@pytest.mark.pitfall("P48")
+def test_ground_of_another_split_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = toy_recipe(toy_folder(tmp_path))
@@ -189,7 +197,8 @@ def test_p48_ground_of_another_split_is_told(
     assert "on ground of data.train" not in said
 
 
-def test_p30_a_class_that_no_label_holds_is_told(
+@pytest.mark.pitfall("P30")
+def test_a_class_that_no_label_holds_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks of 0 and 255 with the usual ignore_index 255: all that is wanted is ignored."""
@@ -214,7 +223,8 @@ def test_p30_a_class_that_no_label_holds_is_told(
     assert "data.ignore_index = 255" in said
 
 
-def test_p21_the_encoders_statistics_for_other_types_are_told(
+@pytest.mark.pitfall("P21")
+def test_the_encoders_statistics_for_other_types_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(toy_folder(tmp_path), None, tmp_path / "run")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import write_raster
 
-from vfmseg.data.split import scenes_from_files
+from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.errors import DataError
+from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.labels import IGNORE, LabelMap
 from vfmseg.geo.reader import Bands, Chip
 
 
@@ -69,7 +69,8 @@ def test_statistics_do_not_depend_on_the_tile(tile: int, height: int, width: int
         assert std == pytest.approx(scene.pixels.astype(np.float64).std(axis=(1, 2)), rel=1e-6)
 
 
-def test_p26_invalid_pixels_are_never_counted() -> None:
+@pytest.mark.pitfall("P26")
+def test_invalid_pixels_are_never_counted() -> None:
     valid = np.random.default_rng(3).random((37, 53)) < 0.4
     whole = noise(0)
     mean, std = stream_statistics([Spied(whole, valid), Spied(noise(1), np.zeros((37, 53), dtype=bool))], 20)["x"]
@@ -78,7 +79,8 @@ def test_p26_invalid_pixels_are_never_counted() -> None:
     assert std == pytest.approx(kept.std(axis=1), rel=1e-9)
 
 
-def test_p26_nodata_and_nan_of_files_are_never_counted(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_and_nan_of_files_are_never_counted(tmp_path: Path) -> None:
     pixels = noise(0, (2, 30, 40), mean=100).astype(np.float32)
     frame = np.zeros((30, 40), dtype=bool)
     frame[:8], frame[:, -5:], frame[20, 20] = True, True, True
@@ -122,7 +124,8 @@ def test_nothing_valid_and_nothing_at_all_are_errors() -> None:
         stream_statistics([Spied(noise(0)), Spied(noise(0, (2, 4, 4)), name="b")])
 
 
-def test_c25_statistics_touch_the_scenes_given_and_change_with_no_other() -> None:
+@pytest.mark.pitfall("C25")
+def test_statistics_touch_the_scenes_given_and_change_with_no_other() -> None:
     train, test = [Spied(noise(0))], [Spied(noise(1, mean=1e6))]
     alone = stream_statistics(train)
     assert (train[0].seen == 1).all()

@@ -16,13 +16,13 @@ import rasterio
 import torch
 from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
+from vfmseg.build.data import open_training
 from vfmseg.data.traces import Traces, bytes_trace
 from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.geo.labels import LabelMap
+from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.reader import Bands
 from vfmseg.recipe import load_recipe
-from vfmseg.scenes import open_training
 from vfmseg.terminal import guarded
 
 
@@ -43,7 +43,7 @@ def run(place: Path, content: dict[str, Any] | None = None, **how: bool) -> dict
 
 @contextmanager
 def stopped_in_the_second_epoch() -> Iterator[None]:
-    from vfmseg import loop
+    from vfmseg.training import loop
 
     honest = loop.Loop._train_epoch
 
@@ -81,7 +81,8 @@ def other_image(path: Path) -> None:
     ],
     ids=["labels", "image", "validation"],
 )
-def test_f17_a_run_goes_on_with_the_data_that_it_began_with(
+@pytest.mark.pitfall("F17")
+def test_a_run_goes_on_with_the_data_that_it_began_with(
     place: Path, capsys: pytest.CaptureFixture[str], change: Any, path: str, told: str
 ) -> None:
     with stopped_in_the_second_epoch():
@@ -98,7 +99,8 @@ def test_f17_a_run_goes_on_with_the_data_that_it_began_with(
     run(place, resume=True)  # these are its data now
 
 
-def test_f17_a_copy_of_the_data_is_the_same(place: Path) -> None:
+@pytest.mark.pitfall("F17")
+def test_a_copy_of_the_data_is_the_same(place: Path) -> None:
     with stopped_in_the_second_epoch():
         run(place)
     (place / "data").rename(place / "old")
@@ -113,7 +115,8 @@ def test_f17_a_copy_of_the_data_is_the_same(place: Path) -> None:
     assert run(place, resume=True)["steps"] == 8
 
 
-def test_f17_scenes_that_came_or_went_are_told(place: Path) -> None:
+@pytest.mark.pitfall("F17")
+def test_scenes_that_came_or_went_are_told(place: Path) -> None:
     with stopped_in_the_second_epoch():
         run(place)
     for kind in ("images", "labels"):
@@ -125,7 +128,8 @@ def test_f17_scenes_that_came_or_went_are_told(place: Path) -> None:
         run(place, resume=True)
 
 
-def test_f17_states_of_before_know_no_data(place: Path) -> None:
+@pytest.mark.pitfall("F17")
+def test_states_of_before_know_no_data(place: Path) -> None:
     with stopped_in_the_second_epoch():
         run(place)
     state = torch.load(place / "run" / "state.pt", weights_only=True)
@@ -135,7 +139,8 @@ def test_f17_states_of_before_know_no_data(place: Path) -> None:
     assert run(place, resume=True)["steps"] == 8
 
 
-def test_f17_who_goes_on_with_other_images_normalises_them_as_before(place: Path) -> None:
+@pytest.mark.pitfall("F17")
+def test_who_goes_on_with_other_images_normalises_them_as_before(place: Path) -> None:
     content = content_of(place)
     content["data"]["modalities"]["rgb"] = {"normalize": "dataset"}
     with stopped_in_the_second_epoch():
@@ -149,7 +154,8 @@ def test_f17_who_goes_on_with_other_images_normalises_them_as_before(place: Path
         run(place, content, resume=True)
 
 
-def test_f17_accepting_is_about_going_on(place: Path) -> None:
+@pytest.mark.pitfall("F17")
+def test_accepting_is_about_going_on(place: Path) -> None:
     with pytest.raises(RecipeError, match="--accept-changed-data is about going on with a run: add --resume"):
         run(place, accept_changed_data=True)
     assert not (place / "run").exists()
@@ -161,7 +167,8 @@ def traces_of(place: Path) -> dict[str, str]:
     return traces.found
 
 
-def test_f17_every_image_and_label_map_leaves_one_trace(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F17")
+def test_every_image_and_label_map_leaves_one_trace(tmp_path: Path) -> None:
     toy_folder(tmp_path / "data")
     found = traces_of(tmp_path)
     assert len(found) == 2 * (4 + 2)  # those of test are not looked at
@@ -176,7 +183,8 @@ def test_f17_every_image_and_label_map_leaves_one_trace(tmp_path: Path) -> None:
     ]
 
 
-def test_f17_a_trace_sees_every_byte_of_a_small_file_and_reads_little_of_a_large_one() -> None:
+@pytest.mark.pitfall("F17")
+def test_a_trace_sees_every_byte_of_a_small_file_and_reads_little_of_a_large_one() -> None:
     small = bytes(range(256)) * 4
     whole = bytes_trace(io.BytesIO(small))
     assert bytes_trace(io.BytesIO(small)) == whole
@@ -208,9 +216,11 @@ def test_f17_a_trace_sees_every_byte_of_a_small_file_and_reads_little_of_a_large
 
 
 @pytest.mark.parametrize("kind", ["image", "array"])
-def test_f17_rows_of_a_published_set_leave_traces(tmp_path: Path, kind: str) -> None:
+@pytest.mark.pitfall("F17")
+def test_rows_of_a_published_set_leave_traces(tmp_path: Path, kind: str) -> None:
     datasets = pytest.importorskip("datasets")
-    from vfmseg.data.split import require_labels, scenes_from_dataset
+    from vfmseg.data.checks import require_labels
+    from vfmseg.data.from_datasets import scenes_from_dataset
 
     def traced(images: list[np.ndarray], labels: list[np.ndarray]) -> list[str]:
         if kind == "image":
@@ -236,7 +246,8 @@ def test_f17_rows_of_a_published_set_leave_traces(tmp_path: Path, kind: str) -> 
     assert [a == b for a, b in zip(traced(images, [1 - labels[0], labels[1]]), before, strict=True)] == [1, 0, 1, 1]
 
 
-def test_f17_an_image_behind_a_path_of_gdal_is_told_by_its_pixels(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F17")
+def test_an_image_behind_a_path_of_gdal_is_told_by_its_pixels(tmp_path: Path) -> None:
     import zipfile
 
     from vfmseg.data.traces import raster_trace

@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader
 
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.dataset import CoverWindows, TrainingWindows, random_window
+from vfmseg.data.from_files import scenes_from_files
+from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.data.scene import SceneLike
-from vfmseg.data.split import scenes_from_files, scenes_from_table
 from vfmseg.data.windows import Draw, Purpose, epoch_order, rank_batches, rng
 from vfmseg.errors import DataError
+from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.labels import IGNORE, LabelMap
 from vfmseg.geo.reader import Bands, Chip
 
 
@@ -76,7 +77,8 @@ def equal(one: Sample | Batch, two: Sample | Batch) -> bool:
 # ------------------------------------------------------------------------------------------------------- order
 
 
-def test_p56_the_order_of_an_epoch_depends_on_seed_and_epoch_only() -> None:
+@pytest.mark.pitfall("P56")
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only() -> None:
     first = epoch_order(50, seed=3, epoch=1)
     torch.manual_seed(9), np.random.seed(9), random.seed(9)
     assert epoch_order(50, seed=3, epoch=1) == first
@@ -86,7 +88,8 @@ def test_p56_the_order_of_an_epoch_depends_on_seed_and_epoch_only() -> None:
     assert epoch_order(50, seed=-3, epoch=1) != first
 
 
-def test_c26_streams_of_random_numbers_do_not_overlap() -> None:
+@pytest.mark.pitfall("C26")
+def test_streams_of_random_numbers_do_not_overlap() -> None:
     keys = [(p, s, e, i) for p in Purpose for s in (0, 1, 2) for e in (0, 1, 2) for i in (0, 1, 2)]
     firsts = {int(rng(*key).integers(2**63)) for key in keys}
     assert len(firsts) == len(keys)
@@ -95,7 +98,8 @@ def test_c26_streams_of_random_numbers_do_not_overlap() -> None:
 @pytest.mark.parametrize(
     ("length", "batch", "world"), [(17, 2, 3), (12, 2, 3), (1, 4, 2), (5, 1, 4), (13, 4, 2), (7, 3, 1)]
 )
-def test_p54_ranks_share_an_epoch_without_repeats_and_keep_in_step(length: int, batch: int, world: int) -> None:
+@pytest.mark.pitfall("P54")
+def test_ranks_share_an_epoch_without_repeats_and_keep_in_step(length: int, batch: int, world: int) -> None:
     order = epoch_order(length, 0, 0)
     ranks = [rank_batches(order, batch, rank, world, epoch=4) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -110,7 +114,8 @@ def test_p54_ranks_share_an_epoch_without_repeats_and_keep_in_step(length: int, 
     assert all(draw.epoch == 4 for batches in ranks for draws in batches for draw in draws)
 
 
-def test_p57_forgetting_the_epoch_is_an_error() -> None:
+@pytest.mark.pitfall("P57")
+def test_forgetting_the_epoch_is_an_error() -> None:
     with pytest.raises(TypeError):
         rank_batches([0, 1], 1, 0, 1)  # type: ignore[call-arg]
 
@@ -118,13 +123,15 @@ def test_p57_forgetting_the_epoch_is_an_error() -> None:
 # ------------------------------------------------------------------------------------------------------ windows
 
 
-def test_c20_every_offset_is_reachable_also_the_last_row_and_column() -> None:
+@pytest.mark.pitfall("C20")
+def test_every_offset_is_reachable_also_the_last_row_and_column() -> None:
     data = TrainingWindows([ArrayScene(10, 9)], 7, 0, None)
     seen = {corner(data[Draw(epoch, i)]) for epoch in range(60) for i in range(len(data))}
     assert seen == {(row, col) for row in range(4) for col in range(3)}
 
 
-def test_c20_scene_of_exactly_one_tile_works() -> None:
+@pytest.mark.pitfall("C20")
+def test_scene_of_exactly_one_tile_works() -> None:
     data = TrainingWindows([ArrayScene(8, 8)], 8, 0, None)
     assert len(data) == 1
     sample = data[Draw(0, 0)]
@@ -156,7 +163,8 @@ def test_scenes_are_visited_by_their_area() -> None:
     assert heights == [16] * 4 + [8] + [9] * 2
 
 
-def test_p57_fewer_samples_than_scenes_still_see_every_scene_in_time() -> None:
+@pytest.mark.pitfall("P57")
+def test_fewer_samples_than_scenes_still_see_every_scene_in_time() -> None:
     scenes = [ArrayScene(4, 4, name=str(i)) for i in range(12)]
     data = TrainingWindows(scenes, 4, 0, None, samples_per_epoch=5)
     assert len(data) == 5
@@ -193,7 +201,8 @@ def test_all_pixels_ignored_scene_ends_after_ten_tries() -> None:
     assert (collate([sample]).targets() == IGNORE).all()
 
 
-def test_p54_labels_of_a_filler_count_nowhere() -> None:
+@pytest.mark.pitfall("P54")
+def test_labels_of_a_filler_count_nowhere() -> None:
     data = TrainingWindows([ArrayScene(16, 16)], 8, 0, Augment())
     assert (data[Draw(0, 1, filler=True)].labels == IGNORE).all()
     assert (data[Draw(0, 1)].labels != IGNORE).all()
@@ -225,7 +234,8 @@ def file_scenes(folder: Path, count: int = 3) -> list[SceneLike]:
     )
 
 
-def test_p57_crops_of_epoch_2_differ_from_those_of_epoch_1_and_reruns_agree() -> None:
+@pytest.mark.pitfall("P57")
+def test_crops_of_epoch_2_differ_from_those_of_epoch_1_and_reruns_agree() -> None:
     def run(epoch: int, seed: int = 0) -> list[tuple[int, int]]:
         data = TrainingWindows([ArrayScene(200, 200)], 16, seed, None)
         return [corner(data[Draw(epoch, i)]) for i in range(20)]
@@ -237,7 +247,8 @@ def test_p57_crops_of_epoch_2_differ_from_those_of_epoch_1_and_reruns_agree() ->
     assert len(set(run(1))) > 15  # samples of one epoch differ from each other
 
 
-def test_c26_augmentation_differs_between_epochs_and_samples() -> None:
+@pytest.mark.pitfall("C26")
+def test_augmentation_differs_between_epochs_and_samples() -> None:
     data = TrainingWindows([ArrayScene(16, 16)], 16, 0, Augment())  # one window only: what differs is the augmentation
     views = {tuple(data[Draw(epoch, 0)].labels.flatten().tolist()) for epoch in range(20)}
     corners = {float(data[Draw(epoch, 0)].images["rgb"][0, 0, 0]) for epoch in range(20)}
@@ -245,7 +256,8 @@ def test_c26_augmentation_differs_between_epochs_and_samples() -> None:
     assert len(views) >= 2
 
 
-def test_p57_workers_do_not_change_the_samples(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P57")
+def test_workers_do_not_change_the_samples(tmp_path: Path) -> None:
     data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment())
     batches = rank_batches(epoch_order(len(data), 5, 1), 4, 0, 1, epoch=1)
 
@@ -266,7 +278,8 @@ def test_p57_workers_do_not_change_the_samples(tmp_path: Path) -> None:
     assert equal(copy[Draw(1, 3)], data[Draw(1, 3)])
 
 
-def test_c26_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C26")
+def test_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
     data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment())
     order = epoch_order(len(data), 5, 2)
     (first, *_), (second, *_) = (rank_batches(order, 3, rank, 2, epoch=2) for rank in range(2))
@@ -275,7 +288,8 @@ def test_c26_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
     assert all(equal(a, b) for a, b in zip(two, [data[d] for d in both], strict=True))
 
 
-def test_p57_reading_a_sample_leaves_the_global_random_states_alone(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P57")
+def test_reading_a_sample_leaves_the_global_random_states_alone(tmp_path: Path) -> None:
     data = TrainingWindows(file_scenes(tmp_path), 16, 0, full_augment(), samples_per_epoch=4)
     states = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     first = data[Draw(0, 1)]
@@ -288,7 +302,8 @@ def test_p57_reading_a_sample_leaves_the_global_random_states_alone(tmp_path: Pa
 # ------------------------------------------------------------------------------------------------------- batches
 
 
-def test_p58_batch_of_one_and_a_short_last_batch_keep_their_axes() -> None:
+@pytest.mark.pitfall("P58")
+def test_batch_of_one_and_a_short_last_batch_keep_their_axes() -> None:
     data = TrainingWindows([ArrayScene(24, 24)], 8, 0, Augment())
     for size, lengths in ((1, [1] * 9), (4, [4, 4, 1])):
         loader = DataLoader(data, batch_sampler=rank_batches(range(9), size, 0, 1, epoch=0), collate_fn=collate)
@@ -301,7 +316,8 @@ def test_p58_batch_of_one_and_a_short_last_batch_keep_their_axes() -> None:
             assert batch.labels.dtype == torch.int64
 
 
-def test_p26_targets_are_ignore_wherever_any_modality_is_invalid() -> None:
+@pytest.mark.pitfall("P26")
+def test_targets_are_ignore_wherever_any_modality_is_invalid() -> None:
     labels = torch.arange(4).reshape(1, 2, 2)
     valid = {"a": torch.tensor([[[True, True], [False, True]]]), "b": torch.tensor([[[True, False], [True, True]]])}
     batch = Batch({name: torch.ones(1, 1, 2, 2) for name in valid}, valid, labels)
@@ -324,7 +340,8 @@ def test_samples_of_different_bands_are_refused() -> None:
     ("height", "width", "tile"),
     [(64, 64, 32), (65, 97, 32), (31, 33, 32), (7, 100, 16), (32, 32, 32), (1, 1, 8), (5, 3, 1)],
 )
-def test_p45_the_cover_counts_each_pixel_exactly_once(height: int, width: int, tile: int) -> None:
+@pytest.mark.pitfall("P45")
+def test_the_cover_counts_each_pixel_exactly_once(height: int, width: int, tile: int) -> None:
     scene = ArrayScene(height, width)
     cover = CoverWindows([scene, ArrayScene(3, 4)], tile)
     counts = np.zeros((height, width), dtype=int)
@@ -344,7 +361,8 @@ def test_p45_the_cover_counts_each_pixel_exactly_once(height: int, width: int, t
     assert small == 12
 
 
-def test_p45_a_confusion_over_the_cover_is_that_of_the_whole_map(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P45")
+def test_a_confusion_over_the_cover_is_that_of_the_whole_map(tmp_path: Path) -> None:
     from vfmseg.metrics import Confusion
 
     labels = np.random.default_rng(0).integers(IGNORE, 2, (45, 70))
@@ -356,7 +374,8 @@ def test_p45_a_confusion_over_the_cover_is_that_of_the_whole_map(tmp_path: Path)
     assert torch.equal(torch.as_tensor(tiled.matrix), torch.as_tensor(whole.matrix))
 
 
-def test_p25_c16_a_pixel_has_the_same_value_in_every_window_that_shows_it(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P25", "C16")
+def test_a_pixel_has_the_same_value_in_every_window_that_shows_it(tmp_path: Path) -> None:
     ramp = np.arange(60 * 60, dtype=np.uint16).reshape(1, 60, 60) * 13 + 1  # windows have very different extremes
     write_raster(tmp_path / "i.tif", ramp)
     write_raster(tmp_path / "l.tif", np.ones((60, 60), dtype=np.uint8))
@@ -375,7 +394,8 @@ def test_p25_c16_a_pixel_has_the_same_value_in_every_window_that_shows_it(tmp_pa
         assert torch.equal(cover[i].images["dem"][0], expected[tile.window.rows, tile.window.cols])
 
 
-def test_c22_a_pure_colour_stays_in_its_band(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C22")
+def test_a_pure_colour_stays_in_its_band(tmp_path: Path) -> None:
     pure = np.stack([np.full((16, 16), v, dtype=np.uint8) for v in (250, 20, 5)])
     write_raster(tmp_path / "i.tif", pure)
     write_raster(tmp_path / "l.tif", np.ones((16, 16), dtype=np.uint8))
@@ -392,7 +412,8 @@ def test_c22_a_pure_colour_stays_in_its_band(tmp_path: Path) -> None:
     assert first(Bands(indexes=(3, 2, 1))) == [5, 20, 250]
 
 
-def test_c23_two_passes_of_the_cover_are_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C23")
+def test_two_passes_of_the_cover_are_bit_identical(tmp_path: Path) -> None:
     cover = CoverWindows(file_scenes(tmp_path), 32)
     first = [cover[i] for i in range(len(cover))]
     torch.rand(5), np.random.rand(5)
@@ -400,7 +421,8 @@ def test_c23_two_passes_of_the_cover_are_bit_identical(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not beside the project")
-def test_p45_real_tiles_are_covered_and_drawn() -> None:
+@pytest.mark.pitfall("P45")
+def test_real_tiles_are_covered_and_drawn() -> None:
     scenes = scenes_from_table(
         DATA / "oam_buildings" / "split.csv",
         "val",

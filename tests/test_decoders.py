@@ -13,8 +13,8 @@ from vfmseg.decoders.pyramid import LEVELS, add_downwards, enlarge, group_norm, 
 from vfmseg.decoders.upernet import PooledContext
 from vfmseg.encoders.base import Features
 from vfmseg.errors import RecipeError
-from vfmseg.losses import cross_entropy, dice
 from vfmseg.metrics import Confusion
+from vfmseg.training.losses import cross_entropy, dice
 
 EVERY = sorted(DECODERS)
 FINER = {"linear": 1, "fpn": 4, "upernet": 4}  # cells of the logits along one cell of the features
@@ -30,7 +30,8 @@ def make_features(size: tuple[int, int], maps: int = 3, depth: int = 12, batch: 
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 5), (8, 8), (9, 14)])
-def test_c37_any_token_grid_is_answered_on_the_ground_it_covers(name: str, size: tuple[int, int]) -> None:
+@pytest.mark.pitfall("C37")
+def test_any_token_grid_is_answered_on_the_ground_it_covers(name: str, size: tuple[int, int]) -> None:
     decoder = make_decoder(name)
     logits = decoder(make_features(size))
     assert logits.shape == (2, 3, size[0] * FINER[name], size[1] * FINER[name])
@@ -40,7 +41,8 @@ def test_c37_any_token_grid_is_answered_on_the_ground_it_covers(name: str, size:
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("maps", [1, 2, 3, 4, 5, 7])
-def test_c8_every_parameter_and_every_map_is_used(name: str, maps: int) -> None:
+@pytest.mark.pitfall("C8")
+def test_every_parameter_and_every_map_is_used(name: str, maps: int) -> None:
     decoder = make_decoder(name, maps)
     features = Features(tuple(x.requires_grad_() for x in make_features((5, 6), maps).maps), (14.0,) * maps)
     decoder(features).square().sum().backward()
@@ -50,7 +52,8 @@ def test_c8_every_parameter_and_every_map_is_used(name: str, maps: int) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p7_no_running_statistics_and_no_buffers(name: str) -> None:
+@pytest.mark.pitfall("P7")
+def test_no_running_statistics_and_no_buffers(name: str) -> None:
     decoder = make_decoder(name)
     assert not [m for m in decoder.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     assert list(decoder.buffers()) == []
@@ -60,14 +63,16 @@ def test_p7_no_running_statistics_and_no_buffers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p8_training_mode_changes_no_answer(name: str) -> None:
+@pytest.mark.pitfall("P8")
+def test_training_mode_changes_no_answer(name: str) -> None:
     decoder, features = make_decoder(name), make_features((6, 7))
     assert torch.equal(decoder.train()(features), decoder.eval()(features))
     assert decoder.train() is decoder
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_c35_p58_a_batch_is_its_samples_one_by_one(name: str) -> None:
+@pytest.mark.pitfall("C35", "P58")
+def test_a_batch_is_its_samples_one_by_one(name: str) -> None:
     decoder, features = make_decoder(name), make_features((6, 7), batch=3)
     whole = decoder(features)
     for i in range(3):
@@ -76,7 +81,8 @@ def test_c35_p58_a_batch_is_its_samples_one_by_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p60_half_precision_gives_nearly_the_same_map(name: str) -> None:
+@pytest.mark.pitfall("P60")
+def test_half_precision_gives_nearly_the_same_map(name: str) -> None:
     decoder, features = make_decoder(name), make_features((8, 8))
     full = decoder(features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -86,7 +92,8 @@ def test_p60_half_precision_gives_nearly_the_same_map(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p6_a_saved_decoder_answers_alike_and_loads_strictly(name: str) -> None:
+@pytest.mark.pitfall("P6")
+def test_a_saved_decoder_answers_alike_and_loads_strictly(name: str) -> None:
     decoder, other, features = make_decoder(name), make_decoder(name), make_features((5, 5))
     assert not torch.equal(decoder(features), other(features))
     other.load_state_dict(decoder.state_dict(), strict=True)
@@ -114,7 +121,8 @@ def test_maps_of_other_sizes_are_brought_to_the_first_grid() -> None:
 
 
 @pytest.mark.parametrize("size", [7, 8, 13])
-def test_p19_halving_and_enlarging_keeps_every_cell_in_its_place(size: int) -> None:
+@pytest.mark.pitfall("P19")
+def test_halving_and_enlarging_keeps_every_cell_in_its_place(size: int) -> None:
     """Going to the coarse level and back must not stretch an odd map: a slope comes back as the same slope."""
     ramp = torch.arange(size, dtype=torch.float64).reshape(1, 1, 1, size).expand(1, 1, size, size)
     half = halve(ramp)
@@ -124,19 +132,22 @@ def test_p19_halving_and_enlarging_keeps_every_cell_in_its_place(size: int) -> N
     assert (back - ramp)[..., inner].abs().max() < 1e-9
 
 
-def test_p45_halving_takes_nothing_from_beyond_the_edge() -> None:
+@pytest.mark.pitfall("P45")
+def test_halving_takes_nothing_from_beyond_the_edge() -> None:
     for size in ((7, 8), (1, 1), (5, 3)):
         assert torch.equal(halve(torch.ones(1, 2, *size)), torch.ones(1, 2, -(-size[0] // 2), -(-size[1] // 2)))
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(128, 16), (64, 8), (24, 3), (16, 2), (20, 2), (8, 1), (7, 1)])
-def test_p7_groups_hold_at_least_eight_channels(channels: int, groups: int) -> None:
+@pytest.mark.pitfall("P7")
+def test_groups_hold_at_least_eight_channels(channels: int, groups: int) -> None:
     """A channel alone on a small grid would be normalised to next to nothing."""
     assert group_norm(channels).num_groups == groups
 
 
 @pytest.mark.parametrize("name", sorted(WITH_WIDTH))
-def test_p19_a_decoder_that_mirrors_its_input_mirrors_its_answer(name: str) -> None:
+@pytest.mark.pitfall("P19")
+def test_a_decoder_that_mirrors_its_input_mirrors_its_answer(name: str) -> None:
     """Every step treats left and right alike, so the place of an answer cannot drift to one side.
 
     The transposed convolutions are made symmetric first: learned, they may prefer a side.

@@ -41,9 +41,8 @@ CODE = (
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", KEYS)
-def test_f9_no_config_chooses_an_attention_kernel(
-    folders: dict[str, Path], tmp_path: Path, kind: str, key: str
-) -> None:
+@pytest.mark.pitfall("F9")
+def test_no_config_chooses_an_attention_kernel(folders: dict[str, Path], tmp_path: Path, kind: str, key: str) -> None:
     places = [None, "vision_config"] if kind in ("clip", "sam") else [None]
     for number, (value, inner) in enumerate((value, inner) for value in CODE for inner in places):
         folder = changed(folders[kind], tmp_path / str(number), {key: value}, inner)
@@ -54,14 +53,16 @@ def test_f9_no_config_chooses_an_attention_kernel(
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_f9_no_stored_config_chooses_an_attention_kernel(folders: dict[str, Path], key: str) -> None:
+@pytest.mark.pitfall("F9")
+def test_no_stored_config_chooses_an_attention_kernel(folders: dict[str, Path], key: str) -> None:
     config = build_encoder("dinov2", str(folders["dinov2"]), 3).config()
     with pytest.raises(CheckpointError, match="asks for the attention implementation 'owner/kernel'"):
         build_encoder_from_config("dinov2", {**config, key: "owner/kernel"}, 3)
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_f9_attention_that_comes_with_torch_is_what_the_config_says(
+@pytest.mark.pitfall("F9")
+def test_attention_that_comes_with_torch_is_what_the_config_says(
     folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     folder = changed(folders["dinov2"], tmp_path / "e", {"_attn_implementation": name})
@@ -73,9 +74,8 @@ def test_f9_attention_that_comes_with_torch_is_what_the_config_says(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_f9_what_the_class_does_not_declare_reaches_nothing(
-    folders: dict[str, Path], tmp_path: Path, kind: str
-) -> None:
+@pytest.mark.pitfall("F9")
+def test_what_the_class_does_not_declare_reaches_nothing(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     strange = {
         "transformers_weights": "other.safetensors",
         "per_layer_config": {"0": {"hidden_size": 8}},
@@ -101,7 +101,8 @@ def test_f9_what_the_class_does_not_declare_reaches_nothing(
     assert not set(strange) & set(vars(encoder.backbone.config)) - set(vars(plain.backbone.config))
 
 
-def test_f9_quantised_weights_and_an_adapter_beside_them_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("F9")
+def test_quantised_weights_and_an_adapter_beside_them_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = changed(folders["dinov2"], tmp_path / "q", {"quantization_config": {"quant_method": "bitsandbytes"}})
     with pytest.raises(CheckpointError, match="quantised"):
         build_encoder("dinov2", str(folder), 3)
@@ -128,7 +129,8 @@ HUGE = {
 
 
 @pytest.mark.parametrize("kind", ["registers", "clip", "sam-vision"])
-def test_f6_a_config_that_claims_a_huge_encoder_is_refused_before_it_is_built(
+@pytest.mark.pitfall("F6")
+def test_a_config_that_claims_a_huge_encoder_is_refused_before_it_is_built(
     folders: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     inner = "vision_config" if kind == "clip" else None
@@ -146,7 +148,8 @@ def test_f6_a_config_that_claims_a_huge_encoder_is_refused_before_it_is_built(
     assert time.process_time() - started < 5
 
 
-def test_f6_a_stored_config_that_claims_more_than_is_stored_is_refused(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("F6")
+def test_a_stored_config_that_claims_more_than_is_stored_is_refused(folders: dict[str, Path]) -> None:
     config = build_encoder("dinov2", str(folders["dinov2"]), 3).config()
     huge = {**config, "hidden_size": 4096, "num_hidden_layers": 100}
     with pytest.raises(CheckpointError, match="more than its weights can hold"):
@@ -172,7 +175,8 @@ BROKEN: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("key", BROKEN)
-def test_f11_a_broken_config_is_one_message(folders: dict[str, Path], tmp_path: Path, key: str) -> None:
+@pytest.mark.pitfall("F11")
+def test_a_broken_config_is_one_message(folders: dict[str, Path], tmp_path: Path, key: str) -> None:
     for number, value in enumerate(BROKEN[key]):
         folder = changed(folders["dinov2"], tmp_path / str(number), {key: value})
         if value is None or value == [56]:  # then the default of the class, or the same
@@ -185,7 +189,8 @@ def test_f11_a_broken_config_is_one_message(folders: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "", "{", "[" * 200_000, '{"a": ' * 200_000, "\x00", "NaN"])
-def test_f11_a_config_that_is_no_mapping_is_one_message(folders: dict[str, Path], tmp_path: Path, text: str) -> None:
+@pytest.mark.pitfall("F11")
+def test_a_config_that_is_no_mapping_is_one_message(folders: dict[str, Path], tmp_path: Path, text: str) -> None:
     folder = changed(folders["clip"], tmp_path / "e", {})
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
@@ -210,7 +215,8 @@ def test_f11_a_config_that_is_no_mapping_is_one_message(folders: dict[str, Path]
         [],
     ],
 )
-def test_f11_an_index_of_weights_names_files_of_its_folder_alone(
+@pytest.mark.pitfall("F11")
+def test_an_index_of_weights_names_files_of_its_folder_alone(
     folders: dict[str, Path], tmp_path: Path, index: Any
 ) -> None:
     folder = changed(folders["dinov2"], tmp_path / "e", {})

@@ -11,10 +11,10 @@ import torch
 from makers import save_encoder
 from safetensors.torch import save_file
 
-from vfmseg.checkpoint import load_segmenter
+from vfmseg.checkpoint.folder import load_segmenter
+from vfmseg.checkpoint.hub import local_segmenter
 from vfmseg.encoders.build import build_encoder
 from vfmseg.errors import CheckpointError
-from vfmseg.hub import local_segmenter
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def refused(path: Path) -> str:
     return str(error.value)
 
 
-def test_f19_an_adapter_that_is_not_merged_is_called_one(base: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_an_adapter_that_is_not_merged_is_called_one(base: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModel
 
@@ -77,7 +78,8 @@ def test_f19_an_adapter_that_is_not_merged_is_called_one(base: Path, tmp_path: P
         ({"config.json": '{"model_type": "sam2"}', "model.safetensors": ""}, "model_type = 'sam2'.*checkpoints.md"),
     ],
 )
-def test_f19_what_is_no_encoder_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+@pytest.mark.pitfall("F19")
+def test_what_is_no_encoder_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, content in files.items():
         (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "x" / name).write_text(content, encoding="utf-8")
@@ -85,13 +87,15 @@ def test_f19_what_is_no_encoder_is_named(tmp_path: Path, files: dict[str, str], 
         build_encoder("dinov2", str(tmp_path / "x"), 3)
 
 
-def test_f19_a_file_of_weights_is_no_folder(base: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_file_of_weights_is_no_folder(base: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "w.pth")
     assert "is a file (weights of PyTorch" in refused(tmp_path / "w.pth")
     assert f"its folder {base} may be one: name that" in refused(base / "model.safetensors")
 
 
-def test_f19_an_encoder_or_a_run_is_no_segmenter(base: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_an_encoder_or_a_run_is_no_segmenter(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"it is an encoder, which labels nothing before.*vfmseg finetune"):
         load_segmenter(base)
     (tmp_path / "best").mkdir()

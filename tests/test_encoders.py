@@ -53,7 +53,8 @@ def reference(kind: str, model: Any, pixels: Tensor, layer: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_p20_maps_equal_hidden_states_of_transformers(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P20")
+def test_maps_equal_hidden_states_of_transformers(folders: dict[str, Path], kind: str) -> None:
     """Wrong layer, a CLS or register token left in, another norm or normalisation: all differ by far more."""
     encoder = build(folders, kind, layers=[1, 3])
     images, valid = picture(NATIVE[kind], NATIVE[kind], batch=2)
@@ -69,7 +70,8 @@ def test_p20_maps_equal_hidden_states_of_transformers(folders: dict[str, Path], 
 
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "clip"])
 @pytest.mark.parametrize("cells", [(2, 5), (6, 3)])
-def test_p17_other_sizes_equal_transformers(folders: dict[str, Path], kind: str, cells: tuple[int, int]) -> None:
+@pytest.mark.pitfall("P17")
+def test_other_sizes_equal_transformers(folders: dict[str, Path], kind: str, cells: tuple[int, int]) -> None:
     images, valid = picture(cells[0] * PATCH[kind], cells[1] * PATCH[kind])
     with torch.no_grad():
         found = build(folders, kind, layers=[3])(images, valid).maps[0]
@@ -78,7 +80,8 @@ def test_p17_other_sizes_equal_transformers(folders: dict[str, Path], kind: str,
 
 
 @pytest.mark.parametrize("cells", [3, 7])
-def test_p17_sam_at_other_sizes_equals_a_sam_made_for_that_size(folders: dict[str, Path], cells: int) -> None:
+@pytest.mark.pitfall("P17")
+def test_sam_at_other_sizes_equals_a_sam_made_for_that_size(folders: dict[str, Path], cells: int) -> None:
     """Transformers' SAM takes its own size only: build one for the other size, its tables resized by hand."""
     side = 16 * cells
     model = upstream("sam-vision", image_size=side)
@@ -98,7 +101,8 @@ def test_p17_sam_at_other_sizes_equals_a_sam_made_for_that_size(folders: dict[st
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("height", "width"), [(37, 101), (90, 33), (5, 9)])
-def test_p17_c37_any_height_and_width(folders: dict[str, Path], kind: str, height: int, width: int) -> None:
+@pytest.mark.pitfall("P17", "C37")
+def test_any_height_and_width(folders: dict[str, Path], kind: str, height: int, width: int) -> None:
     encoder = build(folders, kind)
     with torch.no_grad():
         features = encoder(*picture(height, width))
@@ -109,7 +113,8 @@ def test_p17_c37_any_height_and_width(folders: dict[str, Path], kind: str, heigh
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "clip", "sam"])
-def test_p18_position_tables_resize_to_the_exact_grid(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P18")
+def test_position_tables_resize_to_the_exact_grid(folders: dict[str, Path], kind: str) -> None:
     encoder = build(folders, kind, layers=[1])
     patch = PATCH[kind]
     with torch.no_grad():
@@ -119,7 +124,8 @@ def test_p18_position_tables_resize_to_the_exact_grid(folders: dict[str, Path], 
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "clip", "sam"])
-def test_p18_position_table_is_bit_equal_at_its_own_size(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P18")
+def test_position_table_is_bit_equal_at_its_own_size(folders: dict[str, Path], kind: str) -> None:
     encoder = build(folders, kind, layers=[1])
     backbone: Any = encoder.backbone
     kernel: Any = backbone.get_submodule(encoder.anatomy.patch_kernel)
@@ -138,7 +144,8 @@ def test_p18_position_table_is_bit_equal_at_its_own_size(folders: dict[str, Path
     assert torch.equal(tokens[:, encoder.prefix :], table)
 
 
-def test_p18_table_turned_on_its_side_is_resized(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("P18")
+def test_table_turned_on_its_side_is_resized(folders: dict[str, Path]) -> None:
     """2 x 8 has as many cells as 4 x 4, but not the same places."""
     table = torch.randn(1, 4, 4, 8)
     assert resize_positions(table, (4, 4)) is table
@@ -156,7 +163,8 @@ def test_p18_table_turned_on_its_side_is_resized(folders: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("upscale", [1.0, 1.5])
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "clip", "sam"])
-def test_p19_a_shifted_dot_stays_where_it_is(folders: dict[str, Path], kind: str, upscale: float) -> None:
+@pytest.mark.pitfall("P19")
+def test_a_shifted_dot_stays_where_it_is(folders: dict[str, Path], kind: str, upscale: float) -> None:
     encoder = build(folders, kind, layers=[1], upscale=upscale)
     height, width = 100, 130  # multiples of neither patch
     blank, valid = torch.full((1, 3, height, width), 100.0), torch.ones(1, 3, height, width, dtype=torch.bool)
@@ -174,7 +182,8 @@ def test_p19_a_shifted_dot_stays_where_it_is(folders: dict[str, Path], kind: str
             assert left * cell - 1 <= column + 0.5 <= (left + 1) * cell + 1
 
 
-def test_c19_padding_of_windows_holds_nothing_of_the_picture(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("C19")
+def test_padding_of_windows_holds_nothing_of_the_picture(folders: dict[str, Path]) -> None:
     """Beyond the picture there is the mean and nothing else, and windows do not see each other."""
     encoder = build(folders, "sam", layers=[1])  # block 1 is windowed
     small, valid = picture(40, 40)
@@ -193,7 +202,8 @@ def test_c19_padding_of_windows_holds_nothing_of_the_picture(folders: dict[str, 
     assert torch.equal(after, before)
 
 
-def test_c19_share_of_padding_in_windows_is_known(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("C19")
+def test_share_of_padding_in_windows_is_known(folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = build(folders, "sam")  # windows of 3 x 3 tokens
     assert encoder.padded_share(64, 64) == pytest.approx(1 - 16 / 36)
     assert encoder.padded_share(33, 90) == pytest.approx(1 - 3 * 6 / (3 * 6))
@@ -208,7 +218,8 @@ def test_c19_share_of_padding_in_windows_is_known(folders: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_p21_c15_each_encoder_normalises_its_own_input(folders: dict[str, Path], name: str) -> None:
+@pytest.mark.pitfall("P21", "C15")
+def test_each_encoder_normalises_its_own_input(folders: dict[str, Path], name: str) -> None:
     encoder = build(folders, name) if name != "builtin" else build_encoder(name, None, 3)
     images, valid = picture(encoder.patch, encoder.patch)
     assert torch.allclose(encoder.prepare(images, valid), normalised(images, name), atol=1e-5)
@@ -221,7 +232,8 @@ def test_p21_c15_each_encoder_normalises_its_own_input(folders: dict[str, Path],
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "sam"])
-def test_p26_invalid_pixels_are_the_mean_whatever_they_hold(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_invalid_pixels_are_the_mean_whatever_they_hold(folders: dict[str, Path], kind: str) -> None:
     encoder = build(folders, kind, in_channels=4)
     nn.init.normal_(encoder.stem.extra.weight)  # type: ignore[union-attr]
     images, valid = picture(40, 50, bands=4)
@@ -243,9 +255,8 @@ def test_p26_invalid_pixels_are_the_mean_whatever_they_hold(folders: dict[str, P
         ("clip-vision", {"attention_dropout": 0.5}),
     ],
 )
-def test_p8_frozen_encoder_in_training_mode_is_deterministic(
-    tmp_path: Path, kind: str, changes: dict[str, float]
-) -> None:
+@pytest.mark.pitfall("P8")
+def test_frozen_encoder_in_training_mode_is_deterministic(tmp_path: Path, kind: str, changes: dict[str, float]) -> None:
     upstream(kind, **changes).save_pretrained(tmp_path)
     encoder = build_encoder(family(kind), str(tmp_path), 3)
     assert encoder.train() is encoder  # C9
@@ -258,7 +269,8 @@ def test_p8_frozen_encoder_in_training_mode_is_deterministic(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_p10_frozen_means_no_graph_and_thawed_means_gradient(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P10")
+def test_frozen_means_no_graph_and_thawed_means_gradient(folders: dict[str, Path], kind: str) -> None:
     encoder = build(folders, kind)
     assert not any(p.requires_grad for p in encoder.parameters())
     images, valid = picture(56, 48)
@@ -274,7 +286,8 @@ def test_p10_frozen_means_no_graph_and_thawed_means_gradient(folders: dict[str, 
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "sam"])
-def test_p9_checkpointing_gives_the_same_gradients(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P9")
+def test_checkpointing_gives_the_same_gradients(folders: dict[str, Path], kind: str) -> None:
     gradients, calls = [], []
     for asked in (False, True):
         encoder = build(folders, kind, gradient_checkpointing=asked).train()
@@ -293,7 +306,8 @@ def test_p9_checkpointing_gives_the_same_gradients(folders: dict[str, Path], kin
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "clip", "sam"])
-def test_p23_more_bands_start_from_rgb_and_learn(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P23")
+def test_more_bands_start_from_rgb_and_learn(folders: dict[str, Path], kind: str) -> None:
     images, valid = picture(40, 50, bands=5)
     wide = build(folders, kind, in_channels=5, input="widen")
     plain = build(folders, kind, mean=[100.0] * 3, std=[50.0] * 3)
@@ -313,7 +327,8 @@ def test_p23_more_bands_start_from_rgb_and_learn(folders: dict[str, Path], kind:
 
 
 @pytest.mark.parametrize("bands", [1, 2, 5])
-def test_p23_project_starts_as_the_first_three_bands(folders: dict[str, Path], bands: int) -> None:
+@pytest.mark.pitfall("P23")
+def test_project_starts_as_the_first_three_bands(folders: dict[str, Path], bands: int) -> None:
     encoder = build(folders, "dinov2", in_channels=bands, input="project")
     images, valid = picture(40, 50, bands=bands)
     extended = torch.cat([images, images.mean(1, keepdim=True).expand(-1, 3, -1, -1)], 1)[:, :3]
@@ -351,7 +366,8 @@ def test_layers_are_blocks_passed_and_the_rest_is_trimmed(folders: dict[str, Pat
 
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize("kind", [*KINDS, "builtin"])
-def test_c8_every_parameter_left_gets_a_gradient(folders: dict[str, Path], kind: str, layers: list[int] | None) -> None:
+@pytest.mark.pitfall("C8")
+def test_every_parameter_left_gets_a_gradient(folders: dict[str, Path], kind: str, layers: list[int] | None) -> None:
     """Mask token, neck and norms that no map depends on would count as trainable and stall several processes."""
     built = kind == "builtin"
     encoder = build_encoder("builtin", None, 3, layers=layers) if built else build(folders, kind, layers=layers)
@@ -360,7 +376,8 @@ def test_c8_every_parameter_left_gets_a_gradient(folders: dict[str, Path], kind:
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
 
 
-def test_p13_hash_is_of_the_published_tensors_alone(folders: dict[str, Path]) -> None:
+@pytest.mark.pitfall("P13")
+def test_hash_is_of_the_published_tensors_alone(folders: dict[str, Path]) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
     digest = sha256_of(tensors)
     assert digest == sha256_of(dict(reversed(tensors.items())))
@@ -409,9 +426,8 @@ def other_folder(folders: dict[str, Path], kind: str, target: Path) -> tuple[Pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_p14_c14_a_missing_or_extra_encoder_tensor_is_an_error(
-    folders: dict[str, Path], kind: str, tmp_path: Path
-) -> None:
+@pytest.mark.pitfall("P14", "C14")
+def test_a_missing_or_extra_encoder_tensor_is_an_error(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
     file, tensors = other_folder(folders, kind, tmp_path / "e")
     where = {"clip": "vision_model.", "sam": "vision_encoder."}.get(kind, "")
     victim = next(n for n in tensors if n.startswith(where) and "norm1.weight" in n)
@@ -531,7 +547,8 @@ def test_builtin_is_small_and_follows_its_seed() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_p6_an_encoder_rebuilds_from_its_config_and_tensors(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P6")
+def test_an_encoder_rebuilds_from_its_config_and_tensors(folders: dict[str, Path], kind: str) -> None:
     encoder = build(folders, kind, layers=[1, 2], upscale=1.5)
     config = json.loads(json.dumps(encoder.config()))
     assert str(folders[kind]) not in json.dumps(config)
@@ -549,7 +566,8 @@ def test_p6_an_encoder_rebuilds_from_its_config_and_tensors(folders: dict[str, P
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "clip", "sam"])
-def test_p60_bfloat16_stays_close(folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.pitfall("P60")
+def test_bfloat16_stays_close(folders: dict[str, Path], kind: str) -> None:
     encoder = build(folders, kind)
     images, valid = picture(40, 70)
     with torch.no_grad():

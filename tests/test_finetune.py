@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.loop import _plain_errors, dropout_seed, learning_rate
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import guarded
+from vfmseg.training.loop import _plain_errors, dropout_seed, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("dinov2", "clip", "sam")
@@ -69,7 +69,7 @@ def launch(
 @contextmanager
 def interrupted(monkeypatch: pytest.MonkeyPatch, epoch: int) -> Iterator[None]:
     """The training started in this block is interrupted when it begins this epoch, counted from 0."""
-    from vfmseg import loop
+    from vfmseg.training import loop
 
     honest = loop.Loop._train_epoch
 
@@ -96,9 +96,8 @@ def trained_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_c6_frozen_tensors_stay_bit_identical(
-    family: str, data: Path, encoders: dict[str, Path], tmp_path: Path
-) -> None:
+@pytest.mark.pitfall("C6")
+def test_frozen_tensors_stay_bit_identical(family: str, data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     """Train through `accelerate launch`; the base file is untouched and no base tensor is in what was trained."""
     before = (encoders[family] / "model.safetensors").read_bytes()
     recipe = write_recipe(tmp_path / "r.yaml", recipe_dict(data, encoders[family], tmp_path / "run", family))
@@ -117,14 +116,16 @@ def test_c6_frozen_tensors_stay_bit_identical(
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
 
 
-def test_p5_one_run_moves_every_adapter(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P5")
+def test_one_run_moves_every_adapter(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
     ups = {n: t for n, t in trained_tensors(tmp_path / "run").items() if "lora_B" in n}
     assert len(ups) == 2 * 3  # q and v of three blocks
     assert all(t.abs().sum() > 0 for t in ups.values())
 
 
-def test_p6_fresh_process_gives_same_labels_and_probabilities(
+@pytest.mark.pitfall("P6")
+def test_fresh_process_gives_same_labels_and_probabilities(
     data: Path, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
@@ -145,7 +146,8 @@ def test_p6_fresh_process_gives_same_labels_and_probabilities(
     np.testing.assert_array_equal(fresh["p"], probabilities)
 
 
-def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
+@pytest.mark.pitfall("P55")
+def test_interrupted_and_resumed_run_ends_with_the_same_weights(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "whole")
@@ -166,7 +168,8 @@ def test_p55_interrupted_and_resumed_run_ends_with_the_same_weights(
     assert results[0]["validation"] == results[1]["validation"]
 
 
-def test_p55_the_minutes_of_a_resumed_run_are_those_of_all_sittings(
+@pytest.mark.pitfall("P55")
+def test_the_minutes_of_a_resumed_run_are_those_of_all_sittings(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
@@ -180,7 +183,8 @@ def test_p55_the_minutes_of_a_resumed_run_are_those_of_all_sittings(
     assert 10 <= run(tmp_path, content, resume=True)["minutes"] < 11
 
 
-def test_p63_an_overwritten_run_cannot_be_resumed(
+@pytest.mark.pitfall("P63")
+def test_an_overwritten_run_cannot_be_resumed(
     data: Path,
     encoders: dict[str, Path],
     tmp_path: Path,
@@ -200,7 +204,8 @@ def test_p63_an_overwritten_run_cannot_be_resumed(
     assert (tmp_path / "run" / "mine.txt").read_text() == "keep me"
 
 
-def test_p55_resume_with_another_recipe_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P55")
+def test_resume_with_another_recipe_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     run(tmp_path, content)
     content["train"]["optimizer"]["lr"] = 0.5
@@ -209,7 +214,8 @@ def test_p55_resume_with_another_recipe_is_refused(data: Path, encoders: dict[st
 
 
 @pytest.mark.parametrize("what", ["encoder", "values", "bands", "processes"])
-def test_p55_a_run_goes_on_only_where_it_stood(
+@pytest.mark.pitfall("P55")
+def test_a_run_goes_on_only_where_it_stood(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """What the state does not hold, frozen weights and statistics, must be what it was, or another model learns on."""
@@ -246,7 +252,8 @@ def test_p55_a_run_goes_on_only_where_it_stood(
         run(tmp_path, content, resume=True)
 
 
-def test_p55_what_decides_no_weight_may_change_between_sittings(
+@pytest.mark.pitfall("P55")
+def test_what_decides_no_weight_may_change_between_sittings(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
@@ -260,7 +267,8 @@ def test_p55_what_decides_no_weight_may_change_between_sittings(
     assert [r["step"] for r in records(tmp_path / "moved", "step")] == list(range(1, 9))
 
 
-def test_p63_a_run_without_its_state_is_not_gone_on_with(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_a_run_without_its_state_is_not_gone_on_with(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     run(tmp_path, content)
     (tmp_path / "run" / "state.pt").unlink()
@@ -281,7 +289,8 @@ def test_p63_a_run_without_its_state_is_not_gone_on_with(data: Path, encoders: d
     ],
     ids=["list", "no optimizer", "another state", "no groups", "another number of steps an epoch"],
 )
-def test_p55_a_state_that_does_not_fit_is_refused(
+@pytest.mark.pitfall("P55")
+def test_a_state_that_does_not_fit_is_refused(
     data: Path, encoders: dict[str, Path], tmp_path: Path, change: Any
 ) -> None:
     """The last: an epoch has 4 steps here, so its 3 were made with other scenes or another number of processes."""
@@ -295,7 +304,8 @@ def test_p55_a_state_that_does_not_fit_is_refused(
         run(tmp_path, content, resume=True)
 
 
-def test_p63_resume_goes_on_with_a_run_or_says_that_there_is_none(
+@pytest.mark.pitfall("P63")
+def test_resume_goes_on_with_a_run_or_says_that_there_is_none(
     data: Path, encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
@@ -310,7 +320,8 @@ def test_p63_resume_goes_on_with_a_run_or_says_that_there_is_none(
     assert "starts with the first" in capsys.readouterr().err
 
 
-def test_p63_overwrite_never_removes_a_folder_that_is_no_segmenter(
+@pytest.mark.pitfall("P63")
+def test_overwrite_never_removes_a_folder_that_is_no_segmenter(
     data: Path, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
@@ -321,7 +332,8 @@ def test_p63_overwrite_never_removes_a_folder_that_is_no_segmenter(
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["best"]
 
 
-def test_p37_leftovers_of_a_killed_run_are_removed(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P37")
+def test_leftovers_of_a_killed_run_are_removed(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["train"]["epochs"] = 1
     for again in (False, True):
@@ -332,7 +344,8 @@ def test_p37_leftovers_of_a_killed_run_are_removed(data: Path, encoders: dict[st
     assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == [".mine.old"]
 
 
-def test_p63_the_results_of_an_earlier_run_go_when_its_segmenter_goes(
+@pytest.mark.pitfall("P63")
+def test_the_results_of_an_earlier_run_go_when_its_segmenter_goes(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
@@ -344,7 +357,8 @@ def test_p63_the_results_of_an_earlier_run_go_when_its_segmenter_goes(
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite", ""])
-def test_p63_a_folder_with_the_users_own_files_is_no_run(
+@pytest.mark.pitfall("P63")
+def test_a_folder_with_the_users_own_files_is_no_run(
     data: Path, encoders: dict[str, Path], tmp_path: Path, how: str
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path)
@@ -356,7 +370,8 @@ def test_p63_a_folder_with_the_users_own_files_is_no_run(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
+@pytest.mark.pitfall("P63")
+def test_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
@@ -378,7 +393,7 @@ def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
     def fails(*_: object) -> None:
         raise DataError("an image that is read for the first time is cut short")
 
-    monkeypatch.setattr("vfmseg.loop.Loop._step", fails)
+    monkeypatch.setattr("vfmseg.training.loop.Loop._step", fails)
     content["train"]["optimizer"]["lr"] = 0.02
     with pytest.raises(DataError, match="cut short"):
         run(tmp_path, content, overwrite=True)
@@ -389,7 +404,8 @@ def test_p63_a_run_that_fails_before_its_first_epoch_ends_replaces_nothing(
 
 
 @pytest.mark.parametrize(("part", "file"), [("head.safetensors", "last"), ("state.pt", "state.pt")])
-def test_p37_full_disk_is_one_message_and_names_the_file(
+@pytest.mark.pitfall("P37")
+def test_full_disk_is_one_message_and_names_the_file(
     data: Path,
     encoders: dict[str, Path],
     tmp_path: Path,
@@ -400,7 +416,8 @@ def test_p37_full_disk_is_one_message_and_names_the_file(
 ) -> None:
     """A file size limit stands for the full disk, which safetensors and torch report in their own ways."""
     resource = pytest.importorskip("resource")
-    from vfmseg import checkpoint, resume
+    from vfmseg.checkpoint import folder as checkpoint
+    from vfmseg.training import resume
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     honest = {"head.safetensors": checkpoint.save_file, "state.pt": torch.save}[part]
@@ -424,7 +441,7 @@ def test_p37_full_disk_is_one_message_and_names_the_file(
 @contextmanager
 def training(folder: Path, content: dict[str, Any], how: str) -> Iterator[None]:
     """A run that is about to train its second epoch, in a thread of its own, while the block runs; then it ends."""
-    from vfmseg import loop
+    from vfmseg.training import loop
 
     there, go_on, errors = threading.Event(), threading.Event(), []
     honest = loop.Loop._train_epoch
@@ -456,7 +473,8 @@ def training(folder: Path, content: dict[str, Any], how: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("how", ["", "overwrite"])
-def test_f2_a_second_run_in_one_folder_is_refused_and_the_first_ends_as_if_alone(
+@pytest.mark.pitfall("F2")
+def test_a_second_run_in_one_folder_is_refused_and_the_first_ends_as_if_alone(
     data: Path, encoders: dict[str, Path], tmp_path: Path, how: str
 ) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "alone")
@@ -483,10 +501,11 @@ def test_f2_a_second_run_in_one_folder_is_refused_and_the_first_ends_as_if_alone
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no flock")
-def test_f2_a_killed_run_leaves_no_lock_that_holds(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("F2")
+def test_a_killed_run_leaves_no_lock_that_holds(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
     script = (
-        "import os, sys; from vfmseg import finetune, loop\n"
+        "import os, sys; from vfmseg import finetune; from vfmseg.training import loop\n"
         "loop.Loop._train_epoch = lambda self, number: os.kill(os.getpid(), 9)\n"
         "finetune.main([sys.argv[1]])"
     )
@@ -497,15 +516,15 @@ def test_f2_a_killed_run_leaves_no_lock_that_holds(data: Path, encoders: dict[st
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_p62_output_below_a_file_is_refused_before_training(
-    data: Path, encoders: dict[str, Path], tmp_path: Path
-) -> None:
+@pytest.mark.pitfall("P62")
+def test_output_below_a_file_is_refused_before_training(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("keep me")
     with pytest.raises(RecipeError, match="is a file"):
         run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "file" / "run"))
 
 
-def test_p55_the_resume_line_of_a_launch_repeats_overrides(
+@pytest.mark.pitfall("P55")
+def test_the_resume_line_of_a_launch_repeats_overrides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from vfmseg import finetune as script
@@ -523,7 +542,8 @@ def test_p55_the_resume_line_of_a_launch_repeats_overrides(
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def test_p62_overrides_may_follow_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P62")
+def test_overrides_may_follow_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vfmseg import finetune as script
 
     given: list[Any] = []
@@ -536,7 +556,8 @@ def test_p62_overrides_may_follow_an_option(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_p49_settings_that_cut_the_model_over_processes_are_refused(
+@pytest.mark.pitfall("P49")
+def test_settings_that_cut_the_model_over_processes_are_refused(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """`accelerate launch` takes them from the machine's configuration without being asked to."""
@@ -546,7 +567,8 @@ def test_p49_settings_that_cut_the_model_over_processes_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_p49_accelerates_own_accumulation_changes_nothing(
+@pytest.mark.pitfall("P49")
+def test_accelerates_own_accumulation_changes_nothing(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would divide the gradients before they are clipped."""
@@ -560,7 +582,8 @@ def test_p49_accelerates_own_accumulation_changes_nothing(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_p49_processes_that_are_not_connected_are_an_error(
+@pytest.mark.pitfall("P49")
+def test_processes_that_are_not_connected_are_an_error(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of them would train a model of its own, and all would write it to one place."""
@@ -573,7 +596,8 @@ def test_p49_processes_that_are_not_connected_are_an_error(
     assert not (tmp_path / "run").exists()
 
 
-def test_p63_output_of_another_run_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_output_of_another_run_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep me")
     with pytest.raises(RecipeError, match="--resume"):
@@ -585,7 +609,8 @@ def test_p63_output_of_another_run_is_refused(data: Path, encoders: dict[str, Pa
 WITNESS = """
 import hashlib, json, os, sys
 import torch
-from vfmseg import finetune, loop
+from vfmseg import finetune
+from vfmseg.training import loop
 
 train_epoch, adamw_step = loop.Loop._train_epoch, torch.optim.AdamW.step
 unused = []
@@ -609,7 +634,8 @@ sys.exit(finetune.main())
 """
 
 
-def test_p49_p50_p51_p52_p53_p54_two_processes_equal_one(
+@pytest.mark.pitfall("P49", "P50", "P51", "P52", "P53", "P54")
+def test_two_processes_equal_one(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same effective batch, cross-entropy and dice: same loss per step, same weights, same validation metrics.
@@ -650,7 +676,8 @@ def test_p49_p50_p51_p52_p53_p54_two_processes_equal_one(
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_p49_accumulation_equals_one_large_batch(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P49")
+def test_accumulation_equals_one_large_batch(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "large")
     content["train"] |= {"batch_size": 8, "epochs": 1}
     content["data"]["samples_per_epoch"] = 13  # a short last group
@@ -663,7 +690,8 @@ def test_p49_accumulation_equals_one_large_batch(data: Path, encoders: dict[str,
     assert steps[0] == pytest.approx(steps[1], rel=1e-5)
 
 
-def test_p60_fp16_without_a_gpu_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P60")
+def test_fp16_without_a_gpu_is_refused(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["train"]["precision"] = "fp16"
     if torch.cuda.is_available():
@@ -673,7 +701,8 @@ def test_p60_fp16_without_a_gpu_is_refused(data: Path, encoders: dict[str, Path]
     assert not (tmp_path / "run").exists()
 
 
-def test_p60_fp16_is_refused_where_accelerate_uses_the_cpu(
+@pytest.mark.pitfall("P60")
+def test_fp16_is_refused_where_accelerate_uses_the_cpu(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU is there, but `accelerate config` says otherwise."""
@@ -685,7 +714,8 @@ def test_p60_fp16_is_refused_where_accelerate_uses_the_cpu(
         run(tmp_path, content)
 
 
-def test_p60_bf16_run_is_finite_and_close(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P60")
+def test_bf16_run_is_finite_and_close(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["train"] |= {"precision": "bf16", "epochs": 1}
     run(tmp_path, content)
@@ -696,7 +726,8 @@ def test_p60_bf16_run_is_finite_and_close(data: Path, encoders: dict[str, Path],
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_c1_test_split_is_not_read_during_training(
+@pytest.mark.pitfall("C1")
+def test_test_split_is_not_read_during_training(
     data: Path, encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vfmseg.geo import labels, reader
@@ -715,7 +746,8 @@ def test_c1_test_split_is_not_read_during_training(
     assert not [path for path in seen if "_test" in path]
 
 
-def test_p62_a_worker_that_has_ended_is_one_message() -> None:
+@pytest.mark.pitfall("P62")
+def test_a_worker_that_has_ended_is_one_message() -> None:
     """Also what a script without `if __name__ == "__main__":` ends with."""
 
     def batches() -> Iterator[Any]:
@@ -734,7 +766,8 @@ def test_p62_a_worker_that_has_ended_is_one_message() -> None:
         list(_plain_errors(others()))
 
 
-def test_p62_an_error_in_a_worker_is_one_message(encoders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_an_error_in_a_worker_is_one_message(encoders: dict[str, Path], tmp_path: Path) -> None:
     folder = toy_folder(tmp_path / "data", {"train": 1, "val": 1, "test": 1}, 300, 300)
     content = recipe_dict(folder, encoders["dinov2"], tmp_path / "run")
     content["data"] |= {"workers": 1, "modalities": {"rgb": {"normalize": "encoder"}}}
@@ -745,9 +778,8 @@ def test_p62_an_error_in_a_worker_is_one_message(encoders: dict[str, Path], tmp_
     assert "Traceback" not in str(caught.value)
 
 
-def test_p30_unknown_label_ids_are_refused_before_training(
-    data: Path, encoders: dict[str, Path], tmp_path: Path
-) -> None:
+@pytest.mark.pitfall("P30")
+def test_unknown_label_ids_are_refused_before_training(data: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
     content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
     content["data"] |= {"classes": {2: "a", 3: "b"}, "ignore_index": 0}
     with pytest.raises(DataError, match=r"s0_train\.tif"):
@@ -774,7 +806,8 @@ def test_loop_learning_rate_is_a_closed_form() -> None:
     assert 0 < rates[-1] < 0.001
 
 
-def test_p57_dropout_seed_is_another_for_each_epoch_and_process() -> None:
+@pytest.mark.pitfall("P57")
+def test_dropout_seed_is_another_for_each_epoch_and_process() -> None:
     """The same on every machine, so that a run can go on elsewhere; neighbours and negative seeds do not meet."""
     where = [(seed, epoch, rank) for seed in (-2, -1, 0, 1, 2) for epoch in range(4) for rank in range(4)]
     assert len({dropout_seed(*one) for one in where}) == len(where)

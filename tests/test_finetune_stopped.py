@@ -15,7 +15,7 @@ from makers import recipe_dict, save_encoder, stopped_anywhere, toy_folder, writ
 from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
-from vfmseg.run_folder import check_output
+from vfmseg.training.run_folder import check_output
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def stops(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_f3_wherever_a_run_is_stopped_there_is_something_to_go_on_with(stops: Path) -> None:
+@pytest.mark.pitfall("F3")
+def test_wherever_a_run_is_stopped_there_is_something_to_go_on_with(stops: Path) -> None:
     left = sorted((stops / "stops").iterdir())
     assert any((folder / "last").is_dir() != (folder / "best").is_dir() for folder in left)
     assert len(left) > 10
@@ -73,7 +74,8 @@ def goes_on(place: Path, stops: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.6, 0.8, 1.0])
-def test_f3_a_run_that_was_stopped_in_its_first_save_goes_on(
+@pytest.mark.pitfall("F3")
+def test_a_run_that_was_stopped_in_its_first_save_goes_on(
     place: Path, stops: Path, tmp_path: Path, share: float
 ) -> None:
     left = sorted((stops / "stops").iterdir())
@@ -81,17 +83,20 @@ def test_f3_a_run_that_was_stopped_in_its_first_save_goes_on(
 
 
 @pytest.mark.slow
-def test_f3_a_run_that_was_stopped_anywhere_goes_on(place: Path, stops: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F3")
+def test_a_run_that_was_stopped_anywhere_goes_on(place: Path, stops: Path, tmp_path: Path) -> None:
     for folder in sorted((stops / "stops").iterdir()):
         goes_on(place, stops, Path(shutil.copytree(folder, tmp_path / folder.name)))
 
 
 @pytest.mark.parametrize("file", ["last", "metrics.jsonl", "recipe.yaml", "best"])
-def test_f3_a_run_that_meets_a_full_disk_in_its_first_save_goes_on(
+@pytest.mark.pitfall("F3")
+def test_a_run_that_meets_a_full_disk_in_its_first_save_goes_on(
     place: Path, stops: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vfmseg import checkpoint, files
     from vfmseg import finetune as script
+    from vfmseg.checkpoint import folder as checkpoint
+    from vfmseg.disk import files
 
     def full(target: Path, *own: Any) -> Any:
         if target.name == file:
@@ -108,11 +113,12 @@ def test_f3_a_run_that_meets_a_full_disk_in_its_first_save_goes_on(
     goes_on(place, stops, tmp_path / "run")
 
 
-def test_f3_a_run_that_fails_before_anything_is_reached_leaves_nothing(
+@pytest.mark.pitfall("F3")
+def test_a_run_that_fails_before_anything_is_reached_leaves_nothing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It can be started again by the same command."""
-    from vfmseg import loop
+    from vfmseg.training import loop
 
     def broken(self: loop.Loop, number: int) -> None:
         assert (tmp_path / "run" / "state.pt").is_file()
@@ -137,14 +143,15 @@ def scored(patch: pytest.MonkeyPatch, *scores: float) -> None:
             classes = {name: {"iou": score, "support": 1} for name in ("ground", "disc")}
             return {"miou": score, "classes": classes, "absent": [], "classes_in_mean": 2}
 
-    patch.setattr("vfmseg.loop.score_windows", lambda *_: Confusion())
+    patch.setattr("vfmseg.training.loop.score_windows", lambda *_: Confusion())
 
 
 def head(folder: Path) -> bytes:
     return (folder / "head.safetensors").read_bytes()
 
 
-def test_f4_a_best_segmenter_that_is_gone_is_made_again_from_the_state(
+@pytest.mark.pitfall("F4")
+def test_a_best_segmenter_that_is_gone_is_made_again_from_the_state(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = recipe(place, tmp_path / "run", epochs=2)
@@ -161,7 +168,8 @@ def test_f4_a_best_segmenter_that_is_gone_is_made_again_from_the_state(
     assert head(tmp_path / "run" / "best") == best["head.safetensors"]
 
 
-def test_f4_whatever_else_is_gone_of_a_run_is_made_again_from_the_state(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F4")
+def test_whatever_else_is_gone_of_a_run_is_made_again_from_the_state(place: Path, tmp_path: Path) -> None:
     content = recipe(place, tmp_path / "run", epochs=2)
     run(tmp_path, content)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -175,7 +183,8 @@ def test_f4_whatever_else_is_gone_of_a_run_is_made_again_from_the_state(place: P
 
 
 @pytest.mark.parametrize("epochs", [2, 3])
-def test_f4_a_run_whose_best_segmenter_is_lost_does_not_end_well(
+@pytest.mark.pitfall("F4")
+def test_a_run_whose_best_segmenter_is_lost_does_not_end_well(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epochs: int
 ) -> None:
     content = recipe(place, tmp_path / "run", epochs)
@@ -193,10 +202,11 @@ def test_f4_a_run_whose_best_segmenter_is_lost_does_not_end_well(
     assert run(tmp_path, content, resume=True)["best_epoch"] == 1
 
 
-def test_f4_a_best_segmenter_that_goes_while_the_run_lasts_is_told(
+@pytest.mark.pitfall("F4")
+def test_a_best_segmenter_that_goes_while_the_run_lasts_is_told(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vfmseg import loop
+    from vfmseg.training import loop
 
     scored(monkeypatch, 0.5, 0.4)
     honest = loop.Loop._train_epoch
@@ -212,7 +222,8 @@ def test_f4_a_best_segmenter_that_goes_while_the_run_lasts_is_told(
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_f4_stopped_anywhere_in_the_save_of_a_better_epoch_the_best_is_what_the_run_says(
+@pytest.mark.pitfall("F4")
+def test_stopped_anywhere_in_the_save_of_a_better_epoch_the_best_is_what_the_run_says(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the epoch, done again, is not the best any more: a GPU does not repeat itself bit by bit."""

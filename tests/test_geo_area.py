@@ -17,11 +17,11 @@ from rasterio.features import geometry_mask
 from rasterio.transform import Affine
 from rasterio.warp import transform
 
-import vfmseg.geo.inside as inside_module
+import vfmseg.vector.inside as inside_module
 from vfmseg.errors import DataError, MachineError
-from vfmseg.geo.area import read_area
 from vfmseg.geo.grid import IDENTITY, Affine6, Grid, Window
-from vfmseg.geo.inside import Polygons
+from vfmseg.vector.area import read_area
+from vfmseg.vector.inside import Polygons
 
 UTM = Grid("EPSG:32633", (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 300, 400)
 TURNED = Grid("EPSG:32633", (6.0, 5.0, 500000.0, 8.0, -7.0, 5000000.0), 300, 400)

@@ -12,14 +12,15 @@ from rasterio.crs import CRS
 
 from vfmseg.data.scene import FileScene
 from vfmseg.errors import DataError
-from vfmseg.geo.area import read_area
+from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.labels import LabelMap, LabelRaster
-from vfmseg.geo.polygons import write_polygons
+from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.reader import Raster
 from vfmseg.geo.warp import Warp
+from vfmseg.vector.area import read_area
+from vfmseg.vector.polygons import write_polygons
 
 WITH_HEIGHTS = "EPSG:32633+5773"
 LABELS = LabelMap((0, 1), 255)
@@ -35,14 +36,16 @@ def page_of(crs: str) -> str:
      ("EPSG:7415", "EPSG:28992", True), ("EPSG:32633+5773", "EPSG:32633+3855", True),
      ("EPSG:32633+5773", "EPSG:32634", False), ("EPSG:9518", "EPSG:4258", False)],
 )  # fmt: skip
-def test_f19_heights_are_not_compared(one: str, two: str, same: bool) -> None:
+@pytest.mark.pitfall("F19")
+def test_heights_are_not_compared(one: str, two: str, same: bool) -> None:
     for a, b in ((one, two), (two, one), (page_of(one), page_of(two))):
         assert same_ground(a, b) == same
         transform = (10.0, 0.0, 5.0, 0.0, -10.0, 45.0)
         assert Grid(a, transform, 4, 4).same_place(Grid(b, transform, 4, 4)) == same
 
 
-def test_f19_an_image_with_heights_and_labels_without_are_one_scene(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_an_image_with_heights_and_labels_without_are_one_scene(tmp_path: Path) -> None:
     image = write_raster(tmp_path / "a.tif", np.ones((3, 8, 8), np.uint8), crs=WITH_HEIGHTS)
     labels = write_raster(tmp_path / "b.tif", np.ones((8, 8), np.uint8))
     other = write_raster(tmp_path / "c.tif", np.ones((8, 8), np.uint8), crs="EPSG:32634+5773")
@@ -59,7 +62,8 @@ def test_f19_an_image_with_heights_and_labels_without_are_one_scene(tmp_path: Pa
         )
 
 
-def test_f19_an_area_and_outlines_of_a_scene_with_heights(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_an_area_and_outlines_of_a_scene_with_heights(tmp_path: Path) -> None:
     pyogrio = pytest.importorskip("pyogrio")
     grid = Grid(page_of(WITH_HEIGHTS), (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 20, 20)
     ring = [[500050, 4999850], [500150, 4999850], [500150, 4999950], [500050, 4999950], [500050, 4999850]]
@@ -75,7 +79,8 @@ def test_f19_an_area_and_outlines_of_a_scene_with_heights(tmp_path: Path) -> Non
         assert pyogrio.read_info(tmp_path / f"m{suffix}")["features"] == 2
 
 
-def test_f19_a_second_modality_without_heights_needs_no_projection() -> None:
+@pytest.mark.pitfall("F19")
+def test_a_second_modality_without_heights_needs_no_projection() -> None:
     transform = (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0)
     warp = Warp("b.tif", Grid("EPSG:32633", transform, 8, 8), Grid(page_of(WITH_HEIGHTS), transform, 6, 8))
     values = np.arange(64, dtype=np.float32).reshape(1, 8, 8)
@@ -84,7 +89,8 @@ def test_f19_a_second_modality_without_heights_needs_no_projection() -> None:
     np.testing.assert_array_equal(found, values[:, :6])
 
 
-def test_f19_names_in_messages_are_short() -> None:
+@pytest.mark.pitfall("F19")
+def test_names_in_messages_are_short() -> None:
     assert short_name(page_of(WITH_HEIGHTS)) == "WGS 84 / UTM zone 33N + EGM96 height"
     assert short_name("EPSG:32633") == "EPSG:32633"
     assert short_name(None) == "no CRS"

@@ -12,12 +12,12 @@ import rasterio
 from rasterio.transform import Affine
 
 from vfmseg.errors import DataError
-from vfmseg.geo.area import read_area
 from vfmseg.geo.dateline import period
 from vfmseg.geo.footprints import ground_shared
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.polygons import write_polygons
 from vfmseg.geo.warp import Warp
+from vfmseg.vector.area import read_area
+from vfmseg.vector.polygons import write_polygons
 
 Box = tuple[float, float, float, float]
 
@@ -63,7 +63,8 @@ SCENES = {
 
 @pytest.mark.parametrize("scene", list(SCENES))
 @pytest.mark.parametrize("kind", list(AREAS))
-def test_f15_an_area_across_180_degrees_is_what_it_is_elsewhere(tmp_path: Path, kind: str, scene: str) -> None:
+@pytest.mark.pitfall("F15")
+def test_an_area_across_180_degrees_is_what_it_is_elsewhere(tmp_path: Path, kind: str, scene: str) -> None:
     around, (west, east) = AREAS[kind]
     expected = mask((west, -17.15, east, -17.05), degrees(169.875))
     assert 0 < expected.mean() < 1
@@ -71,7 +72,8 @@ def test_f15_an_area_across_180_degrees_is_what_it_is_elsewhere(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", list(AREAS))
-def test_f15_so_is_it_in_a_projection_that_runs_past_180(tmp_path: Path, kind: str) -> None:
+@pytest.mark.pitfall("F15")
+def test_so_is_it_in_a_projection_that_runs_past_180(tmp_path: Path, kind: str) -> None:
     around, _ = AREAS[kind]
     there = Grid("EPSG:32760", (100.0, 0.0, 809000.0, 0.0, -100.0, 8120000.0), 128, 128)
     here = Grid("EPSG:32758", there.transform, 128, 128)  # 12 degrees to the west
@@ -83,7 +85,8 @@ def test_f15_so_is_it_in_a_projection_that_runs_past_180(tmp_path: Path, kind: s
     assert (found != expected).sum() <= 0.01 * expected.sum()  # long edges of a world are split elsewhere
 
 
-def test_f15_longitudes_from_0_to_360_and_areas_from_minus_180(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F15")
+def test_longitudes_from_0_to_360_and_areas_from_minus_180(tmp_path: Path) -> None:
     grid = degrees(250.0)
     expected = mask((250.05, -17.15, 250.15, -17.05), grid)
     for where in (box(-109.95, -17.15, -109.85, -17.05), box(250.05, -17.15, 250.15, -17.05)):
@@ -91,7 +94,8 @@ def test_f15_longitudes_from_0_to_360_and_areas_from_minus_180(tmp_path: Path) -
     np.testing.assert_array_equal(mask((-109.95, -17.15, -109.85, -17.05), grid), expected)
 
 
-def test_f15_bounds_are_periodic_too() -> None:
+@pytest.mark.pitfall("F15")
+def test_bounds_are_periodic_too() -> None:
     grid = degrees(179.875)
     expected = mask((179.95, -17.15, 180.05, -17.05), grid)
     np.testing.assert_array_equal(mask((-180.05, -17.15, -179.95, -17.05), grid), expected)
@@ -100,7 +104,8 @@ def test_f15_bounds_are_periodic_too() -> None:
         mask((15.2, -17.15, 15.1, -17.05), grid)  # interchanged, not round the Earth
 
 
-def test_f15_a_cylindrical_world_comes_round_as_well(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F15")
+def test_a_cylindrical_world_comes_round_as_well(tmp_path: Path) -> None:
     grid = Grid("EPSG:3857", (100.0, 0.0, WORLD / 2 - 5000.0, 0.0, -100.0, -1.9e6), 100, 100)
     here = Grid("EPSG:3857", (100.0, 0.0, -5000.0, 0.0, -100.0, -1.9e6), 100, 100)
     expected = mask(area(tmp_path / "b.geojson", box(-0.03, -17, 0.03, -16.85)), here)
@@ -112,7 +117,8 @@ def test_f15_a_cylindrical_world_comes_round_as_well(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, mask((-3000.0, -1.907e6, 3000.0, -1.903e6), here))
 
 
-def test_f15_an_area_in_metres_lands_on_a_scene_in_degrees(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F15")
+def test_an_area_in_metres_lands_on_a_scene_in_degrees(tmp_path: Path) -> None:
     """PROJ gives 179.95 and then -179.95: the ring must not run round the Earth between them."""
     from rasterio.warp import transform
 
@@ -123,14 +129,16 @@ def test_f15_an_area_in_metres_lands_on_a_scene_in_degrees(tmp_path: Path) -> No
     assert (found != expected).sum() <= 0.03 * expected.sum()  # its edges are straight in metres
 
 
-def test_f15_holes_come_along(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F15")
+def test_holes_come_along(tmp_path: Path) -> None:
     ring, hole = box(179.95, -17.15, -179.95, -17.05)[0], box(-179.99, -17.12, -179.97, -17.08)[0]
     expected = mask((179.95, -17.15, 180.05, -17.05), degrees(179.875))
     expected &= ~mask((180.01, -17.12, 180.03, -17.08), degrees(179.875))
     np.testing.assert_array_equal(mask(area(tmp_path / "a.geojson", [ring, hole]), degrees(179.875)), expected)
 
 
-def test_f15_wide_areas_stay_wide_and_metres_do_not_become_degrees(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F15")
+def test_wide_areas_stay_wide_and_metres_do_not_become_degrees(tmp_path: Path) -> None:
     middle = degrees(14.875)
     assert mask(area(tmp_path / "a.geojson", box(-170, -80, 100, 80)), middle).all()  # 270 degrees
     assert mask(area(tmp_path / "a.geojson", box(-180, -80, 180, 80)), middle).all()
@@ -140,7 +148,8 @@ def test_f15_wide_areas_stay_wide_and_metres_do_not_become_degrees(tmp_path: Pat
         mask(area(tmp_path / "a.geojson", box(500, -80, 1500, 80)), middle)
 
 
-def test_f15_an_area_round_a_pole_is_refused_where_it_has_no_outline(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F15")
+def test_an_area_round_a_pole_is_refused_where_it_has_no_outline(tmp_path: Path) -> None:
     polar = area(tmp_path / "a.geojson", box(-1e6, -1e6, 1e6, 1e6), name="EPSG:3031")
     with pytest.raises(DataError, match="goes round a pole"):
         mask(polar, Grid("EPSG:4326", (1.0, 0.0, -180.0, 0.0, -1.0, -60.0), 30, 360))
@@ -151,11 +160,13 @@ def test_f15_an_area_round_a_pole_is_refused_where_it_has_no_outline(tmp_path: P
     [("EPSG:4326", 360.0), ("EPSG:4807", 400.0), ("EPSG:9518", 360.0), ("EPSG:3857", WORLD), ("EPSG:32660", None),
      ("EPSG:3035", None), ("EPSG:3031", None), ("ESRI:54009", None), (None, None)],
 )  # fmt: skip
-def test_f15_what_comes_round_after_how_much(crs: str | None, turn: float | None) -> None:
+@pytest.mark.pitfall("F15")
+def test_what_comes_round_after_how_much(crs: str | None, turn: float | None) -> None:
     assert period(crs) == (turn if turn is None else pytest.approx(turn, rel=1e-12))
 
 
-def test_f15_shared_ground_is_found_across_180_degrees() -> None:
+@pytest.mark.pitfall("F15")
+def test_shared_ground_is_found_across_180_degrees() -> None:
     here = degrees(179.875)
     for other in (degrees(-180.125), degrees(179.875, "EPSG:4269"), degrees(-180.125, "EPSG:4269")):
         assert ground_shared([here], [other])[0] == pytest.approx([1.0])
@@ -178,7 +189,8 @@ def warped(source: Grid, target: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("start", [-180.0, 0.0])
-def test_f15_a_second_modality_lies_below_all_of_a_scene(start: float) -> None:
+@pytest.mark.pitfall("F15")
+def test_a_second_modality_lies_below_all_of_a_scene(start: float) -> None:
     source = Grid("EPSG:4326", (0.25, 0.0, start, 0.0, -0.25, 90.0), 720, 1440)
     for target in (degrees(179.875), degrees(-180.125), degrees(179.875, "EPSG:4269")):
         found, valid = warped(source, target)
@@ -192,7 +204,8 @@ def test_f15_a_second_modality_lies_below_all_of_a_scene(start: float) -> None:
     assert found.max() < 0.13
 
 
-def test_f15_a_second_modality_from_0_to_360_lies_below_a_scene_from_minus_180() -> None:
+@pytest.mark.pitfall("F15")
+def test_a_second_modality_from_0_to_360_lies_below_a_scene_from_minus_180() -> None:
     source = Grid("EPSG:4326", (PIXEL, 0.0, 249.875, 0.0, -PIXEL, -16.875), 256, 256)
     for crs in ("EPSG:4326", "EPSG:4269"):
         found, valid = warped(source, degrees(-110.0, crs))
@@ -203,7 +216,8 @@ def test_f15_a_second_modality_from_0_to_360_lies_below_a_scene_from_minus_180()
 
 
 @pytest.mark.parametrize("west", [350.0, 530.0, -370.0, 179.0, -181.0, 250.0, 10.0])
-def test_f15_outlines_in_geojson_lie_between_minus_180_and_180(tmp_path: Path, west: float) -> None:
+@pytest.mark.pitfall("F15")
+def test_outlines_in_geojson_lie_between_minus_180_and_180(tmp_path: Path, west: float) -> None:
     """Longitudes beyond 360 too, which GDAL loses."""
     shapely = pytest.importorskip("shapely")
     labels = np.full((1, 4, 20), 255, np.uint8)

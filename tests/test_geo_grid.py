@@ -42,7 +42,8 @@ def inside(one: Window, two: Window) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(scenes())
-def test_p45_cores_partition_the_scene(scene: tuple[int, int, int, int]) -> None:
+@pytest.mark.pitfall("P45")
+def test_cores_partition_the_scene(scene: tuple[int, int, int, int]) -> None:
     height, width, tile, overlap = scene
     answered = np.zeros((height, width), dtype=int)
     for piece in cut(height, width, tile, overlap):
@@ -54,7 +55,8 @@ def test_p45_cores_partition_the_scene(scene: tuple[int, int, int, int]) -> None
 
 @settings(max_examples=150, deadline=None)
 @given(scenes())
-def test_p34_every_window_is_exactly_one_tile_around_its_core(scene: tuple[int, int, int, int]) -> None:
+@pytest.mark.pitfall("P34")
+def test_every_window_is_exactly_one_tile_around_its_core(scene: tuple[int, int, int, int]) -> None:
     height, width, tile, overlap = scene
     for piece in cut(height, width, tile, overlap):
         assert piece.window.shape == (tile, tile)
@@ -70,7 +72,8 @@ def test_p34_every_window_is_exactly_one_tile_around_its_core(scene: tuple[int, 
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 5, 8])
-def test_c17_starts_cover_without_repeats_for_every_size_and_overlap(tile: int) -> None:
+@pytest.mark.pitfall("C17")
+def test_starts_cover_without_repeats_for_every_size_and_overlap(tile: int) -> None:
     for size in range(1, 3 * tile + 1):
         for overlap in range(tile):
             first = starts(size, tile, overlap)
@@ -99,7 +102,8 @@ def test_cores_stay_half_an_overlap_away_from_inner_edges(scene: tuple[int, int,
 
 @settings(max_examples=300, deadline=None)
 @given(scenes())
-def test_f6_spans_that_are_computed_are_those_that_would_be_listed(scene: tuple[int, int, int, int]) -> None:
+@pytest.mark.pitfall("F6")
+def test_spans_that_are_computed_are_those_that_would_be_listed(scene: tuple[int, int, int, int]) -> None:
     size, _, tile, overlap = scene
     last = size - tile
     firsts = [*range(0, last, tile - overlap), last] if last > 0 else [0]
@@ -109,7 +113,8 @@ def test_f6_spans_that_are_computed_are_those_that_would_be_listed(scene: tuple[
     assert [spans.up_to(pixel) for pixel in range(-3, size)] == [bisect_right(firsts, p) for p in range(-3, size)]
 
 
-def test_f6_tiles_of_a_scene_without_end_are_counted_and_not_listed() -> None:
+@pytest.mark.pitfall("F6")
+def test_tiles_of_a_scene_without_end_are_counted_and_not_listed() -> None:
     tracemalloc.start()
     tiles = cut(2**31 - 1, 2**31 - 1, 512, 128)
     assert len(tiles) == 5592405**2
@@ -124,7 +129,8 @@ def test_tiles_come_row_by_row() -> None:
     assert len(windows) == len(starts(50, 20, 5)) * len(starts(70, 20, 5))
 
 
-def test_c20_a_scene_of_exactly_one_tile_is_one_tile() -> None:
+@pytest.mark.pitfall("C20")
+def test_a_scene_of_exactly_one_tile_is_one_tile() -> None:
     whole = Window(0, 0, 64, 64)
     assert list(cut(64, 64, 64)) == [Tile(whole, whole)]
     assert starts(64, 64, 63) == [0]
@@ -165,13 +171,15 @@ def test_window_clip_is_the_intersection(
 
 
 @pytest.mark.parametrize("grid", [UTM, TURNED], ids=["north up", "turned"])
-def test_p34_places_of_pixels_are_those_of_the_transform(grid: Grid) -> None:
+@pytest.mark.pitfall("P34")
+def test_places_of_pixels_are_those_of_the_transform(grid: Grid) -> None:
     for row, col in [(0, 0), (0.5, 0.5), (3, 0), (0, 4), (19.5, -4.5)]:
         assert grid.point(row, col) == pytest.approx(xy(Affine(*grid.transform), row, col, offset="ul"))
 
 
 @pytest.mark.parametrize("grid", [UTM, TURNED], ids=["north up", "turned"])
-def test_p34_a_crop_keeps_every_pixel_where_it_was(grid: Grid) -> None:
+@pytest.mark.pitfall("P34")
+def test_a_crop_keeps_every_pixel_where_it_was(grid: Grid) -> None:
     part = grid.crop(Window(7, -3, 20, 30))
     assert (part.height, part.width, part.crs) == (20, 30, grid.crs)
     for row, col in [(0, 0), (0.5, 0.5), (19.5, 4.5), (3, 29)]:
@@ -184,7 +192,8 @@ def moved(grid: Grid, pixels: float) -> Grid:
     return Grid(grid.crs, (a, b, c + pixels * a, d, e, f + pixels * d), grid.height, grid.width)
 
 
-def test_p34_same_place_allows_rounding_and_nothing_more() -> None:
+@pytest.mark.pitfall("P34")
+def test_same_place_allows_rounding_and_nothing_more() -> None:
     for grid in (UTM, TURNED):
         assert grid.same_place(grid)
         assert grid.same_place(moved(grid, 0.01))

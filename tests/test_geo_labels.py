@@ -19,8 +19,9 @@ from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
 
 from vfmseg.errors import DataError
+from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
+from vfmseg.geo.labels import LabelRaster
 
 SPARSE = LabelMap((10, 30, 50, 70, 100), 255)
 BINARY = LabelMap((0, 1), 255)
@@ -57,7 +58,8 @@ def read(path: Path, label_map: LabelMap = BINARY) -> np.ndarray:
 
 
 @pytest.mark.parametrize("profile", [{"driver": "JPEG"}, {"compress": "jpeg"}, {"compress": "deflate"}])
-def test_p30_labels_that_jpeg_has_changed_are_refused(tmp_path: Path, profile: dict[str, Any]) -> None:
+@pytest.mark.pitfall("P30")
+def test_labels_that_jpeg_has_changed_are_refused(tmp_path: Path, profile: dict[str, Any]) -> None:
     labels = np.random.default_rng(0).integers(0, 2, (64, 64)).astype(np.uint8)
     path = write(tmp_path / "mask.tif", labels, **profile)  # told by content, not by the name
     if "deflate" in profile.values():
@@ -78,9 +80,8 @@ def test_p30_labels_that_jpeg_has_changed_are_refused(tmp_path: Path, profile: d
     st.sampled_from(["int16", "int32", "int64", "float32", "float64"]),
     st.randoms(use_true_random=False),
 )
-def test_p30_ids_become_their_indexes(
-    ids: set[int], ignore: int, shape: tuple[int, ...], dtype: str, random: Any
-) -> None:
+@pytest.mark.pitfall("P30")
+def test_ids_become_their_indexes(ids: set[int], ignore: int, shape: tuple[int, ...], dtype: str, random: Any) -> None:
     label_map = LabelMap(tuple(sorted(ids - {ignore} or {7})), ignore)
     choices = [*label_map.ids, ignore]
     stored = np.array([random.choice(choices) for _ in range(int(np.prod(shape)))]).reshape(shape).astype(dtype)
@@ -90,7 +91,8 @@ def test_p30_ids_become_their_indexes(
     assert index.ravel().tolist() == brute
 
 
-def test_p30_unknown_ids_are_named_with_their_counts_and_never_clamped() -> None:
+@pytest.mark.pitfall("P30")
+def test_unknown_ids_are_named_with_their_counts_and_never_clamped() -> None:
     stored = np.array([[0, 1, 1], [300, 300, -1], [255, 0, 7]], dtype=np.int16)
     with pytest.raises(DataError) as caught:
         BINARY.to_index(stored, "a_label.tif")
@@ -100,18 +102,21 @@ def test_p30_unknown_ids_are_named_with_their_counts_and_never_clamped() -> None
     assert "ignore_index 255" in message
 
 
-def test_p30_many_unknown_ids_make_a_short_message() -> None:
+@pytest.mark.pitfall("P30")
+def test_many_unknown_ids_make_a_short_message() -> None:
     with pytest.raises(DataError, match=r"2 \(1 pixels\), .* 6 \(1 pixels\) and 93 more"):
         BINARY.to_index(np.arange(100, dtype=np.uint8), "x")
 
 
 @pytest.mark.parametrize("value", [256, 257, 255 + 2**32, -255, 2**40])
-def test_p30_no_id_wraps_into_another(value: int) -> None:
+@pytest.mark.pitfall("P30")
+def test_no_id_wraps_into_another(value: int) -> None:
     with pytest.raises(DataError, match=str(value)):
         BINARY.to_index(np.array([0, value]), "x")
 
 
-def test_p30_the_upper_half_of_uint64_does_not_wrap_into_ids_below_0() -> None:
+@pytest.mark.pitfall("P30")
+def test_the_upper_half_of_uint64_does_not_wrap_into_ids_below_0() -> None:
     stored = np.array([0, 1, 2**64 - 1, 2**64 - 2], dtype=np.uint64)
     for label_map in (LabelMap((0, 1), -1), LabelMap((-2, -1, 0, 1), 255)):
         with pytest.raises(DataError, match=r"2 labels are not whole numbers, such as 1\.8"):
@@ -120,7 +125,8 @@ def test_p30_the_upper_half_of_uint64_does_not_wrap_into_ids_below_0() -> None:
         assert [label_map.ids[i] for i in index] == [0, 1]
 
 
-def test_p30_minus_one_is_the_ignore_index_only_if_declared() -> None:
+@pytest.mark.pitfall("P30")
+def test_minus_one_is_the_ignore_index_only_if_declared() -> None:
     stored = np.array([-1, 0, 1], dtype=np.int8)
     assert LabelMap((0, 1), -1).to_index(stored, "x").tolist() == [IGNORE, 0, 1]
     assert LabelMap((-1, 0, 1), 255).to_index(stored, "x").tolist() == [0, 1, 2]
@@ -129,7 +135,8 @@ def test_p30_minus_one_is_the_ignore_index_only_if_declared() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_p30_float_labels_must_be_whole_numbers() -> None:
+@pytest.mark.pitfall("P30")
+def test_float_labels_must_be_whole_numbers() -> None:
     whole = np.array([0.0, 1.0, np.nan, 255.0, -0.0], dtype=np.float32)
     assert BINARY.to_index(whole, "x").tolist() == [0, 1, IGNORE, IGNORE, 0]
     for value in (0.5, 1 - 1e-6, np.inf, -np.inf, 1e300):
@@ -163,13 +170,15 @@ def test_label_map_refuses_what_it_cannot_invert() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32"])
-def test_p30_sparse_ids_are_read_from_every_type(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.pitfall("P30")
+def test_sparse_ids_are_read_from_every_type(tmp_path: Path, dtype: str) -> None:
     stored = np.array([[10, 30, 255], [100, 70, 50]]).astype(dtype)
     path = write(tmp_path / "a.tif", stored)
     assert read(path, SPARSE).tolist() == [[0, 1, IGNORE], [4, 3, 2]]
 
 
-def test_p30_error_names_file_and_window(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P30")
+def test_error_names_file_and_window(tmp_path: Path) -> None:
     stored = np.zeros((20, 30), dtype=np.uint16)
     stored[12, 13] = 300
     path = write(tmp_path / "a_label.tif", stored)
@@ -179,7 +188,8 @@ def test_p30_error_names_file_and_window(tmp_path: Path) -> None:
             raster.read(Window(10, 0, 20, 40))
 
 
-def test_p26_beyond_the_edge_is_unlabelled_never_class_0(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_beyond_the_edge_is_unlabelled_never_class_0(tmp_path: Path) -> None:
     stored = np.random.default_rng(0).integers(0, 2, (7, 11)).astype(np.uint8)
     path = write(tmp_path / "a.tif", stored)
     around = 40
@@ -201,18 +211,21 @@ def test_p26_beyond_the_edge_is_unlabelled_never_class_0(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("dtype", "nodata"), [("uint8", 9), ("int16", -1), ("float32", float("nan")), ("float32", -9999.0)]
 )
-def test_p26_nodata_of_the_file_is_unlabelled(tmp_path: Path, dtype: str, nodata: float) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_of_the_file_is_unlabelled(tmp_path: Path, dtype: str, nodata: float) -> None:
     stored = np.array([[0, 1, nodata, 255]]).astype(dtype)
     path = write(tmp_path / "a.tif", stored, nodata=nodata)
     assert read(path).tolist() == [[0, 1, IGNORE, IGNORE]]
 
 
-def test_p30_nodata_of_the_file_that_is_a_class_stays_that_class(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P30")
+def test_nodata_of_the_file_that_is_a_class_stays_that_class(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", np.array([[0, 1, 1]], dtype=np.uint8), nodata=0)
     assert read(path).tolist() == [[0, 1, 1]]
 
 
-def test_p26_hidden_by_alpha_or_mask_band_is_unlabelled(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_hidden_by_alpha_or_mask_band_is_unlabelled(tmp_path: Path) -> None:
     stored = np.array([[0, 1, 1, 99]], dtype=np.uint8)
     shown = np.array([[255, 255, 0, 0]], dtype=np.uint8)
     grey_alpha = write(tmp_path / "a.tif", np.stack([stored, shown]), alpha="yes")
@@ -222,7 +235,8 @@ def test_p26_hidden_by_alpha_or_mask_band_is_unlabelled(tmp_path: Path) -> None:
         assert read(path).tolist() == [[0, 1, IGNORE, IGNORE]], path
 
 
-def test_p26_labels_behind_an_alpha_band_keep_their_own_nodata(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_labels_behind_an_alpha_band_keep_their_own_nodata(tmp_path: Path) -> None:
     shown = np.array([[0, 255, 255, 255]], dtype=np.uint8)
     write(tmp_path / "a.tif", np.stack([shown, np.array([[1, 0, 9, 1]], dtype=np.uint8)]))
     bands = "".join(
@@ -256,32 +270,37 @@ def palette_png(path: Path, rows: list[list[int]], bits: int, transparent: int |
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_p29_palette_png_keeps_its_indexes(tmp_path: Path, bits: int) -> None:
+@pytest.mark.pitfall("P29")
+def test_palette_png_keeps_its_indexes(tmp_path: Path, bits: int) -> None:
     rows = [[0, 1, 1], [1, 0, 1]] if bits == 1 else [[0, 1, 2], [3, 2, 1]]
     path = palette_png(tmp_path / "a.png", rows, bits)
     assert read(path, LabelMap((0, 1, 2, 3), 255)).tolist() == rows
 
 
-def test_p29_transparent_palette_entry_is_unlabelled_unless_it_is_a_class(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P29")
+def test_transparent_palette_entry_is_unlabelled_unless_it_is_a_class(tmp_path: Path) -> None:
     path = palette_png(tmp_path / "a.png", [[0, 1, 2]], 8, transparent=2)
     assert read(path, LabelMap((0, 1), 255)).tolist() == [[0, 1, IGNORE]]
     assert read(path, LabelMap((0, 1, 2), 255)).tolist() == [[0, 1, 2]]
 
 
-def test_p29_palette_tiff_keeps_its_indexes(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P29")
+def test_palette_tiff_keeps_its_indexes(tmp_path: Path) -> None:
     stored = np.array([[0, 1, 1]], dtype=np.uint8)
     path = write(tmp_path / "a.tif", stored, colormap={0: (255, 0, 0), 1: (0, 0, 255)})
     assert read(path).tolist() == [[0, 1, 1]]
 
 
-def test_c21_foreign_palette_entry_raises_instead_of_becoming_class_0(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C21")
+def test_foreign_palette_entry_raises_instead_of_becoming_class_0(tmp_path: Path) -> None:
     path = palette_png(tmp_path / "a.png", [[0, 1, 3]], 8)
     with pytest.raises(DataError, match=r"a\.png .*unknown label ids 3 \(1 pixels\)"):
         read(path)
 
 
 @pytest.mark.parametrize(("count", "alpha"), [(3, False), (4, True), (2, False)])
-def test_c21_labels_in_colours_or_several_bands_are_refused(tmp_path: Path, count: int, alpha: bool) -> None:
+@pytest.mark.pitfall("C21")
+def test_labels_in_colours_or_several_bands_are_refused(tmp_path: Path, count: int, alpha: bool) -> None:
     colours = np.random.default_rng(0).integers(1, 255, (count, 4, 4), dtype=np.uint8)
     colours[3:] = 255  # alpha
     path = write(tmp_path / "colours.tif", colours)
@@ -289,7 +308,8 @@ def test_c21_labels_in_colours_or_several_bands_are_refused(tmp_path: Path, coun
         LabelRaster(path, BINARY).read(Window(0, 0, 2, 2))
 
 
-def test_p62_missing_and_truncated_labels_are_named(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_missing_and_truncated_labels_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.tif: there is no such file"):
         _ = LabelRaster(tmp_path / "none.tif", BINARY).grid
     path = write(tmp_path / "short.tif", np.random.default_rng(0).integers(0, 2, (300, 300)).astype(np.uint8))
@@ -312,7 +332,8 @@ def test_no_crs_is_silent(tmp_path: Path) -> None:
         assert not read(path).any()
 
 
-def test_f19_a_grey_picture_of_three_equal_bands_holds_class_ids(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_grey_picture_of_three_equal_bands_holds_class_ids(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 2, (20, 30)).astype(np.uint8)
     Image.fromarray(np.stack([ids] * 3, axis=-1)).save(tmp_path / "grey.png")
     with LabelRaster(tmp_path / "grey.png", BINARY) as labels:
@@ -324,7 +345,8 @@ def test_f19_a_grey_picture_of_three_equal_bands_holds_class_ids(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("tiles", "fits"), [("PNG", True), ("JPEG", False), ("WEBP", False)])
-def test_f19_labels_in_a_table_of_a_geopackage(tmp_path: Path, tiles: str, fits: bool) -> None:
+@pytest.mark.pitfall("F19")
+def test_labels_in_a_table_of_a_geopackage(tmp_path: Path, tiles: str, fits: bool) -> None:
     ids = np.random.default_rng(0).integers(0, 2, (512, 512)).astype(np.uint8)
     place = {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 5000000, 10, 10)}
     for table, more in (("img", {}), ("lab", {"APPEND_SUBDATASET": "YES"})):

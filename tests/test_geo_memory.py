@@ -21,7 +21,8 @@ def read_all(array: np.ndarray, bands: Bands | None = None) -> tuple[np.ndarray,
 
 @pytest.mark.parametrize("dtype", [*TYPES, "float16", "float32", "float64"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_p24_arrays_of_every_type_and_number_of_bands_keep_their_values(dtype: str, count: int) -> None:
+@pytest.mark.pitfall("P24")
+def test_arrays_of_every_type_and_number_of_bands_keep_their_values(dtype: str, count: int) -> None:
     """Of four 8-bit bands, GDAL would take the last one for alpha."""
     array = np.random.default_rng(0).integers(0, 120, (count, 5, 7)).astype(dtype)
     if "float" in dtype:
@@ -31,7 +32,8 @@ def test_p24_arrays_of_every_type_and_number_of_bands_keep_their_values(dtype: s
     np.testing.assert_array_equal(pixels, array.astype(np.float32))
 
 
-def test_p26_nodata_and_nan_of_arrays_hide_as_those_of_files() -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_and_nan_of_arrays_hide_as_those_of_files() -> None:
     array = np.ones((2, 3, 4), dtype=np.float32)
     array[0, 0, 0] = np.nan
     array[1, 1, 1] = -9
@@ -52,7 +54,8 @@ def test_arrays_have_no_place_and_are_released_when_closed() -> None:
     other.close()
 
 
-def test_p63_arrays_are_told_apart_by_what_they_hold() -> None:
+@pytest.mark.pitfall("P63")
+def test_arrays_are_told_apart_by_what_they_hold() -> None:
     one = np.arange(24).reshape(2, 3, 4).astype(np.uint16)
     other = one.copy()
     other[1, 2, 3] += 1

@@ -27,12 +27,12 @@ pyogrio = pytest.importorskip("pyogrio")
 shapely = pytest.importorskip("shapely")
 
 from vfmseg.errors import DataError, MachineError  # noqa: E402
-from vfmseg.geo import polygons as module  # noqa: E402
 from vfmseg.geo.grid import IDENTITY, Grid  # noqa: E402
 from vfmseg.geo.layer import Layer, label_layer  # noqa: E402
-from vfmseg.geo.polygons import write_polygons  # noqa: E402
-from vfmseg.geo.tracing import trace  # noqa: E402
 from vfmseg.geo.writer import MapWriter  # noqa: E402
+from vfmseg.vector import polygons as module  # noqa: E402
+from vfmseg.vector.polygons import write_polygons  # noqa: E402
+from vfmseg.vector.tracing import trace  # noqa: E402
 
 TURN = (0.6, 0.5, 700.0, 0.8, -0.7, 300.0)
 UTM = (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0)
@@ -174,7 +174,7 @@ def test_a_band_of_many_polygons_is_written_in_several_batches(tmp_path: Path, m
     labels = np.indices((40, 30)).sum(axis=0) % 2
     whole = {place: area for place, *_, area in polygons_of(labels, tmp_path)}
     for name in ("polygons", "tracing"):
-        monkeypatch.setattr(f"vfmseg.geo.{name}._BATCH", 7)
+        monkeypatch.setattr(f"vfmseg.vector.{name}._BATCH", 7)
     pieces = polygons_of(labels, tmp_path, rows=16)
     assert {place: area for place, *_, area in pieces} == whole
     assert len(pieces) == 1200
@@ -436,7 +436,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from vfmseg.errors import MachineError
-from vfmseg.geo.polygons import write_polygons
+from vfmseg.vector.polygons import write_polygons
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
@@ -532,7 +532,8 @@ def test_a_missing_extra_is_named(tmp_path: Path, old: Path, monkeypatch: pytest
         "DROP TRIGGER trigger_insert_feature_count_polygons",
     ],
 )
-def test_p37_a_geopackage_that_was_not_closed_is_never_published(tmp_path: Path, lost: str) -> None:
+@pytest.mark.pitfall("P37")
+def test_a_geopackage_that_was_not_closed_is_never_published(tmp_path: Path, lost: str) -> None:
     """On a full disk GDAL may write all polygons, and fail in silence at what it writes when it closes the file."""
     target = tmp_path / "labels.gpkg"
     count = write_polygons(save(tmp_path / "labels.tif", RING), target)

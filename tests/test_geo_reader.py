@@ -73,7 +73,8 @@ def read_all(path: Any, bands: Bands | None = None) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"])
-def test_p24_every_stored_type_keeps_its_values(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.pitfall("P24")
+def test_every_stored_type_keeps_its_values(tmp_path: Path, dtype: str) -> None:
     array = noise(dtype="int16").astype(dtype) - np.array(100 if dtype[0] != "u" else 0, dtype=dtype)
     array[array == 0] = 1
     pixels, valid = read_all(write(tmp_path / "a.tif", array, **PLACE))
@@ -83,7 +84,8 @@ def test_p24_every_stored_type_keeps_its_values(tmp_path: Path, dtype: str) -> N
 
 
 @pytest.mark.parametrize("driver", ["GTiff", "PNG"])
-def test_p24_16_bit_ramp_is_neither_clipped_nor_reduced(tmp_path: Path, driver: str) -> None:
+@pytest.mark.pitfall("P24")
+def test_16_bit_ramp_is_neither_clipped_nor_reduced(tmp_path: Path, driver: str) -> None:
     ramp = np.arange(65536, dtype=np.uint16).reshape(1, 256, 256)
     pixels, _ = read_all(write(tmp_path / "ramp", ramp, driver=driver), Bands(scale=0.0001))
     flat = pixels.ravel()
@@ -91,20 +93,23 @@ def test_p24_16_bit_ramp_is_neither_clipped_nor_reduced(tmp_path: Path, driver: 
     assert flat[-1] == pytest.approx(6.5535)
 
 
-def test_p24_scale_and_offset_turn_stored_numbers_into_values(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P24")
+def test_scale_and_offset_turn_stored_numbers_into_values(tmp_path: Path) -> None:
     array = noise(2, dtype="int16")
     path = write(tmp_path / "a.tif", array)
     pixels, _ = read_all(path, Bands(scale=0.5, offset=-3))
     np.testing.assert_array_equal(pixels, array * 0.5 - 3)
 
 
-def test_p24_wide_integers_are_scaled_before_they_lose_digits(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P24")
+def test_wide_integers_are_scaled_before_they_lose_digits(tmp_path: Path) -> None:
     array = np.array([[[2_000_000_001, 2_000_000_003]]], dtype=np.int32)
     pixels, _ = read_all(write(tmp_path / "a.tif", array), Bands(offset=-2_000_000_000.0))
     assert pixels.ravel().tolist() == [1, 3]
 
 
-def test_c22_pure_colours_keep_their_bands(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C22")
+def test_pure_colours_keep_their_bands(tmp_path: Path) -> None:
     """Red is 200 in the first band, whatever the format; only `bands` reorders."""
     image = np.zeros((3, 16, 48), dtype=np.uint8)
     for band in range(3):
@@ -144,7 +149,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(-20, 20), st.integers(-20, 20), st.integers(1, 25), st.integers(1, 25))
-def test_p34_windows_of_any_position_have_exactly_their_size(
+@pytest.mark.pitfall("P34")
+def test_windows_of_any_position_have_exactly_their_size(
     small: tuple[Path, np.ndarray], row: int, col: int, height: int, width: int
 ) -> None:
     path, array = small
@@ -172,7 +178,8 @@ def spots(valid: np.ndarray) -> list[tuple[int, int]]:
     [("uint8", 255), ("uint16", 65535), ("int16", -9999), ("float32", -9999.0), ("float32", -3.4028235e38)],
 )
 @pytest.mark.parametrize("said_by", ["file", "recipe"])
-def test_p26_a_nodata_value_in_any_band_hides_the_pixel(tmp_path: Path, dtype: str, value: float, said_by: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_a_nodata_value_in_any_band_hides_the_pixel(tmp_path: Path, dtype: str, value: float, said_by: str) -> None:
     array = noise(dtype=dtype)
     array[1, 2, 3] = value
     array[:, 4, 5] = value
@@ -184,7 +191,8 @@ def test_p26_a_nodata_value_in_any_band_hides_the_pixel(tmp_path: Path, dtype: s
 
 
 @pytest.mark.parametrize("said_by", ["file", "recipe"])
-def test_p26_nodata_0_hides_only_where_all_bands_are_0(tmp_path: Path, said_by: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_0_hides_only_where_all_bands_are_0(tmp_path: Path, said_by: str) -> None:
     array = noise()
     for band in range(3):
         array[band, 2, 3 + band] = 0  # a dark measurement in one band
@@ -196,11 +204,13 @@ def test_p26_nodata_0_hides_only_where_all_bands_are_0(tmp_path: Path, said_by: 
     assert spots(read_all(path, Bands((2,), nodata=bands.nodata))[1]) == [(2, 4), (4, 5)]
 
 
-def test_p26_zeros_without_a_nodata_value_are_measurements(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_zeros_without_a_nodata_value_are_measurements(tmp_path: Path) -> None:
     assert read_all(write(tmp_path / "a.tif", np.zeros((3, 5, 5), dtype=np.uint8)))[1].all()
 
 
-def test_p26_nodata_of_the_recipe_joins_the_one_of_the_file(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_of_the_recipe_joins_the_one_of_the_file(tmp_path: Path) -> None:
     array = noise(dtype="int16")
     array[0, 1, 1] = -32768
     array[:, 2, 2] = 0
@@ -208,7 +218,8 @@ def test_p26_nodata_of_the_recipe_joins_the_one_of_the_file(tmp_path: Path) -> N
     assert spots(read_all(path, Bands(nodata=0))[1]) == [(1, 1), (2, 2)]
 
 
-def test_p26_every_band_has_its_own_nodata_value(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_every_band_has_its_own_nodata_value(tmp_path: Path) -> None:
     array = np.full((2, 4, 5), 9, dtype=np.uint8)
     array[0, 0, 0] = array[1, 1, 1] = 7
     array[0, 2, 2] = array[1, 3, 3] = 8
@@ -227,13 +238,15 @@ def test_p26_every_band_has_its_own_nodata_value(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [-9999.0, 255.5, float("nan"), float("inf")])
-def test_p26_nodata_that_the_type_cannot_hold_hides_nothing(tmp_path: Path, value: float) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_that_the_type_cannot_hold_hides_nothing(tmp_path: Path, value: float) -> None:
     array = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     assert read_all(write(tmp_path / "a.tif", array), Bands(nodata=value))[1].all()
 
 
 @pytest.mark.parametrize("nodata", [None, float("nan"), -1.0])
-def test_p26_nan_and_infinity_hide_the_pixel_and_spread_nowhere(tmp_path: Path, nodata: float | None) -> None:
+@pytest.mark.pitfall("P26")
+def test_nan_and_infinity_hide_the_pixel_and_spread_nowhere(tmp_path: Path, nodata: float | None) -> None:
     array = noise(dtype="float32")
     array[0, 2, 3] = np.nan
     array[1, 4, 5] = np.inf
@@ -245,7 +258,8 @@ def test_p26_nan_and_infinity_hide_the_pixel_and_spread_nowhere(tmp_path: Path, 
     assert spots(read_all(tmp_path / "a.tif", Bands((2, 3)))[1]) == [(4, 5), (6, 7)]
 
 
-def test_p26_float64_beyond_float32_is_invalid_without_a_warning(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_float64_beyond_float32_is_invalid_without_a_warning(tmp_path: Path) -> None:
     array = noise(1, dtype="float64")
     array[0, 2, 3] = -1.7976931348623157e308
     with warnings.catch_warnings():
@@ -262,7 +276,8 @@ def alpha_of(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("driver", ["GTiff", "PNG"])
-def test_p26_alpha_hides_and_is_no_band(tmp_path: Path, driver: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_alpha_hides_and_is_no_band(tmp_path: Path, driver: str) -> None:
     image = noise()
     path = write(tmp_path / "a", np.concatenate([image, alpha_of(20, 30)[None]]), driver=driver)
     with Raster(path) as raster:
@@ -274,7 +289,8 @@ def test_p26_alpha_hides_and_is_no_band(tmp_path: Path, driver: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-def test_p26_a_fourth_band_asked_for_by_number_is_data_though_the_file_calls_it_alpha(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_a_fourth_band_asked_for_by_number_is_data_though_the_file_calls_it_alpha(tmp_path: Path) -> None:
     """GDAL marks the fourth band of any 8-bit file as alpha unless told otherwise; here it holds infrared."""
     array = noise(4)
     array[3, 2, 3] = 0
@@ -287,7 +303,8 @@ def test_p26_a_fourth_band_asked_for_by_number_is_data_though_the_file_calls_it_
 
 
 @pytest.mark.parametrize("kind", ["internal", "external"])
-def test_p26_mask_band_hides(tmp_path: Path, kind: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_mask_band_hides(tmp_path: Path, kind: str) -> None:
     mask = np.full((20, 30), 255, dtype=np.uint8)
     mask[3, 4] = mask[19, 29] = 0
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=kind == "internal"):
@@ -299,7 +316,8 @@ def test_p26_mask_band_hides(tmp_path: Path, kind: str) -> None:
         assert spots(raster.read(Window(2, 2, 4, 4)).valid) == [(1, 2)]
 
 
-def test_p26_bands_may_have_masks_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_bands_may_have_masks_of_their_own(tmp_path: Path) -> None:
     write(tmp_path / "a.tif", noise(2, 4, 5))
     masks = np.full((2, 4, 5), 255, dtype=np.uint8)
     masks[0, 1, 1] = masks[1, 2, 3] = 0
@@ -317,7 +335,8 @@ def test_p26_bands_may_have_masks_of_their_own(tmp_path: Path) -> None:
     assert spots(read_all(path, Bands((2,)))[1]) == [(2, 3)]
 
 
-def test_p26_mask_band_nodata_and_nan_add_up(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_mask_band_nodata_and_nan_add_up(tmp_path: Path) -> None:
     array = noise(dtype="float32")
     array[0, 1, 1] = -9999
     array[2, 2, 2] = np.nan
@@ -356,7 +375,8 @@ def test_files_are_stacked_and_bands_count_through_them(tmp_path: Path) -> None:
         assert raster.dtype == "uint8"
 
 
-def test_p26_frame_of_a_stack_is_where_every_file_is_0(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_frame_of_a_stack_is_where_every_file_is_0(tmp_path: Path) -> None:
     red, green = noise(1), noise(1)
     red[0, 1, 1] = 0
     red[0, 2, 2] = green[0, 2, 2] = 0
@@ -365,7 +385,8 @@ def test_p26_frame_of_a_stack_is_where_every_file_is_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["size", "place", "crs"])
-def test_p34_files_on_different_grids_are_not_stacked(tmp_path: Path, change: str) -> None:
+@pytest.mark.pitfall("P34")
+def test_files_on_different_grids_are_not_stacked(tmp_path: Path, change: str) -> None:
     one = write(tmp_path / "one.tif", noise(1), **PLACE)
     place, array = dict(PLACE), noise(1)
     if change == "size":
@@ -382,7 +403,8 @@ def test_p34_files_on_different_grids_are_not_stacked(tmp_path: Path, change: st
 # --- place --------------------------------------------------------------------------------------------------
 
 
-def test_p34_turned_transform_and_crs_arrive_as_written(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P34")
+def test_turned_transform_and_crs_arrive_as_written(tmp_path: Path) -> None:
     turned = Affine(-0.0286, 2.4998, 593124.12, 2.4998, 0.0286, 5749208.25)
     path = write(tmp_path / "a.tif", noise(), crs="EPSG:32631", transform=turned)
     with Raster(path) as raster:
@@ -456,7 +478,8 @@ def garble(path: Path) -> None:
         ({"driver": "PNG"}, garble),
     ],
 )
-def test_p62_damaged_file_is_an_error_with_file_and_window_never_zeros(
+@pytest.mark.pitfall("P62")
+def test_damaged_file_is_an_error_with_file_and_window_never_zeros(
     tmp_path: Path, profile: dict[str, Any], harm: Callable[[Path], None]
 ) -> None:
     path = write(tmp_path / "hurt.img", np.random.default_rng(0).integers(0, 255, (3, 300, 300), np.uint8), **profile)
@@ -486,7 +509,8 @@ def test_a_file_that_is_no_raster_is_named(tmp_path: Path, content: bytes | None
 
 
 @pytest.mark.parametrize("profile", [{}, {"compress": "jpeg"}, {"driver": "PNG"}, {"driver": "JPEG"}], ids=str)
-def test_p62_bytes_at_random_in_a_header_never_end_in_a_traceback(tmp_path: Path, profile: dict[str, Any]) -> None:
+@pytest.mark.pitfall("P62")
+def test_bytes_at_random_in_a_header_never_end_in_a_traceback(tmp_path: Path, profile: dict[str, Any]) -> None:
     content = write(tmp_path / "whole", noise(3, 32, 32), **profile, **PLACE).read_bytes()
     draws = np.random.default_rng(0)
     refused = 0
@@ -551,7 +575,8 @@ def test_messages_of_gdal_do_not_reach_stderr(tmp_path: Path) -> None:
 # --- processes and threads ----------------------------------------------------------------------------------
 
 
-def test_p32_pickled_raster_opens_the_file_itself(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P32")
+def test_pickled_raster_opens_the_file_itself(tmp_path: Path) -> None:
     array = noise()
     path = write(tmp_path / "a.tif", array)
     raster = Raster(path, Bands((2,)))
@@ -570,7 +595,8 @@ def test_opening_waits_until_the_first_need(tmp_path: Path) -> None:
     np.testing.assert_array_equal(raster.read(whole(raster)).pixels, array)
 
 
-def test_p32_threads_share_a_raster_without_mixing_windows(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P32")
+def test_threads_share_a_raster_without_mixing_windows(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(1, 60000, (3, 256, 256)).astype(np.uint16)
     path = write(tmp_path / "a.tif", array, compress="deflate", tiled=True, blockxsize=32, blockysize=32)
     windows = [Window(r, c, 48, 48) for r in range(0, 208, 16) for c in range(0, 208, 16)]
@@ -579,7 +605,8 @@ def test_p32_threads_share_a_raster_without_mixing_windows(tmp_path: Path) -> No
             np.testing.assert_array_equal(chip.pixels, array[:, window.rows, window.cols])
 
 
-def test_p32_no_thread_finds_a_file_that_another_has_closed(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P32")
+def test_no_thread_finds_a_file_that_another_has_closed(tmp_path: Path) -> None:
     class Watched:
         """A lock that looks, when it is given back, at what the next thread would find."""
 
@@ -604,7 +631,8 @@ def _read_in_child(raster: Raster, rows: list[int], results: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_p32_forked_workers_do_not_share_a_file_position(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P32")
+def test_forked_workers_do_not_share_a_file_position(tmp_path: Path) -> None:
     """Parent and children read different rows at once from a raster that was opened before the fork."""
     array = np.random.default_rng(0).integers(1, 60000, (2, 512, 512)).astype(np.uint16)
     path = write(tmp_path / "a.tif", array)

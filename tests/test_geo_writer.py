@@ -23,9 +23,10 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from vfmseg.errors import DataError, MachineError, RecipeError, VfmsegError
 from vfmseg.geo import compression as compression_module
 from vfmseg.geo import writer as writer_module
+from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.compression import COMPRESSIONS
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
+from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.layer import Layer, label_layer, label_type
 from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.writer import MapWriter
@@ -73,7 +74,8 @@ def names_in(folder: Path) -> list[str]:
 # --- what is in the file ------------------------------------------------------------------------------------
 
 
-def test_p36_file_carries_place_classes_colours_and_legal_nodata(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P36")
+def test_file_carries_place_classes_colours_and_legal_nodata(tmp_path: Path) -> None:
     labels = labels_for(UTM)
     path = save(tmp_path / "new" / "folder" / "labels.tif", labels, tags={"vfmseg_recipe": "flood"})
     assert names_in(path.parent) == ["labels.tif"]  # no .aux.xml: everything is inside
@@ -110,7 +112,8 @@ def test_written_labels_are_read_back_as_the_same_indexes(tmp_path: Path) -> Non
     ],
     ids=["turned", "degrees", "no place", "no crs", "south up"],
 )
-def test_p36_any_grid_survives_silently(tmp_path: Path, grid: Grid) -> None:
+@pytest.mark.pitfall("P36")
+def test_any_grid_survives_silently(tmp_path: Path, grid: Grid) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = save(tmp_path / "a.tif", labels_for(grid), grid)
@@ -139,7 +142,8 @@ def test_crs_without_a_code_survives(tmp_path: Path) -> None:
         ((-32768, 5), "int32"),
     ],
 )
-def test_p36_nodata_fits_the_type_and_is_no_class(tmp_path: Path, ids: tuple[int, ...], dtype: str) -> None:
+@pytest.mark.pitfall("P36")
+def test_nodata_fits_the_type_and_is_no_class(tmp_path: Path, ids: tuple[int, ...], dtype: str) -> None:
     grid = UTM.crop(Window(0, 0, 1, len(ids) + 1))
     labels = np.array([[IGNORE, *range(len(ids))]])
     colors = [(i, 2 * i, 3 * i) for i in range(len(ids))]
@@ -164,7 +168,8 @@ def test_ids_beyond_32_bits_are_refused() -> None:
         label_layer((0, 2**31), ("a", "b"), ((0, 0, 0), (1, 1, 1)))
 
 
-def test_c22_pure_colours_belong_to_their_classes(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C22")
+def test_pure_colours_belong_to_their_classes(tmp_path: Path) -> None:
     """Seen in colour, as a GIS shows it, class red is red and class blue is blue."""
     grid = UTM.crop(Window(0, 0, 4, 6))
     labels = np.repeat([[0, 1, 2]], 4, axis=0).repeat(2, axis=1)
@@ -177,14 +182,16 @@ def test_c22_pure_colours_belong_to_their_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 7, 256, 257, 300])
-def test_p37_rows_in_any_portions_give_the_same_bytes(tmp_path: Path, step: int) -> None:
+@pytest.mark.pitfall("P37")
+def test_rows_in_any_portions_give_the_same_bytes(tmp_path: Path, step: int) -> None:
     labels = labels_for(UTM)
     one = save(tmp_path / "one.tif", labels, step=64)
     two = save(tmp_path / "two.tif", labels, step=step)
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_p36_more_than_4_gb_becomes_bigtiff(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P36")
+def test_more_than_4_gb_becomes_bigtiff(tmp_path: Path) -> None:
     """The header is decided when the file is made, so a few rows of a huge one are enough."""
     huge = Grid("EPSG:32633", UTM.transform, 300_000, 20_000)
     with pytest.raises(ValueError, match="never written"):
@@ -207,13 +214,15 @@ def _see_header(path: Path, huge: Grid) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
 @pytest.mark.parametrize("rows", [0, 10, 260, 300])
 @pytest.mark.parametrize("cog", [False, True], ids=["plain", "cog"])
-def test_p37_an_interrupted_map_leaves_nothing(tmp_path: Path, error: BaseException, rows: int, cog: bool) -> None:
+@pytest.mark.pitfall("P37")
+def test_an_interrupted_map_leaves_nothing(tmp_path: Path, error: BaseException, rows: int, cog: bool) -> None:
     with pytest.raises(type(error)):
         write_some(tmp_path / "a.tif", rows, error, cog)
     assert names_in(tmp_path) == []
 
 
-def test_p37_an_interrupted_map_leaves_the_old_one(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P37")
+def test_an_interrupted_map_leaves_the_old_one(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", labels_for(UTM))
     before = path.read_bytes()
     with pytest.raises(RuntimeError):
@@ -245,7 +254,8 @@ def save(path, height, width=300, cog=False):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_p37_a_killed_process_leaves_no_file_under_the_final_name(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P37")
+def test_a_killed_process_leaves_no_file_under_the_final_name(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     code = SCRIPT + (
         "import os, signal\nfor row in save(sys.argv[1], 1000):\n"
@@ -259,7 +269,8 @@ def test_p37_a_killed_process_leaves_no_file_under_the_final_name(tmp_path: Path
 
 @pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
 @pytest.mark.parametrize("shape", ["400", "600, 700, True"], ids=["plain", "cog"])
-def test_p37_full_disk_is_a_machine_error_and_leaves_nothing(tmp_path: Path, shape: str) -> None:
+@pytest.mark.pitfall("P37")
+def test_full_disk_is_a_machine_error_and_leaves_nothing(tmp_path: Path, shape: str) -> None:
     """A limit on file size stops the disk after some bytes: in a write, in the last flush, or in the header.
 
     GDAL reports only the first of these three.
@@ -298,7 +309,8 @@ def test_p37_full_disk_is_a_machine_error_and_leaves_nothing(tmp_path: Path, sha
     [OSError(errno.ENOSPC, "No space left on device"), RasterioIOError("write failed")],
     ids=["python", "gdal"],
 )
-def test_p37_disk_errors_at_any_step_are_machine_errors(
+@pytest.mark.pitfall("P37")
+def test_disk_errors_at_any_step_are_machine_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -335,7 +347,8 @@ class _Failing:
         self.write = self.close = fail
 
 
-def test_p37_what_the_disk_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P37")
+def test_what_the_disk_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = writer_module._sync
 
     def damage(path: Path) -> None:
@@ -363,7 +376,8 @@ def layout_of(path: Path) -> str | None:
 
 
 @pytest.mark.parametrize("grid", [UTM, LARGE, Grid(None, IDENTITY, 1100, 600)], ids=["small", "turned", "no place"])
-def test_p36_cog_holds_what_the_plain_map_holds(tmp_path: Path, grid: Grid) -> None:
+@pytest.mark.pitfall("P36")
+def test_cog_holds_what_the_plain_map_holds(tmp_path: Path, grid: Grid) -> None:
     labels = labels_for(grid)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -384,7 +398,8 @@ def test_p36_cog_holds_what_the_plain_map_holds(tmp_path: Path, grid: Grid) -> N
 
 @pytest.mark.parametrize("compress", COMPRESSIONS)
 @pytest.mark.parametrize("cog", [False, True], ids=["plain", "cog"])
-def test_p36_every_compression_holds_the_same_numbers(tmp_path: Path, compress: str, cog: bool) -> None:
+@pytest.mark.pitfall("P36")
+def test_every_compression_holds_the_same_numbers(tmp_path: Path, compress: str, cog: bool) -> None:
     labels = labels_for(LARGE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -398,7 +413,8 @@ def test_p36_every_compression_holds_the_same_numbers(tmp_path: Path, compress: 
         np.testing.assert_array_equal(source.read(), as_ids(labels))
 
 
-def test_p62_a_compression_that_gdal_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_compression_that_gdal_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="compress = 'zst'; did you mean 'zstd'"):
         save(tmp_path / "a.tif", labels_for(UTM), compress="zst")
     monkeypatch.setattr(compression_module, "_works", lambda name: name != "zstd")
@@ -420,7 +436,8 @@ def test_whether_gdal_has_a_compression_is_tried(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("ids", [IDS, (-5, 7, 1000)], ids=["colours", "no colours"])
-def test_p35_overviews_of_classes_hold_no_number_that_was_not_there(tmp_path: Path, ids: tuple[int, ...]) -> None:
+@pytest.mark.pitfall("P35")
+def test_overviews_of_classes_hold_no_number_that_was_not_there(tmp_path: Path, ids: tuple[int, ...]) -> None:
     labels = labels_for(LARGE)
     with MapWriter(tmp_path / "a.tif", LARGE, label_layer(ids, NAMES, COLORS), cog=True) as target:
         target.write(0, as_ids(labels, ids))
@@ -469,7 +486,8 @@ def test_bands_names_scale_and_nodata_are_read_back(tmp_path: Path, cog: bool) -
 
 @pytest.mark.parametrize("cog", [False, True], ids=["plain", "cog"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_p36_no_band_of_several_is_taken_for_a_colour_or_alpha(tmp_path: Path, count: int, cog: bool) -> None:
+@pytest.mark.pitfall("P36")
+def test_no_band_of_several_is_taken_for_a_colour_or_alpha(tmp_path: Path, count: int, cog: bool) -> None:
     grid = UTM.crop(Window(0, 0, 20, 30))
     with MapWriter(tmp_path / "a.tif", grid, Layer("uint8", 255, ("x",) * count, 1 / 254), cog=cog) as target:
         target.write(0, np.zeros((count, 20, 30), dtype=np.uint8))
@@ -479,7 +497,8 @@ def test_p36_no_band_of_several_is_taken_for_a_colour_or_alpha(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=repr)
-def test_p37_an_interruption_while_the_cog_is_made_leaves_nothing(
+@pytest.mark.pitfall("P37")
+def test_an_interruption_while_the_cog_is_made_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     copy = rasterio.shutil.copy
@@ -500,7 +519,8 @@ def test_p37_an_interruption_while_the_cog_is_made_leaves_nothing(
 # --- several pieces as one ----------------------------------------------------------------------------------
 
 
-def test_p36_a_mosaic_shows_its_pieces_in_place_and_nodata_between_them(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P36")
+def test_a_mosaic_shows_its_pieces_in_place_and_nodata_between_them(tmp_path: Path) -> None:
     labels = labels_for(LARGE)
     stored = as_ids(labels)
     left, right = Window(0, 0, 1100, 500), Window(40, 700, 1000, 600)
@@ -547,7 +567,8 @@ def test_a_mosaic_of_any_type_of_ids_opens(tmp_path: Path, ids: tuple[int, int])
         np.testing.assert_array_equal(one.read(), two.read())
 
 
-def test_p62_a_damaged_piece_is_named_with_its_window(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_damaged_piece_is_named_with_its_window(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", labels_for(UTM))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DataError, match=r"a\.tif: rows 200 to 299, columns 0 to 399 cannot be read: .*damaged"):
@@ -557,7 +578,8 @@ def test_p62_a_damaged_piece_is_named_with_its_window(tmp_path: Path) -> None:
 # --- wrong use ----------------------------------------------------------------------------------------------
 
 
-def test_p62_rows_left_out_are_an_error_never_a_class(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_rows_left_out_are_an_error_never_a_class(tmp_path: Path) -> None:
     labels = labels_for(UTM)
     with pytest.raises(ValueError, match="rows 290 to 299 of columns 0 to 399 were never written"):
         save(tmp_path / "a.tif", labels[:290], step=290)
@@ -569,7 +591,8 @@ def test_p62_rows_left_out_are_an_error_never_a_class(tmp_path: Path) -> None:
     [(0, (1, 5, 400)), (6, (1, 5, 400)), (5, (1, 5, 399)), (5, (1, 296, 400)), (5, (2, 5, 400)), (5, (5, 400))],
     ids=str,
 )
-def test_p62_rows_out_of_place_are_refused(tmp_path: Path, row: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.pitfall("P62")
+def test_rows_out_of_place_are_refused(tmp_path: Path, row: int, shape: tuple[int, ...]) -> None:
     target = MapWriter(tmp_path / "a.tif", UTM, layer_of())
     with pytest.raises(ValueError, match="not open"):
         target.write(0, np.zeros((1, 5, 400), dtype=np.uint8))
@@ -584,7 +607,8 @@ def test_p62_rows_out_of_place_are_refused(tmp_path: Path, row: int, shape: tupl
 
 
 @pytest.mark.parametrize("cog", [False, True])
-def test_p37_a_wide_map_may_come_in_strips(tmp_path: Path, cog: bool) -> None:
+@pytest.mark.pitfall("P37")
+def test_a_wide_map_may_come_in_strips(tmp_path: Path, cog: bool) -> None:
     labels = as_ids(labels_for(LARGE))
     with MapWriter(tmp_path / "a.tif", LARGE, layer_of(), cog=cog) as target:
         for first, end in ((0, 256), (256, 768), (768, LARGE.width)):
@@ -594,7 +618,8 @@ def test_p37_a_wide_map_may_come_in_strips(tmp_path: Path, cog: bool) -> None:
         np.testing.assert_array_equal(source.read(), labels)
 
 
-def test_p62_strips_left_out_or_out_of_place_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_strips_left_out_or_out_of_place_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     strip = np.zeros((1, 300, 256), dtype=np.uint8)
     with (
@@ -622,7 +647,8 @@ def test_p62_strips_left_out_or_out_of_place_are_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint16", "int8", "float32"])
-def test_p30_numbers_of_another_type_are_refused_never_wrapped(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.pitfall("P30")
+def test_numbers_of_another_type_are_refused_never_wrapped(tmp_path: Path, dtype: str) -> None:
     rows = np.full((1, 300, 400), 100, dtype=dtype)
     with MapWriter(tmp_path / "a.tif", UTM, layer_of()) as target:
         with pytest.raises(ValueError, match=rf"of {dtype}; expected .* of uint8"):
@@ -630,7 +656,8 @@ def test_p30_numbers_of_another_type_are_refused_never_wrapped(tmp_path: Path, d
         target.write(0, rows.astype(np.uint8))
 
 
-def test_p30_every_class_needs_a_name_and_a_colour() -> None:
+@pytest.mark.pitfall("P30")
+def test_every_class_needs_a_name_and_a_colour() -> None:
     with pytest.raises(ValueError, match="as many of each"):
         label_layer(IDS, NAMES[:2], COLORS)
     with pytest.raises(ValueError, match="as many of each"):
@@ -638,7 +665,8 @@ def test_p30_every_class_needs_a_name_and_a_colour() -> None:
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/labels.tif", "/vsis3/bucket/labels.tif", "/vsimem/labels.tif"])
-def test_p63_paths_that_are_no_place_on_disk_make_no_folders_of_their_names(
+@pytest.mark.pitfall("P63")
+def test_paths_that_are_no_place_on_disk_make_no_folders_of_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -647,7 +675,8 @@ def test_p63_paths_that_are_no_place_on_disk_make_no_folders_of_their_names(
     assert names_in(tmp_path) == []
 
 
-def test_p63_sidecars_of_an_overwritten_map_go_with_it(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_sidecars_of_an_overwritten_map_go_with_it(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", labels_for(UTM))
     for suffix in (".aux.xml", ".ovr", ".msk"):
         Path(f"{path}{suffix}").write_text("of the old map")

@@ -125,7 +125,8 @@ def random_array(height: int, width: int, holes: bool) -> np.ndarray:
     holes=st.booleans(),
 )
 @example(17, 35, 10, 0.9, "gaussian", 1, False)  # a hundred tiles at a pixel: 1.2e-6 in float32
-def test_p45_tiled_labels_equal_whole_scene_labels(
+@pytest.mark.pitfall("P45")
+def test_tiled_labels_equal_whole_scene_labels(
     height: int, width: int, tile: int, overlap: float, blend: str, batch: int, holes: bool
 ) -> None:
     array = random_array(height, width, holes) / 2
@@ -171,7 +172,8 @@ def test_strips_shards_ranks_and_blocks_change_no_byte(
     assert one.probabilities[:, valid].tobytes() == many.probabilities[:, valid].tobytes()
 
 
-def test_p32_any_number_of_readers_with_random_delays_gives_the_same_bytes() -> None:
+@pytest.mark.pitfall("P32")
+def test_any_number_of_readers_with_random_delays_gives_the_same_bytes() -> None:
     class Slow:
         """A scene whose reads take random times."""
 
@@ -231,7 +233,8 @@ def test_strips_fill_their_batches_whatever_the_width(tiles_wide: int, batch: in
     overlap=st.sampled_from([0.0, 0.25, 0.5, 0.9]), blended=st.booleans(), widest=st.integers(1, 200),
     shard=st.integers(1, 200),
 )  # fmt: skip
-def test_c17_shards_partition_the_scene_and_tiles_are_unique(
+@pytest.mark.pitfall("C17")
+def test_shards_partition_the_scene_and_tiles_are_unique(
     height: int, width: int, tile: int, overlap: float, blended: bool, widest: int, shard: int
 ) -> None:
     plan = Plan(height, width, tile, overlap, blended, 4, widest, shard)
@@ -249,7 +252,8 @@ def test_c17_shards_partition_the_scene_and_tiles_are_unique(
 
 @pytest.mark.parametrize("blend", BLENDS)
 @pytest.mark.parametrize("size", [(5, 40), (33, 33), (64, 17)])
-def test_p26_blend_weights_are_a_partition_of_unity(blend: str, size: tuple[int, int]) -> None:
+@pytest.mark.pitfall("P26")
+def test_blend_weights_are_a_partition_of_unity(blend: str, size: tuple[int, int]) -> None:
     """A model that always answers 1 gets 1 everywhere, borders and corners included."""
 
     def ones(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
@@ -260,7 +264,8 @@ def test_p26_blend_weights_are_a_partition_of_unity(blend: str, size: tuple[int,
 
 
 @pytest.mark.parametrize("blend", ["hann", "gaussian", "average"])
-def test_c18_weights_stay_positive_to_the_last_pixel(blend: str) -> None:
+@pytest.mark.pitfall("C18")
+def test_weights_stay_positive_to_the_last_pixel(blend: str) -> None:
     weights = profile(blend, 512)
     assert weights.dtype == np.float32
     assert weights.min() > 1e-6
@@ -282,7 +287,8 @@ def test_blended_votes_are_the_weighted_mean() -> None:
 # --- what is run and what is not --------------------------------------------------------------------------------
 
 
-def test_p33_tiles_without_a_valid_pixel_are_never_run() -> None:
+@pytest.mark.pitfall("P33")
+def test_tiles_without_a_valid_pixel_are_never_run() -> None:
     seen: list[int] = []
 
     def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
@@ -298,7 +304,8 @@ def test_p33_tiles_without_a_valid_pixel_are_never_run() -> None:
     np.testing.assert_array_equal(sink.labels, np.where(np.isfinite(array[0]), np.nan_to_num(array[0]), -1))
 
 
-def test_p33_an_area_in_one_corner_runs_the_tiles_of_that_corner() -> None:
+@pytest.mark.pitfall("P33")
+def test_an_area_in_one_corner_runs_the_tiles_of_that_corner() -> None:
     mask = np.zeros((64, 64), bool)
     mask[50:60, 3:9] = True
     area = Area(lambda w: bool(mask[w.rows, w.cols].any()), lambda w: mask[w.rows, w.cols])
@@ -309,7 +316,8 @@ def test_p33_an_area_in_one_corner_runs_the_tiles_of_that_corner() -> None:
     np.testing.assert_array_equal(sink.labels, np.where(mask, 1, -1))
 
 
-def test_c35_batch_shapes_follow_from_the_scene_and_batches_only_round() -> None:
+@pytest.mark.pitfall("C35")
+def test_batch_shapes_follow_from_the_scene_and_batches_only_round() -> None:
     shapes: set[tuple[int, ...]] = set()
 
     def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
@@ -396,7 +404,8 @@ class Forgets:
         pass
 
 
-def test_p34_memory_stays_below_the_estimate_whatever_the_height() -> None:
+@pytest.mark.pitfall("P34")
+def test_memory_stays_below_the_estimate_whatever_the_height() -> None:
     """The queues fill differently each time, so it is the bound that is tested; the whole scene's votes are 25 MB."""
     import tracemalloc
 
@@ -432,7 +441,8 @@ def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
     assert (kept.kept["labels"] == 1).all()
 
 
-def test_p34_sums_of_many_tiles_are_larger_and_counted() -> None:
+@pytest.mark.pitfall("P34")
+def test_sums_of_many_tiles_are_larger_and_counted() -> None:
     def memory(overlap: float, blend: str) -> int:
         scene = Endless(100, 1000)
         settings = Settings(32, overlap, blend)
@@ -495,7 +505,8 @@ class FullDisk:
     ],
     ids=["reader", "model", "writer"],
 )
-def test_p62_the_first_error_of_any_stage_ends_all_of_them(
+@pytest.mark.pitfall("P62")
+def test_the_first_error_of_any_stage_ends_all_of_them(
     scene: Any, vote: Any, sink: Any, error: type[Exception], message: str
 ) -> None:
     before = threading.active_count()
@@ -508,7 +519,8 @@ def test_p62_the_first_error_of_any_stage_ends_all_of_them(
     assert threading.active_count() == before
 
 
-def test_p62_an_interruption_of_the_model_ends_the_threads() -> None:
+@pytest.mark.pitfall("P62")
+def test_an_interruption_of_the_model_ends_the_threads() -> None:
     def interrupted(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
         raise KeyboardInterrupt
 
@@ -519,7 +531,8 @@ def test_p62_an_interruption_of_the_model_ends_the_threads() -> None:
     assert threading.active_count() == before
 
 
-def test_p62_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Band.add
 
     def loses(self: Band, tile: Any, votes: Tensor) -> None:
@@ -532,7 +545,8 @@ def test_p62_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_p60_an_answer_that_is_no_number_is_an_error_never_class_0(value: float) -> None:
+@pytest.mark.pitfall("P60")
+def test_an_answer_that_is_no_number_is_an_error_never_class_0(value: float) -> None:
     array = np.ones((1, 100, 64), dtype=np.float32)
     array[0, 70, 40] = 3e36  # what no nodata value names
 
@@ -546,7 +560,8 @@ def test_p60_an_answer_that_is_no_number_is_an_error_never_class_0(value: float)
 
 
 @pytest.mark.parametrize("part", ["top", "scattered"])
-def test_p34_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
+@pytest.mark.pitfall("P34")
+def test_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
     """Where tiles are left out for long, rows are finished and written meanwhile, not kept until the end."""
 
     class Sparse:
@@ -579,7 +594,8 @@ def test_p34_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
 
 
 @pytest.mark.parametrize("blend", ["hann", "none"])
-def test_p34_the_width_of_a_strip_counts_what_its_tiles_read_beside_it(blend: str) -> None:
+@pytest.mark.pitfall("P34")
+def test_the_width_of_a_strip_counts_what_its_tiles_read_beside_it(blend: str) -> None:
     seen: list[tuple[int, int]] = []
 
     class Watch:

@@ -95,7 +95,8 @@ def undisturbed(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: path.read_bytes() for name, path in files.items()}
 
 
-def test_p36_files_hold_place_classes_and_values(scene: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P36")
+def test_files_hold_place_classes_and_values(scene: Path, tmp_path: Path) -> None:
     files = label(scene, tmp_path / "labels.tif")
     assert names_in(tmp_path) == ["labels.tif", "labels_confidence.tif"]
     with rasterio.open(scene) as source, rasterio.open(files["labels"]) as labels:
@@ -114,7 +115,8 @@ def test_p36_files_hold_place_classes_and_values(scene: Path, tmp_path: Path) ->
     assert (stored[values == 9] == 255).all()
 
 
-def test_p32_pieces_of_a_wide_map_are_joined_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P32")
+def test_pieces_of_a_wide_map_are_joined_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     array = np.random.default_rng(0).integers(0, 3, (1, 300, 1400)).astype(np.uint8)
     scene = write_raster(tmp_path / "scene.tif", array)
     job = job_of(scene)
@@ -136,7 +138,8 @@ def test_p32_pieces_of_a_wide_map_are_joined_in_bounded_memory(tmp_path: Path, m
         np.testing.assert_array_equal(labels.read(), array)
 
 
-def test_p37_an_error_midway_keeps_finished_pieces_and_resume_runs_the_rest_alone(
+@pytest.mark.pitfall("P37")
+def test_an_error_midway_keeps_finished_pieces_and_resume_runs_the_rest_alone(
     scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     breaks = Breaks(40, ArithmeticError("broke"))
@@ -159,7 +162,8 @@ def test_p37_an_error_midway_keeps_finished_pieces_and_resume_runs_the_rest_alon
     assert names_in(tmp_path) == ["labels.tif", "labels_confidence.tif"]
 
 
-def test_p63_resume_of_other_work_is_refused_and_overwrite_starts_anew(
+@pytest.mark.pitfall("P63")
+def test_resume_of_other_work_is_refused_and_overwrite_starts_anew(
     scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     breaks = Breaks(40, KeyboardInterrupt())
@@ -172,7 +176,8 @@ def test_p63_resume_of_other_work_is_refused_and_overwrite_starts_anew(
     assert files["labels"].read_bytes() == undisturbed["labels"]
 
 
-def test_p63_pieces_without_their_plan_are_of_unknown_work(
+@pytest.mark.pitfall("P63")
+def test_pieces_without_their_plan_are_of_unknown_work(
     scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     """The removal of old pieces may have been interrupted after their plan had gone."""
@@ -188,7 +193,8 @@ def test_p63_pieces_without_their_plan_are_of_unknown_work(
 
 
 @pytest.mark.parametrize("content", [b"", b'{"tile": 1', b"[]", b"\xff\xfe"])
-def test_p62_a_damaged_plan_is_named(scene: Path, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_damaged_plan_is_named(scene: Path, tmp_path: Path, content: bytes) -> None:
     plan = tmp_path / ".labels.tif.parts" / "plan.json"
     plan.parent.mkdir()
     plan.write_bytes(content)
@@ -197,7 +203,8 @@ def test_p62_a_damaged_plan_is_named(scene: Path, tmp_path: Path, content: bytes
     label(scene, tmp_path / "labels.tif", overwrite=True)
 
 
-def test_p62_a_folder_that_cannot_be_made_is_named(scene: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_folder_that_cannot_be_made_is_named(scene: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "folder")
     for folder in ("file", "file/x", "nowhere"):
@@ -205,7 +212,8 @@ def test_p62_a_folder_that_cannot_be_made_is_named(scene: Path, tmp_path: Path) 
             label(scene, tmp_path / folder / "labels.tif")
 
 
-def test_p62_a_process_that_does_not_see_the_pieces_says_so(
+@pytest.mark.pitfall("P62")
+def test_a_process_that_does_not_see_the_pieces_says_so(
     scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On another machine, whose disk is not that of the first process."""
@@ -214,7 +222,8 @@ def test_p62_a_process_that_does_not_see_the_pieces_says_so(
         label(scene, tmp_path / "labels.tif", rank=1, ranks=2)
 
 
-def test_p37_an_error_says_that_pieces_are_kept(scene: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P37")
+def test_an_error_says_that_pieces_are_kept(scene: Path, tmp_path: Path) -> None:
     target = tmp_path / "labels.tif"
     with pytest.raises(MachineError, match=r"(?s)no room.*\d+ of \d+ pieces are done and kept: go on with --resume"):
         label(scene, target, vote=Breaks(40, MachineError("no room")))
@@ -222,7 +231,8 @@ def test_p37_an_error_says_that_pieces_are_kept(scene: Path, tmp_path: Path) -> 
         label(scene, tmp_path / "other.tif", vote=Breaks(1, MachineError("no room")))
 
 
-def test_p37_full_disk_in_a_piece_or_at_the_end_leaves_no_target(
+@pytest.mark.pitfall("P37")
+def test_full_disk_in_a_piece_or_at_the_end_leaves_no_target(
     scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
 ) -> None:
     honest = writer_module.MapWriter._flush
@@ -305,16 +315,16 @@ def _kill(running: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_p37_killed_and_resumed_gives_the_same_bytes(
-    scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
+@pytest.mark.pitfall("P37")
+def test_killed_and_resumed_gives_the_same_bytes(scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     assert _killed_and_resumed(scene, tmp_path, 0, 1, undisturbed["labels"]) == undisturbed
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 @pytest.mark.parametrize("seed", range(1, 21))
-def test_p37_killed_at_twenty_random_moments_gives_the_same_bytes(
+@pytest.mark.pitfall("P37")
+def test_killed_at_twenty_random_moments_gives_the_same_bytes(
     scene: Path, tmp_path: Path, undisturbed: dict[str, bytes], seed: int
 ) -> None:
     ended = _killed_and_resumed(scene, tmp_path, seed, 1 + seed % 2, undisturbed["labels"])
@@ -351,7 +361,8 @@ def interrupted(scene: Path, target: Path, fingerprint: dict[str, Any]) -> Parts
     return parts
 
 
-def test_p37_a_piece_that_was_cut_short_is_labelled_anew(
+@pytest.mark.pitfall("P37")
+def test_a_piece_that_was_cut_short_is_labelled_anew(
     scene: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     parts = interrupted(scene, tmp_path / "labels.tif", {})
@@ -364,7 +375,8 @@ def test_p37_a_piece_that_was_cut_short_is_labelled_anew(
 
 
 @pytest.mark.parametrize("place", [0.0, 0.2, 0.7, 0.95], ids=["header", "pixels", "tables", "end"])
-def test_f8_a_flipped_bit_in_a_piece_never_reaches_the_map(
+@pytest.mark.pitfall("F8")
+def test_a_flipped_bit_in_a_piece_never_reaches_the_map(
     scene: Path, tmp_path: Path, undisturbed: dict[str, bytes], place: float
 ) -> None:
     target = tmp_path / "labels.tif"
@@ -383,7 +395,8 @@ def test_f8_a_flipped_bit_in_a_piece_never_reaches_the_map(
     assert {name: path.read_bytes() for name, path in files.items()} == undisturbed
 
 
-def test_f1_a_piece_of_other_work_never_reaches_the_map(scene: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1")
+def test_a_piece_of_other_work_never_reaches_the_map(scene: Path, tmp_path: Path) -> None:
     """Locks may not reach every machine that sees a disk: what was joined is of one work all the same."""
     foreign = interrupted(scene, tmp_path / "other.tif", {"checkpoint": "B"})
     target = tmp_path / "labels.tif"
@@ -411,7 +424,8 @@ def test_f1_a_piece_of_other_work_never_reaches_the_map(scene: Path, tmp_path: P
     assert not target.exists()
 
 
-def test_f1_a_temporary_file_that_another_run_removes_is_not_blamed_on_the_disk(scene: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1")
+def test_a_temporary_file_that_another_run_removes_is_not_blamed_on_the_disk(scene: Path, tmp_path: Path) -> None:
     def swept(images: Any, valid: Any) -> Any:
         for file in (tmp_path / ".labels.tif.parts").glob(".*.partial"):
             file.unlink()

@@ -72,7 +72,8 @@ def even(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("logits", [False, True], ids=["probabilities", "logits"])
-def test_p34_products_take_memory_for_a_few_rows_whatever_the_height(logits: bool) -> None:
+@pytest.mark.pitfall("P34")
+def test_products_take_memory_for_a_few_rows_whatever_the_height(logits: bool) -> None:
     peaks = []
     for height in (64, 256):
         sums = torch.rand(CLASSES, height, 128)
@@ -85,7 +86,8 @@ def test_p34_products_take_memory_for_a_few_rows_whatever_the_height(logits: boo
 
 
 @pytest.mark.parametrize(("tile", "extras"), [(32, ()), (32, EXTRAS), (128, EXTRAS)])
-def test_p34_memory_stays_below_the_estimate_with_every_product_and_many_classes(
+@pytest.mark.pitfall("P34")
+def test_memory_stays_below_the_estimate_with_every_product_and_many_classes(
     tmp_path: Path, tile: int, extras: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The peaks of numpy (of all threads, so also of readers and writers) and of torch come at different times."""
@@ -121,7 +123,8 @@ print(before - psutil.Process().memory_info().rss)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="about glibc's heap")
-def test_p34_what_a_strip_has_freed_goes_back_to_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P34")
+def test_what_a_strip_has_freed_goes_back_to_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 150 * 2**20
     calls = []

@@ -49,7 +49,8 @@ def groups(edges: list[int], pixel_rows: int) -> list[tuple[int, int]]:
     height=st.integers(1, 200), width=st.integers(1, 200), tile=st.integers(1, 64),
     overlap=st.floats(0, 0.99), blended=st.booleans(), widest=st.integers(1, 300), shard=st.integers(1, 300),
 )  # fmt: skip
-def test_f6_a_plan_that_is_computed_is_the_one_that_would_be_listed(
+@pytest.mark.pitfall("F6")
+def test_a_plan_that_is_computed_is_the_one_that_would_be_listed(
     height: int, width: int, tile: int, overlap: float, blended: bool, widest: int, shard: int
 ) -> None:
     plan = Plan(height, width, tile, overlap, blended, 4, widest, shard)
@@ -96,7 +97,8 @@ def test_the_shards_across_a_window_are_those_that_touch_it(
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 2**31 - 1), (2**31 - 1, 1), (10**6, 10**6)])
-def test_f6_a_plan_of_a_scene_of_billions_of_pixels_takes_no_memory(height: int, width: int) -> None:
+@pytest.mark.pitfall("F6")
+def test_a_plan_of_a_scene_of_billions_of_pixels_takes_no_memory(height: int, width: int) -> None:
     started = time.process_time()
     tracemalloc.start()
     plan = Plan(height, width, 512, 0.25, True, 4)
@@ -108,6 +110,7 @@ def test_f6_a_plan_of_a_scene_of_billions_of_pixels_takes_no_memory(height: int,
     assert plan.strip_columns(0)[1] <= WIDEST_STRIP
 
 
-def test_f6_more_pieces_than_a_folder_holds_are_refused() -> None:
+@pytest.mark.pitfall("F6")
+def test_more_pieces_than_a_folder_holds_are_refused() -> None:
     with pytest.raises(MachineError, match=r"2147483647 x 2147483647 px would be written in [\d,]+ pieces"):
         Plan(2**31 - 1, 2**31 - 1, 512, 0.25, True, 4)

@@ -106,9 +106,8 @@ def test_certain_and_undecided_are_the_ends_of_the_scale() -> None:
         ((0, 1, 2, 100000), "int32", -(2**31)),
     ],
 )
-def test_p36_ids_of_any_kind_keep_their_class_and_are_never_nodata(
-    ids: tuple[int, ...], dtype: str, nodata: int
-) -> None:
+@pytest.mark.pitfall("P36")
+def test_ids_of_any_kind_keep_their_class_and_are_never_nodata(ids: tuple[int, ...], dtype: str, nodata: int) -> None:
     given, means = finished()
     labels = Products(ids)(given)["labels"]
     assert labels.dtype == dtype
@@ -118,7 +117,8 @@ def test_p36_ids_of_any_kind_keep_their_class_and_are_never_nodata(
     assert nodata not in ids
 
 
-def test_p26_where_nothing_was_run_there_is_no_class_and_no_warning() -> None:
+@pytest.mark.pitfall("P26")
+def test_where_nothing_was_run_there_is_no_class_and_no_warning() -> None:
     nothing = Finished(torch.zeros(4, *SHAPE), torch.zeros(SHAPE), np.zeros(SHAPE, bool))
     for logits in (False, True):
         with np.errstate(all="raise"):
@@ -161,7 +161,8 @@ def test_only_what_is_asked_for_is_made() -> None:
 
 
 @pytest.mark.parametrize("size", [1e37, 3e38])
-def test_f11_huge_finite_logits_are_labelled_or_told(size: float) -> None:
+@pytest.mark.pitfall("F11")
+def test_huge_finite_logits_are_labelled_or_told(size: float) -> None:
     """Their total may be beyond all numbers where each is one; sums that are none have a message with their place."""
     sums = torch.full((3, 4, 5), size)
     sums[1, 2:] = 0.9 * size

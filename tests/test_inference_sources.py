@@ -123,7 +123,8 @@ def slope(grid: Grid, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_p34_a_plane_lies_where_it_lay_to_a_fiftieth_of_a_pixel(tmp_path: Path, name: str) -> None:
+@pytest.mark.pitfall("P34")
+def test_a_plane_lies_where_it_lay_to_a_fiftieth_of_a_pixel(tmp_path: Path, name: str) -> None:
     """A shift by half a pixel of either grid would be off by 0.2 or more."""
     grid, other = OTHERS[name]
     plane = slope(other, *places(other, other.crs))[None].astype(np.float32)
@@ -133,7 +134,8 @@ def test_p34_a_plane_lies_where_it_lay_to_a_fiftieth_of_a_pixel(tmp_path: Path, 
     np.testing.assert_allclose(chip.pixels[0], slope(other, xs, ys), atol=0.02 * 5)
 
 
-def test_p34_interpolation_agrees_with_gdal(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P34")
+def test_interpolation_agrees_with_gdal(tmp_path: Path) -> None:
     other = OTHERS["neighbour zone"][1]
     rough = np.random.default_rng(1).uniform(0, 100, (2, other.height, other.width)).astype(np.float32)
     path = write(tmp_path / "dsm.tif", rough, other)
@@ -167,7 +169,8 @@ def test_whole_metres_do_not_become_steps(tmp_path: Path) -> None:
     assert scene.stored().types == {"rgb": np.dtype("uint8"), "dsm": np.dtype("float32")}
 
 
-def test_p34_ground_that_is_not_covered_is_invalid(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P34")
+def test_ground_that_is_not_covered_is_invalid(tmp_path: Path) -> None:
     """Valid is exactly where the centre of a pixel lies inside the other file."""
     small = Grid("EPSG:32633", (0.5, 0.0, 500015.02, 0.0, -0.5, 4999985.03), 8, 12)
     chip = dsm_of(pair(tmp_path, write(tmp_path / "dsm.tif", np.full((1, 8, 12), 7, np.float32), small)))
@@ -177,7 +180,8 @@ def test_p34_ground_that_is_not_covered_is_invalid(tmp_path: Path) -> None:
     assert (chip.pixels[0][inside] == 7).all()
 
 
-def test_p34_the_date_line_tears_no_hole_into_the_values(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P34")
+def test_the_date_line_tears_no_hole_into_the_values(tmp_path: Path) -> None:
     """A pixel at 180 degrees is never made of pixels between the two ends of the world."""
     grid = Grid("EPSG:32601", (500.0, 0.0, 230000.0, 0.0, -500.0, 5000000.0), 200, 300)
     lons, _ = places(grid, "EPSG:4326")
@@ -230,7 +234,8 @@ def holed(kind: str, folder: Path) -> tuple[Path, Bands]:
 @pytest.mark.parametrize(
     "kind", ["file", "recipe", "file and recipe", "one band", "frame of zeros", "NaN", "NaN and file", "mask", "alpha"]
 )
-def test_p26_holes_stay_holes_and_are_mixed_into_nothing(tmp_path: Path, kind: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_holes_stay_holes_and_are_mixed_into_nothing(tmp_path: Path, kind: str) -> None:
     path, bands = holed(kind, tmp_path)
     chip = dsm_of(pair(tmp_path, path, bands=bands))
     xs, ys = places(OPTICAL, "EPSG:32633")
@@ -245,7 +250,8 @@ def test_p26_holes_stay_holes_and_are_mixed_into_nothing(tmp_path: Path, kind: s
     assert values.max() <= 200
 
 
-def test_p26_a_fourth_band_asked_for_by_number_is_no_alpha_on_another_grid(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_a_fourth_band_asked_for_by_number_is_no_alpha_on_another_grid(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(100, 200, (4, DSM.height, DSM.width), dtype=np.uint8)
     image[3, 10, 12] = 0
     path = write(tmp_path / "rgbn.tif", image, DSM)
@@ -261,7 +267,8 @@ def test_p26_a_fourth_band_asked_for_by_number_is_no_alpha_on_another_grid(tmp_p
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("pixels", [None, 300], ids=["at once", "in little pieces"])
-def test_p34_windows_are_cut_out_of_the_whole_bit_by_bit(
+@pytest.mark.pitfall("P34")
+def test_windows_are_cut_out_of_the_whole_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pixels: int | None
 ) -> None:
     grid, other = OTHERS[name]
@@ -281,7 +288,8 @@ def test_p34_windows_are_cut_out_of_the_whole_bit_by_bit(
         np.testing.assert_array_equal(chip.valid, whole.valid[window.rows, window.cols])
 
 
-def test_p34_beyond_the_scene_nothing_is_valid_though_the_other_file_reaches_further(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P34")
+def test_beyond_the_scene_nothing_is_valid_though_the_other_file_reaches_further(tmp_path: Path) -> None:
     scene = pair(tmp_path, write(tmp_path / "dsm.tif", np.ones((1, DSM.height, DSM.width), np.float32), DSM))
     chip = scene.read(Window(-3, 200, 20, 20))["dsm"]
     assert chip.valid[3:, :10].all()
@@ -306,7 +314,8 @@ def test_only_the_part_below_a_window_is_read(tmp_path: Path, monkeypatch: pytes
     assert max(w.height * w.width for w in seen[1:]) <= 80  # memory does not grow with the window
 
 
-def test_p32_a_pickled_raster_reads_the_same_on_another_grid(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P32")
+def test_a_pickled_raster_reads_the_same_on_another_grid(tmp_path: Path) -> None:
     rough = np.random.default_rng(3).uniform(0, 100, (1, DSM.height, DSM.width)).astype(np.float32)
     raster = Raster(write(tmp_path / "dsm.tif", rough, DSM), None, OPTICAL)
     window = Window(20, 30, 40, 50)
@@ -332,7 +341,8 @@ FAR = Grid("EPSG:32633", (0.5, 0.0, 600000.0, 0.0, -0.5, 4999990.0), 20, 30)
     ],
     ids=["elsewhere", "elsewhere in degrees", "no place", "first without place"],
 )
-def test_p34_what_cannot_be_laid_on_each_other_is_one_clear_error(
+@pytest.mark.pitfall("P34")
+def test_what_cannot_be_laid_on_each_other_is_one_clear_error(
     tmp_path: Path, grids: tuple[Grid | None, Grid | None], message: str
 ) -> None:
     first = write(tmp_path / "rgb.tif", np.ones((3, 150, 210), np.uint8), grids[0])
@@ -343,7 +353,8 @@ def test_p34_what_cannot_be_laid_on_each_other_is_one_clear_error(
             OpenScene({"rgb": str(first), "dsm": str(dsm)}, {"rgb": Bands(), "dsm": Bands()})
 
 
-def test_p34_arrays_of_two_sizes_are_refused() -> None:
+@pytest.mark.pitfall("P34")
+def test_arrays_of_two_sizes_are_refused() -> None:
     with pytest.raises(DataError, match="array for 'dsm' has 4 x 6 px, that for 'rgb' 5 x 6; expected one size"):
         OpenScene({"rgb": np.ones((3, 5, 6)), "dsm": np.ones((1, 4, 6))}, {"rgb": Bands(), "dsm": Bands()})
 
@@ -488,14 +499,16 @@ def server(tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("data/vsis3.tif", False),
     ],
 )
-def test_p62_what_a_server_did_not_send_is_not_called_damaged_alone(path: str, remote: bool) -> None:
+@pytest.mark.pitfall("P62")
+def test_what_a_server_did_not_send_is_not_called_damaged_alone(path: str, remote: bool) -> None:
     with pytest.raises(DamagedError) as caught, _damage(path, Window(0, 0, 1, 1)):
         raise rasterio.errors.RasterioIOError("nothing came")
     assert ("the server did not answer" in str(caught.value)) is remote
 
 
 @pytest.mark.parametrize("retries", [None, "0"])
-def test_p62_a_server_that_was_busy_is_asked_again(
+@pytest.mark.pitfall("P62")
+def test_a_server_that_was_busy_is_asked_again(
     tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch, retries: str | None
 ) -> None:
     """Unless the user's own settings say otherwise."""
@@ -524,7 +537,8 @@ def test_a_file_behind_a_server_is_labelled_as_the_plain_file(server: str, expec
     np.testing.assert_array_equal(labels_of(f"/vsicurl/{server}/scene.tif"), expected)
 
 
-def test_p33_of_a_file_behind_a_server_only_the_area_is_fetched(server: str, plain: Path, expected: np.ndarray) -> None:
+@pytest.mark.pitfall("P33")
+def test_of_a_file_behind_a_server_only_the_area_is_fetched(server: str, plain: Path, expected: np.ndarray) -> None:
     mask = np.zeros(expected.shape, bool)
     mask[10:70, 20:100] = True
     area = Area(lambda w: bool(mask[w.rows, w.cols].any()), lambda w: mask[w.rows, w.cols])
@@ -537,7 +551,8 @@ def test_p33_of_a_file_behind_a_server_only_the_area_is_fetched(server: str, pla
     assert 0 < served < size / 4
 
 
-def test_p33_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_far_outside_of_it() -> None:
+@pytest.mark.pitfall("P33")
+def test_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_far_outside_of_it() -> None:
     """The area is one pixel wide and lies beside the edges of what is read at a time."""
 
     def above_the_mean(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
@@ -560,12 +575,14 @@ def test_p33_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_f
     np.testing.assert_array_equal(answers[1], np.where(mask, answers[0], 255))
 
 
-def test_p62_a_file_that_a_server_does_not_have_is_named(server: str) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_file_that_a_server_does_not_have_is_named(server: str) -> None:
     with pytest.raises(DataError, match=r"none\.tif: cannot be opened \(.*404"):
         labels_of(f"/vsicurl/{server}/none.tif")
 
 
-def test_p62_ground_control_points_are_not_used_and_that_is_said(
+@pytest.mark.pitfall("P62")
+def test_ground_control_points_are_not_used_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vfmseg.terminal._said", set())

@@ -92,7 +92,8 @@ def label(path: str, unreadable: Unreadable | None, blend: str = "hann", readers
 
 
 @pytest.mark.parametrize("blend", ["hann", "none"])
-def test_p62_only_the_damaged_block_is_nodata_and_all_else_is_as_before(files: tuple[str, str], blend: str) -> None:
+@pytest.mark.pitfall("P62")
+def test_only_the_damaged_block_is_nodata_and_all_else_is_as_before(files: tuple[str, str], blend: str) -> None:
     whole, hurt = files
     unreadable = Unreadable()
     expected, _ = label(whole, None, blend)
@@ -105,7 +106,8 @@ def test_p62_only_the_damaged_block_is_nodata_and_all_else_is_as_before(files: t
     assert report.pixels == HEIGHT * WIDTH
 
 
-def test_p62_a_tile_that_a_vrt_misses_is_nodata_never_a_class(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_tile_that_a_vrt_misses_is_nodata_never_a_class(tmp_path: Path) -> None:
     left, right = Window(0, 0, HEIGHT, 350), Window(0, 350, HEIGHT, 350)
     pieces = [(f"{window.col}.tif", window) for window in (left, right)]
     for name, window in pieces:
@@ -127,7 +129,8 @@ def test_p62_a_tile_that_a_vrt_misses_is_nodata_never_a_class(tmp_path: Path) ->
     assert (labels[:, sorted(lost)] == 255).all()
 
 
-def test_p62_without_leave_the_error_names_file_and_window(files: tuple[str, str]) -> None:
+@pytest.mark.pitfall("P62")
+def test_without_leave_the_error_names_file_and_window(files: tuple[str, str]) -> None:
     with pytest.raises(DataError, match=r"hurt\.tif: rows \d+ to \d+, columns \d+ to \d+ cannot be read") as caught:
         label(files[1], None)
     rows, cols = re.findall(r"(\d+) to (\d+)", str(caught.value))
@@ -147,7 +150,8 @@ def test_a_whole_scene_loses_nothing_by_leave(files: tuple[str, str]) -> None:
      Window(250, 310, 300, 500), Window(400, 0, 90, 700)],
     ids=str,
 )  # fmt: skip
-def test_p34_windows_of_any_position_are_put_together_right(files: tuple[str, str], window: Window) -> None:
+@pytest.mark.pitfall("P34")
+def test_windows_of_any_position_are_put_together_right(files: tuple[str, str], window: Window) -> None:
     whole = opened(files[0]).read(window)["x"]
     scene = opened(files[1])
     tolerant = Tolerant(scene, scene.bands(), scene.stored().block, Unreadable())
@@ -191,7 +195,8 @@ def test_damage_in_a_modality_on_another_grid_hides_the_ground_below_it(tmp_path
     assert chips["dsm"].valid[:, :192].all()
 
 
-def test_p32_what_threads_give_up_is_counted_whole_and_once() -> None:
+@pytest.mark.pitfall("P32")
+def test_what_threads_give_up_is_counted_whole_and_once() -> None:
     unreadable = Unreadable()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: unreadable.add(DamagedError(str(i)), Window(i % 1000, 0, 2, 3)), range(2000)))
@@ -199,7 +204,8 @@ def test_p32_what_threads_give_up_is_counted_whole_and_once() -> None:
 
 
 @pytest.mark.parametrize("window", [Window(0, 0, 100, 64), Window(100, 10, 28, 40), Window(70, 0, 60, 64)])
-def test_p62_what_is_lost_does_not_depend_on_the_window(window: Window) -> None:
+@pytest.mark.pitfall("P62")
+def test_what_is_lost_does_not_depend_on_the_window(window: Window) -> None:
     """A second modality is damaged in a part of a block of the first: the whole block goes, whoever asks for what."""
 
     class Hurt:

@@ -73,7 +73,8 @@ def test_votes_are_the_mean_over_the_orbit(views: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("views", ["flips", "d4"])
-def test_p26_masks_move_with_the_pixels(views: str) -> None:
+@pytest.mark.pitfall("P26")
+def test_masks_move_with_the_pixels(views: str) -> None:
     """In no view does a valid pixel hold the mark of an invalid one, or the other way round."""
     images, valid = tiles()
     for name, mask in valid.items():
@@ -119,7 +120,8 @@ def test_scales_of_an_even_image_change_nothing(views: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
-def test_p34_scales_do_not_move_the_answer(scale: float) -> None:
+@pytest.mark.pitfall("P34")
+def test_scales_do_not_move_the_answer(scale: float) -> None:
     """A slope stays where it is; a shift by half a pixel would be off by 0.5."""
     slope = torch.arange(24.0).expand(24, 24) + 3 * torch.arange(24.0)[:, None]
     images = {"x": slope[None, None]}
@@ -140,7 +142,8 @@ def test_votes_are_the_mean_over_views_and_scales() -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 1.5, 2.0])
 @pytest.mark.parametrize("fill", [1e6, float("nan"), float("inf")])
-def test_p26_a_resized_pixel_holds_nothing_of_a_hole(scale: float, fill: float) -> None:
+@pytest.mark.pitfall("P26")
+def test_a_resized_pixel_holds_nothing_of_a_hole(scale: float, fill: float) -> None:
     """Pixels are 1, the hole is anything: whoever is marked as valid is 1, and others hold no number of the hole's."""
     valid = {"x": torch.ones(1, 16, 16, dtype=torch.bool)}
     valid["x"][0, 5:9, 9:12] = False
@@ -155,7 +158,8 @@ def test_p26_a_resized_pixel_holds_nothing_of_a_hole(scale: float, fill: float) 
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 2.0])
-def test_p26_stripes_of_nodata_leave_a_reduced_tile_to_look_at(scale: float) -> None:
+@pytest.mark.pitfall("P26")
+def test_stripes_of_nodata_leave_a_reduced_tile_to_look_at(scale: float) -> None:
     """With every fourth row missing, most of the ground is there at every scale."""
     valid = {"x": torch.ones(2, 32, 32, dtype=torch.bool)}
     valid["x"][:, ::4] = False
@@ -171,7 +175,8 @@ def test_p26_stripes_of_nodata_leave_a_reduced_tile_to_look_at(scale: float) -> 
     assert min(share) > 0.7
 
 
-def test_p26_a_view_that_shows_nothing_has_no_vote_beside_others() -> None:
+@pytest.mark.pitfall("P26")
+def test_a_view_that_shows_nothing_has_no_vote_beside_others() -> None:
     """One pixel of four in a row: half the size shows none of them. The other sample of the batch keeps both views."""
     valid = {name: torch.ones(2, 8, 8, dtype=torch.bool) for name in ("x", "y")}
     for mask in valid.values():

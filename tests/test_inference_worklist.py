@@ -127,7 +127,8 @@ def test_a_stac_collection_gives_one_image_of_each_item(tmp_path: Path) -> None:
     assert scenes_of(stac(tmp_path, content)) == [str(tmp_path / "a.tif"), far, "/abs/c.jp2"]
 
 
-def test_p62_an_item_without_an_image_is_named_never_left_out(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_an_item_without_an_image_is_named_never_left_out(tmp_path: Path) -> None:
     content = {
         "type": "FeatureCollection",
         "features": [item("a", i={"href": "a.tif"}), item("b", m={"href": "m.xml"})],
@@ -157,7 +158,8 @@ def test_json_that_is_no_stac_is_named(tmp_path: Path, content: Any) -> None:
 # --- nothing --------------------------------------------------------------------------------------------------
 
 
-def test_p62_empty_lists_are_errors(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_empty_lists_are_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     touch(tmp_path, "empty/readme.md")
     (tmp_path / "none.txt").write_text("# nothing\n\n")
@@ -197,7 +199,8 @@ def test_targets_are_named_after_their_scenes(tmp_path: Path) -> None:
     assert {t.parent for t in targets_for(scenes, tmp_path)} == {tmp_path}
 
 
-def test_p63_a_list_is_not_written_into_a_folder_called_like_a_file(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_a_list_is_not_written_into_a_folder_called_like_a_file(tmp_path: Path) -> None:
     for name in ("lab.tif", "lab.TIFF"):
         with pytest.raises(DataError, match=rf"{name}: 2 scenes are a list, which is written into a folder"):
             targets_for(["q/a.tif", "q/b.tif"], tmp_path / name)
@@ -205,12 +208,14 @@ def test_p63_a_list_is_not_written_into_a_folder_called_like_a_file(tmp_path: Pa
     assert targets_for(["q/a.tif"], tmp_path / "lab.tif") == [tmp_path / "lab.tif" / "a.tif"]
 
 
-def test_p63_two_scenes_of_one_name_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_two_scenes_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"q/a\.tif and r/a\.jp2 would both be written to .*a\.tif; .*two folders"):
         targets_for(["q/a.tif", "q/b.tif", "r/a.jp2"], tmp_path)
 
 
-def test_p63_labels_never_replace_their_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P63")
+def test_labels_never_replace_their_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     touch(tmp_path, "q/a.tif")
     (tmp_path / "link").symlink_to("q")
@@ -220,7 +225,8 @@ def test_p63_labels_never_replace_their_scene(tmp_path: Path, monkeypatch: pytes
     assert targets_for(["q/a.png"], Path("q")) == [Path("q/a.tif")]
 
 
-def test_p63_labels_and_products_of_two_scenes_never_share_a_file(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_labels_and_products_of_two_scenes_never_share_a_file(tmp_path: Path) -> None:
     scenes = ["in/a.tif", "in/a_confidence.tif"]
     assert len(targets_for(scenes, tmp_path)) == 2
     with pytest.raises(DataError, match=r"both be written to .*a_confidence\.tif"):

@@ -13,8 +13,8 @@ from vfmseg.errors import MachineError
 from vfmseg.finetune import finetune
 from vfmseg.inference.ranks import joined, own_device
 from vfmseg.launch import local_rank, rank_and_size, several
-from vfmseg.processes import connect
 from vfmseg.recipe import load_recipe
+from vfmseg.training.processes import connect
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -52,7 +52,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("environment", "words"), WRONG)
-def test_f11_an_environment_that_fits_no_launch_is_one_message(
+@pytest.mark.pitfall("F11")
+def test_an_environment_that_fits_no_launch_is_one_message(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str
 ) -> None:
     for name, value in environment.items():
@@ -66,7 +67,8 @@ def test_f11_an_environment_that_fits_no_launch_is_one_message(
 
 @pytest.mark.parametrize("size", [None, "1", ""])
 @pytest.mark.parametrize("rank", ["3", "abc", "-1"])
-def test_f11_a_rank_that_was_left_behind_silences_nothing(
+@pytest.mark.pitfall("F11")
+def test_a_rank_that_was_left_behind_silences_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, size: str | None
 ) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -83,7 +85,8 @@ def test_f11_a_rank_that_was_left_behind_silences_nothing(
     assert own_device() in ("cpu", "cuda:0")
 
 
-def test_f11_settings_of_accelerate_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F11")
+def test_settings_of_accelerate_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "")
     assert connect("no").num_processes == 1
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "bogus")
@@ -91,7 +94,8 @@ def test_f11_settings_of_accelerate_are_one_message(monkeypatch: pytest.MonkeyPa
         connect("no")
 
 
-def test_f11_one_of_several_is_told_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F11")
+def test_one_of_several_is_told_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert rank_and_size() == (3, 4)
@@ -108,7 +112,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_f11_a_run_with_leftovers_of_a_launch_is_a_run_alone(
+@pytest.mark.pitfall("F11")
+def test_a_run_with_leftovers_of_a_launch_is_a_run_alone(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "3")
@@ -120,7 +125,8 @@ def test_f11_a_run_with_leftovers_of_a_launch_is_a_run_alone(
     assert "done: best epoch 1" in capsys.readouterr().err
 
 
-def test_f11_weights_that_the_last_step_made_infinite_are_not_saved(
+@pytest.mark.pitfall("F11")
+def test_weights_that_the_last_step_made_infinite_are_not_saved(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vfmseg.errors import VfmsegError
@@ -142,7 +148,8 @@ def test_f11_weights_that_the_last_step_made_infinite_are_not_saved(
 
 @pytest.mark.parametrize("losses", [{"cross_entropy": 1e308}, {"dice": 1e308, "focal": 1e308}])
 @pytest.mark.parametrize("lr", [1e-4, 100])
-def test_f11_numbers_that_burst_a_training_are_one_message(
+@pytest.mark.pitfall("F11")
+def test_numbers_that_burst_a_training_are_one_message(
     place: Path, tmp_path: Path, losses: dict[str, float], lr: float
 ) -> None:
     from vfmseg.errors import VfmsegError

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from vfmseg import lock as lock_module
+from vfmseg.disk import lock as lock_module
+from vfmseg.disk.lock import GONE, also_held, held, lock_beside
 from vfmseg.errors import BusyError, DataError
-from vfmseg.lock import GONE, also_held, held, lock_beside
 
 # a process that holds a lock until it is killed: WORD LOCK
 HOLDER = """
 import sys, time
 from pathlib import Path
-from vfmseg.lock import also_held, held
+from vfmseg.disk.lock import also_held, held
 
 lock = Path(sys.argv[2])
 also = sys.argv[1] == "also"
@@ -52,7 +52,8 @@ def take(lock: Path, shared: bool = False) -> None:
 
 
 @posix
-def test_f1_f2_who_holds_a_lock_is_named_and_a_dead_one_is_forgotten(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1", "F2")
+def test_who_holds_a_lock_is_named_and_a_dead_one_is_forgotten(tmp_path: Path) -> None:
     lock = lock_beside(tmp_path / "labels.tif")
     with holder("alone", lock) as process:
         with pytest.raises(BusyError, match=rf"labels\.tif: another run is writing it \(process {process.pid} on "):
@@ -67,7 +68,8 @@ def test_f1_f2_who_holds_a_lock_is_named_and_a_dead_one_is_forgotten(tmp_path: P
 
 
 @posix
-def test_f1_processes_that_outlive_their_first_one_and_their_launcher_hold_the_lock(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1")
+def test_processes_that_outlive_their_first_one_and_their_launcher_hold_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     with holder("first", lock) as first, holder("also", lock) as second:
         first.kill()
@@ -80,7 +82,8 @@ def test_f1_processes_that_outlive_their_first_one_and_their_launcher_hold_the_l
     assert not lock.exists()
 
 
-def test_f1_the_last_process_of_a_run_removes_the_lock(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1")
+def test_the_last_process_of_a_run_removes_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / "run" / ".lock"
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(held(lock, tmp_path / "run", "training", shared=True))
@@ -98,7 +101,8 @@ def test_f1_the_last_process_of_a_run_removes_the_lock(tmp_path: Path) -> None:
 
 
 @posix
-def test_f1_f2_of_many_at_once_one_holds_it_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1", "F2")
+def test_of_many_at_once_one_holds_it_at_a_time(tmp_path: Path) -> None:
     """Also while the lock, and the folder that was made for it, come and go."""
     lock = tmp_path / "new" / "folder" / ".lock"
     inside, most, wins = [0], [0], [0]
@@ -134,7 +138,8 @@ def elsewhere(lock: Path, age: float, **changes: str) -> None:
 
 
 @posix
-def test_f2_the_lock_of_another_machine_holds_while_it_gives_signs_of_life(
+@pytest.mark.pitfall("F2")
+def test_the_lock_of_another_machine_holds_while_it_gives_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / ".lock"
@@ -150,7 +155,8 @@ def test_f2_the_lock_of_another_machine_holds_while_it_gives_signs_of_life(
 
 
 @posix
-def test_f2_a_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F2")
+def test_a_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = tmp_path / ".lock"
     monkeypatch.setattr(lock_module, "HEARTBEAT", 0.01)
     with held(lock, tmp_path, "training"):
@@ -162,7 +168,8 @@ def test_f2_a_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @posix
-def test_f1_a_disk_without_locks_is_judged_by_process_and_signs_of_life(
+@pytest.mark.pitfall("F1")
+def test_a_disk_without_locks_is_judged_by_process_and_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / ".lock"
@@ -179,7 +186,8 @@ def test_f1_a_disk_without_locks_is_judged_by_process_and_signs_of_life(
 
 
 @pytest.mark.parametrize("content", [b"of another program", b"4711\n"])
-def test_f1_the_lock_of_another_program_is_left_alone(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.pitfall("F1")
+def test_the_lock_of_another_program_is_left_alone(tmp_path: Path, content: bytes) -> None:
     lock = tmp_path / ".lock"
     lock.write_bytes(content)
     with pytest.raises(DataError, match="is no lock of vfmseg"):
@@ -188,7 +196,8 @@ def test_f1_the_lock_of_another_program_is_left_alone(tmp_path: Path, content: b
 
 
 @pytest.mark.parametrize("content", [b"", b'{"process": 47', b"\0" * 100, b'{"process": 1}\n', b"{}\n"])
-def test_f1_what_a_power_cut_left_of_a_lock_is_taken_over(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.pitfall("F1")
+def test_what_a_power_cut_left_of_a_lock_is_taken_over(tmp_path: Path, content: bytes) -> None:
     lock = tmp_path / ".lock"
     lock.write_bytes(content)
     take(lock)
@@ -196,12 +205,14 @@ def test_f1_what_a_power_cut_left_of_a_lock_is_taken_over(tmp_path: Path, conten
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="takes a folder in which nothing can be made")
-def test_f1_a_folder_that_takes_no_files_is_called_so() -> None:
+@pytest.mark.pitfall("F1")
+def test_a_folder_that_takes_no_files_is_called_so() -> None:
     with pytest.raises(DataError, match=r"/proc/\.m\.tif\.lock cannot be made there"):
         take(lock_beside(Path("/proc/m.tif")))
 
 
-def test_f1_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F1")
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -214,7 +225,8 @@ def test_f1_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.getuid() != 0, reason="takes the right to become another user")
-def test_f1_f2_another_user_is_told_who_holds_a_lock_and_takes_over_what_is_left_of_one(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1", "F2")
+def test_another_user_is_told_who_holds_a_lock_and_takes_over_what_is_left_of_one(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         folder.chmod(folder.stat().st_mode | 0o005)
     shared = tmp_path / "shared"
@@ -255,7 +267,8 @@ def test_f1_f2_another_user_is_told_who_holds_a_lock_and_takes_over_what_is_left
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links take a right of their own")
-def test_f1_a_lock_leads_to_no_other_file(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1")
+def test_a_lock_leads_to_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "other").touch(mode=0o600)
     lock_beside(tmp_path / "m.tif").symlink_to("other")
     with (
@@ -267,7 +280,8 @@ def test_f1_a_lock_leads_to_no_other_file(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_bytes() == b""
 
 
-def test_f1_errors_inside_are_passed_on_and_free_the_lock(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1")
+def test_errors_inside_are_passed_on_and_free_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / "new" / ".lock"
     with pytest.raises(KeyboardInterrupt), held(lock, lock.parent, "training"):
         raise KeyboardInterrupt

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vfmseg.losses import (
+from vfmseg.training.losses import (
     IGNORE,
     LOSSES,
     PIXEL_LOSSES,
@@ -41,7 +41,8 @@ def loss_sum(name: str, logits: Tensor, labels: Tensor, weights: tuple[float, ..
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("poison", [1e4, float("inf"), float("nan")])
-def test_p39_ignored_pixels_change_neither_loss_nor_gradient(name: str, poison: float) -> None:
+@pytest.mark.pitfall("P39")
+def test_ignored_pixels_change_neither_loss_nor_gradient(name: str, poison: float) -> None:
     logits, labels = make_batch()
     ignored = (labels == IGNORE)[:, None].expand_as(logits)
     clean = logits.clone().requires_grad_()
@@ -58,14 +59,16 @@ def test_p39_ignored_pixels_change_neither_loss_nor_gradient(name: str, poison: 
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p39_ignored_pixels_are_worth_as_much_as_pixels_cut_away(name: str) -> None:
+@pytest.mark.pitfall("P39")
+def test_ignored_pixels_are_worth_as_much_as_pixels_cut_away(name: str) -> None:
     logits, labels = make_batch(size=6)
     labels[:, :, 4:] = IGNORE
     assert torch.allclose(loss_sum(name, logits, labels), loss_sum(name, logits[..., :4], labels[..., :4]), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p41_c46_nothing_labelled_gives_zero_and_a_finite_zero_gradient(name: str) -> None:
+@pytest.mark.pitfall("P41", "C46")
+def test_nothing_labelled_gives_zero_and_a_finite_zero_gradient(name: str) -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     labels = torch.full((2, 4, 4), IGNORE)
     loss = loss_sum(name, logits, labels)
@@ -79,7 +82,8 @@ def test_p41_c46_nothing_labelled_gives_zero_and_a_finite_zero_gradient(name: st
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_c46_one_empty_tile_adds_nothing_to_its_batch(name: str) -> None:
+@pytest.mark.pitfall("C46")
+def test_one_empty_tile_adds_nothing_to_its_batch(name: str) -> None:
     logits, labels = make_batch()
     alone = loss_sum(name, logits[:3], labels[:3])
     labels[3] = IGNORE
@@ -88,7 +92,8 @@ def test_c46_one_empty_tile_adds_nothing_to_its_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p49_two_halves_add_up_to_the_whole_batch(name: str) -> None:
+@pytest.mark.pitfall("P49")
+def test_two_halves_add_up_to_the_whole_batch(name: str) -> None:
     logits, labels = make_batch()
     labels[1, :5] = IGNORE  # the halves differ much in labelled pixels
     whole = loss_sum(name, logits, labels)
@@ -101,7 +106,8 @@ def test_p49_two_halves_add_up_to_the_whole_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_p60_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.pitfall("P60")
+def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     logits, labels = make_batch(size=80, dtype=torch.float32)
     half = logits.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -112,7 +118,8 @@ def test_p60_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p60_large_half_precision_logits_stay_finite(name: str) -> None:
+@pytest.mark.pitfall("P60")
+def test_large_half_precision_logits_stay_finite(name: str) -> None:
     logits = torch.tensor([6e4, -6e4, 0.0], dtype=torch.float16).reshape(1, 3, 1, 1).repeat(1, 1, 4, 4)
     logits.requires_grad_()
     loss = loss_sum(name, logits, torch.tensor([0, 1, 2, 0]).repeat(1, 4, 1))
@@ -123,7 +130,8 @@ def test_p60_large_half_precision_logits_stay_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p60_float64_is_kept(name: str) -> None:
+@pytest.mark.pitfall("P60")
+def test_float64_is_kept(name: str) -> None:
     logits, labels = make_batch()
     assert loss_sum(name, logits, labels).dtype == torch.float64
 
@@ -138,7 +146,8 @@ def test_gradients_match_finite_differences(name: str, gamma: float) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_p58_a_batch_of_one_is_one_term_of_a_larger_batch(name: str) -> None:
+@pytest.mark.pitfall("P58")
+def test_a_batch_of_one_is_one_term_of_a_larger_batch(name: str) -> None:
     logits, labels = make_batch()
     ones = sum(loss_sum(name, logits[i : i + 1], labels[i : i + 1]) for i in range(4))
     assert torch.allclose(loss_sum(name, logits, labels), torch.as_tensor(ones), rtol=1e-12)
@@ -242,7 +251,8 @@ def test_lovasz_of_hard_answers_is_the_mean_iou_loss(times: int) -> None:
     assert math.isclose(lovasz(logits, truth).item(), 1 - (3 / 5 + 2 / 4) / 2, rel_tol=1e-9)
 
 
-def test_p40_dice_charges_an_absent_class_only_through_the_others() -> None:
+@pytest.mark.pitfall("P40")
+def test_dice_charges_an_absent_class_only_through_the_others() -> None:
     """Documents a property: half a tile of false positives of an absent class costs 1/3, not 1/2 or more."""
     labels = torch.zeros(2, 4, 4, dtype=torch.int64)
     labels[1] = 1

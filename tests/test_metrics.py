@@ -36,7 +36,8 @@ def from_matrix(matrix: list[list[int]]) -> Confusion:
     return confusion
 
 
-def test_c24_every_score_equals_scikit_learn() -> None:
+@pytest.mark.pitfall("C24")
+def test_every_score_equals_scikit_learn() -> None:
     prediction, labels = make_maps()
     seen = labels != IGNORE
     truth, answer = labels[seen], prediction[seen]
@@ -57,7 +58,8 @@ def test_c24_every_score_equals_scikit_learn() -> None:
     assert scores["absent"] == []
 
 
-def test_p42_scores_are_pooled_not_averaged_over_images() -> None:
+@pytest.mark.pitfall("P42")
+def test_scores_are_pooled_not_averaged_over_images() -> None:
     easy = (np.zeros((10, 10), np.int64), np.zeros((10, 10), np.int64))
     labels = np.zeros((10, 10), np.int64)
     labels[:5] = 1
@@ -71,14 +73,16 @@ def test_p42_scores_are_pooled_not_averaged_over_images() -> None:
     assert scores["miou"] == (150 / 200 + 0) / 2
 
 
-def test_p42_tiles_in_any_cut_and_order_score_like_the_whole() -> None:
+@pytest.mark.pitfall("P42")
+def test_tiles_in_any_cut_and_order_score_like_the_whole() -> None:
     prediction, labels = make_maps()
     tiles = [(prediction[r : r + 10, c : c + 9], labels[r : r + 10, c : c + 9]) for r in range(0, 37, 10)
              for c in range(0, 53, 9)]  # fmt: skip
     assert scored(*reversed(tiles)) == scored((prediction, labels))
 
 
-def test_p43_absent_classes_leave_the_mean_and_are_named() -> None:
+@pytest.mark.pitfall("P43")
+def test_absent_classes_leave_the_mean_and_are_named() -> None:
     scores = from_matrix([[6, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).scores(NAMES)
     assert scores["absent"] == ["road", "roof"]
     assert scores["miou"] == pytest.approx((6 / 9 + 3 / 6) / 2)
@@ -91,20 +95,23 @@ def test_p43_absent_classes_leave_the_mean_and_are_named() -> None:
     }
 
 
-def test_p43_a_class_predicted_but_never_true_counts_as_zero() -> None:
+@pytest.mark.pitfall("P43")
+def test_a_class_predicted_but_never_true_counts_as_zero() -> None:
     scores = from_matrix([[6, 2], [0, 0]]).scores(("land", "water"))
     assert scores["classes"]["water"] == {"iou": 0.0, "f1": 0.0, "precision": 0.0, "recall": None, "support": 0}
     assert scores["miou"] == (6 / 8 + 0) / 2
     assert scores["absent"] == []
 
 
-def test_p43_a_class_true_but_never_predicted_counts_as_zero() -> None:
+@pytest.mark.pitfall("P43")
+def test_a_class_true_but_never_predicted_counts_as_zero() -> None:
     scores = from_matrix([[6, 0], [2, 0]]).scores(("land", "water"))
     assert scores["classes"]["water"] == {"iou": 0.0, "f1": 0.0, "precision": None, "recall": 0.0, "support": 2}
     assert scores["miou"] == (6 / 8 + 0) / 2
 
 
-def test_p44_counts_past_float32_stay_exact() -> None:
+@pytest.mark.pitfall("P44")
+def test_counts_past_float32_stay_exact() -> None:
     confusion = from_matrix([[2**24, 0], [0, 2**24]])
     for _ in range(3):
         confusion.update(np.array([0, 1]), np.array([0, 0]))
@@ -115,7 +122,8 @@ def test_p44_counts_past_float32_stay_exact() -> None:
     assert confusion.matrix.tolist() == [[2**25 + 4, 2**33 + 3], [1, 2**25]]
 
 
-def test_p44_kappa_of_a_large_scene_does_not_overflow() -> None:
+@pytest.mark.pitfall("P44")
+def test_kappa_of_a_large_scene_does_not_overflow() -> None:
     small = [[50, 10, 3], [5, 80, 2], [1, 4, 45]]
     names = ("a", "b", "c")
     large = [[count * 2**32 for count in row] for row in small]  # products of these pass 2**63
@@ -125,7 +133,8 @@ def test_p44_kappa_of_a_large_scene_does_not_overflow() -> None:
     assert b["pixels"] == a["pixels"] * 2**32
 
 
-def test_p45_ignored_pixels_drop_out_by_label_alone() -> None:
+@pytest.mark.pitfall("P45")
+def test_ignored_pixels_drop_out_by_label_alone() -> None:
     prediction, labels = make_maps()
     elsewhere = prediction.copy()
     elsewhere[labels == IGNORE] = -7  # whatever is predicted there, even nothing
@@ -137,7 +146,8 @@ def test_p45_ignored_pixels_drop_out_by_label_alone() -> None:
     assert empty["absent"] == list(NAMES)
 
 
-def test_p47_reading_scores_changes_nothing_and_updates_add_up() -> None:
+@pytest.mark.pitfall("P47")
+def test_reading_scores_changes_nothing_and_updates_add_up() -> None:
     confusion = Confusion(4)
     confusion.update(*make_maps(0))
     first = confusion.scores(NAMES)
@@ -152,7 +162,8 @@ def test_p47_reading_scores_changes_nothing_and_updates_add_up() -> None:
     assert confusion.scores(NAMES)["pixels"] > first["pixels"]
 
 
-def test_p58_batch_of_one_short_batches_and_tensors_are_counted_alike() -> None:
+@pytest.mark.pitfall("P58")
+def test_batch_of_one_short_batches_and_tensors_are_counted_alike() -> None:
     maps = [make_maps(seed) for seed in range(3)]
     predictions = torch.stack([torch.from_numpy(p) for p, _ in maps])
     labels = torch.stack([torch.from_numpy(y) for _, y in maps])
@@ -166,12 +177,14 @@ def test_p58_batch_of_one_short_batches_and_tensors_are_counted_alike() -> None:
     assert narrow.scores(NAMES) == scored(*maps)
 
 
-def test_p58_shapes_that_differ_are_refused() -> None:
+@pytest.mark.pitfall("P58")
+def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(DataError, match=r"\(1, 4, 4\) and labels \(4, 4\) differ in shape"):
         Confusion(2).update(np.zeros((1, 4, 4), np.int64), np.zeros((4, 4), np.int64))
 
 
-def test_c24_small_integer_types_do_not_wrap() -> None:
+@pytest.mark.pitfall("C24")
+def test_small_integer_types_do_not_wrap() -> None:
     confusion = Confusion(40)
     confusion.update(np.full((2, 2), 39, np.uint8), np.full((2, 2), 39, np.int8))  # 39 * 40 + 39 > 255
     assert confusion.matrix[39, 39] == 4

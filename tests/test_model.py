@@ -13,6 +13,7 @@ from encoder_models import picture, save_all, upstream
 from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
 from vfmseg.adapters.attach import ADAPTERS
+from vfmseg.build.model import InputFacts, build_model, normalization
 from vfmseg.data.sample import Sample
 from vfmseg.decoders.build import DECODERS, WITH_WIDTH, build_decoder
 from vfmseg.encoders.build import ENCODERS, build_encoder
@@ -20,11 +21,11 @@ from vfmseg.encoders.stem import Project
 from vfmseg.errors import RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.geo.said import BandSaid
-from vfmseg.loop import Schedule, parameter_groups, score_windows
-from vfmseg.losses import IGNORE, cross_entropy
-from vfmseg.model import InputFacts, SegmentationModel, build_model, normalization
+from vfmseg.model import SegmentationModel
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
+from vfmseg.training.loop import Schedule, parameter_groups, score_windows
+from vfmseg.training.losses import IGNORE, cross_entropy
 
 RGB = InputFacts({"rgb": 3}, {"rgb": "uint8"}, {})
 
@@ -74,7 +75,8 @@ class Shining(torch.nn.Module):
 
 @pytest.mark.parametrize(("height", "width"), [(56, 56), (50, 61), (29, 83), (14, 15)])
 @pytest.mark.parametrize("upscale", [1.0, 1.5, 0.5])
-def test_p19_every_pixel_keeps_its_place(
+@pytest.mark.pitfall("P19")
+def test_every_pixel_keeps_its_place(
     tmp_path: Path, encoder: Path, height: int, width: int, upscale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cells that hold their own column number must come out as a ramp over the columns of the image."""
@@ -100,7 +102,8 @@ def test_p19_every_pixel_keeps_its_place(
 
 @pytest.mark.parametrize("upscale", [0.25, 0.3, 0.5, 0.7, 1.1, 1.75])
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_p17_p19_logits_have_the_size_of_the_image(families: dict[str, Path], name: str, upscale: float) -> None:
+@pytest.mark.pitfall("P17", "P19")
+def test_logits_have_the_size_of_the_image(families: dict[str, Path], name: str, upscale: float) -> None:
     """Also where the enlarged side is rounded: 113 pixels halved are 56, exactly four patches of 14."""
     model = wired(families, name, "none", "linear", upscale=upscale)
     for height, width in ((113, 57), (225, 1), (87, 129)):
@@ -112,7 +115,8 @@ def test_p17_p19_logits_have_the_size_of_the_image(families: dict[str, Path], na
 @pytest.mark.parametrize("decoder", list(DECODERS))
 @pytest.mark.parametrize("adapter", list(ADAPTERS))
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_c8_p53_everything_that_may_learn_gets_a_gradient(
+@pytest.mark.pitfall("C8", "P53")
+def test_everything_that_may_learn_gets_a_gradient(
     families: dict[str, Path], name: str, adapter: str, decoder: str
 ) -> None:
     """One without would inflate the count of what is trained, and stall several processes."""
@@ -126,7 +130,8 @@ def test_c8_p53_everything_that_may_learn_gets_a_gradient(
     assert parts == {"stem", "decoder"} | (set() if adapter == "none" else {"backbone"})
 
 
-def test_p12_the_full_state_keeps_every_part(families: dict[str, Path]) -> None:
+@pytest.mark.pitfall("P12")
+def test_the_full_state_keeps_every_part(families: dict[str, Path]) -> None:
     """Each part writes its own keys into a shared dictionary and deletes none; `train` of each returns the part."""
     model = wired(families, "dinov2", "lora", "fpn", bands=4)
     for part in model.modules():
@@ -143,7 +148,8 @@ def test_p12_the_full_state_keeps_every_part(families: dict[str, Path]) -> None:
     assert set(model.head_state()) == {n for n in state if not n.startswith("encoder.backbone.")} - {"other.key"}
 
 
-def test_c9_the_mode_of_the_model_decides_nothing_about_what_learns(families: dict[str, Path]) -> None:
+@pytest.mark.pitfall("C9")
+def test_the_mode_of_the_model_decides_nothing_about_what_learns(families: dict[str, Path]) -> None:
     """An optimizer made before `train()`, after it, or after validation has the same groups."""
     for adapter in ADAPTERS:
         model = wired(families, "sam", adapter, "upernet", bands=4)
@@ -159,7 +165,8 @@ def test_c9_the_mode_of_the_model_decides_nothing_about_what_learns(families: di
 
 
 @pytest.mark.parametrize("upscale", [1.0, 1.5])
-def test_p46_scores_are_those_of_the_native_grid(families: dict[str, Path], upscale: float) -> None:
+@pytest.mark.pitfall("P46")
+def test_scores_are_those_of_the_native_grid(families: dict[str, Path], upscale: float) -> None:
     """Labels of single pixels, far below a token, are counted one by one against answers of their own size."""
     model = wired(families, "clip", "none", "fpn", upscale=upscale)
     images, valid = picture(45, 61, batch=3)
@@ -182,7 +189,8 @@ def test_p46_scores_are_those_of_the_native_grid(families: dict[str, Path], upsc
     assert min(map(min, pairs)) > 100
 
 
-def test_c19_padding_of_sam_windows_is_said_once_with_a_remedy(
+@pytest.mark.pitfall("C19")
+def test_padding_of_sam_windows_is_said_once_with_a_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vfmseg.terminal._said", set())
@@ -242,7 +250,8 @@ def test_every_random_part_comes_from_the_seed_of_the_recipe(tmp_path: Path, enc
     assert [n for n in drawn if torch.equal(found[0][n], found[2][n])] == []
 
 
-def test_p21_p24_published_statistics_are_for_plain_8_bit_rgb_unless_asked_for(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.pitfall("P21", "P24")
+def test_published_statistics_are_for_plain_8_bit_rgb_unless_asked_for(tmp_path: Path, encoder: Path) -> None:
     def chosen(bands: int, dtype: str, **section: Any) -> str:
         content = recipe_dict(tmp_path, encoder, tmp_path / "run")
         content["data"]["modalities"] = {"rgb": section}
@@ -257,7 +266,8 @@ def test_p21_p24_published_statistics_are_for_plain_8_bit_rgb_unless_asked_for(t
     assert chosen(3, "uint8", normalize="dataset") == "dataset"
 
 
-def test_p26_what_lies_under_an_invalid_pixel_does_not_matter(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_what_lies_under_an_invalid_pixel_does_not_matter(tmp_path: Path, encoder: Path) -> None:
     model = model_of(tmp_path, encoder)
     images = torch.rand(1, 3, 42, 42) * 255
     valid = torch.ones(1, 42, 42, dtype=torch.bool)
@@ -267,7 +277,8 @@ def test_p26_what_lies_under_an_invalid_pixel_does_not_matter(tmp_path: Path, en
     torch.testing.assert_close(model({"rgb": images}, {"rgb": valid}), model({"rgb": changed}, {"rgb": valid}))
 
 
-def test_c9_train_returns_self_and_frozen_parts_stay_in_evaluation(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.pitfall("C9")
+def test_train_returns_self_and_frozen_parts_stay_in_evaluation(tmp_path: Path, encoder: Path) -> None:
     model = model_of(tmp_path, encoder, adapter={"name": "lora", "rank": 2, "dropout": 0.5})
     assert model.train() is model
     assert model.decoder.training
@@ -280,7 +291,8 @@ def test_c9_train_returns_self_and_frozen_parts_stay_in_evaluation(tmp_path: Pat
     assert not any(m.training for m in model.modules())
 
 
-def test_c43_stacked_modalities_have_their_own_statistics_and_masks(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.pitfall("C43")
+def test_stacked_modalities_have_their_own_statistics_and_masks(tmp_path: Path, encoder: Path) -> None:
     facts = InputFacts({"rgb": 3, "ir": 1}, {"rgb": "uint8", "ir": "uint16"}, {"ir": ((500.0,), (50.0,))})
     model = model_of(tmp_path, encoder, facts)
     assert model.encoder.mean[3] == 500.0
@@ -296,7 +308,8 @@ def test_c43_stacked_modalities_have_their_own_statistics_and_masks(tmp_path: Pa
     torch.testing.assert_close(gone, model(nonsense, valid | {"ir": torch.zeros(1, 28, 28, dtype=torch.bool)}))
 
 
-def test_p21_published_statistics_need_three_bands(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.pitfall("P21")
+def test_published_statistics_need_three_bands(tmp_path: Path, encoder: Path) -> None:
     content = recipe_dict(tmp_path, encoder, tmp_path / "run")
     content["data"]["modalities"] = {"rgb": {"normalize": "encoder"}}
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
@@ -304,7 +317,8 @@ def test_p21_published_statistics_need_three_bands(tmp_path: Path, encoder: Path
         build_model(recipe, InputFacts({"rgb": 4}, {"rgb": "uint8"}, {}))
 
 
-def test_p24_two_modalities_with_nan_16_bits_no_crs_and_a_large_tile(
+@pytest.mark.pitfall("P24")
+def test_two_modalities_with_nan_16_bits_no_crs_and_a_large_tile(
     tmp_path: Path, encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Train, evaluate and predict on RGB (uint8) and a float band with NaN, scenes smaller than the tile, no CRS."""

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from makers import finished_run, toy_scene, write_raster
 
+from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.pairing import find, pair
-from vfmseg.data.split import scenes_from_table
+from vfmseg.disk.files import unfit_name
+from vfmseg.disk.paths import readings
 from vfmseg.errors import DataError
-from vfmseg.files import unfit_name
-from vfmseg.geo.area import read_area
+from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.grid import Grid
-from vfmseg.geo.labels import LabelMap
-from vfmseg.geo.polygons import write_polygons
 from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.reader import Bands
-from vfmseg.how import How
+from vfmseg.inference.how import How
 from vfmseg.inference.worklist import scenes_of
-from vfmseg.paths import readings
 from vfmseg.predict import Wanted, predict
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import guarded
+from vfmseg.vector.area import read_area
+from vfmseg.vector.polygons import write_polygons
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="such names exist on POSIX systems only")
 
@@ -45,7 +45,8 @@ def touch(folder: Path, *names: str) -> None:
 # --- long names, and names that are no text -----------------------------------------------------------------
 
 
-def test_f19_the_longest_name_that_is_taken_can_be_written(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_the_longest_name_that_is_taken_can_be_written(segmenter: Segmenter, tmp_path: Path) -> None:
     most = os.pathconf(tmp_path, "PC_NAME_MAX") - 30
     scene = str(write_raster(tmp_path / "s.tif", toy_scene(1, 40, 40)[0]))
     name = "n" * (most - len("_confidence.tif")) + ".tif"
@@ -60,7 +61,8 @@ def test_f19_the_longest_name_that_is_taken_can_be_written(segmenter: Segmenter,
     assert not (tmp_path / "new").exists()
 
 
-def test_f19_a_long_name_ends_no_list(segmenter: Segmenter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_long_name_ends_no_list(segmenter: Segmenter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b" * 246, "c"):
         write_raster(tmp_path / "in" / f"{name}.tif", toy_scene(1, 40, 40)[0])
     scenes = scenes_of(str(tmp_path / "in"))
@@ -72,14 +74,16 @@ def test_f19_a_long_name_ends_no_list(segmenter: Segmenter, tmp_path: Path, caps
     assert sorted(os.listdir(tmp_path / "out")) == ["a.gpkg", "a.tif", "c.gpkg", "c.tif"]
 
 
-def test_f19_other_long_names_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F19")
+def test_other_long_names_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert guarded(lambda: (tmp_path / ("x" * 300)).mkdir()) == 2
     assert "File name too long; choose a shorter name" in capsys.readouterr().err
     assert unfit_name(Path("labels.tif")) is None
     assert "name has 226 bytes" in str(unfit_name(tmp_path / "nowhere" / ("é" * 111 + ".tif")))
 
 
-def test_f19_a_name_that_is_not_utf_8_is_one_message(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_name_that_is_not_utf_8_is_one_message(segmenter: Segmenter, tmp_path: Path) -> None:
     scene = os.fsencode(write_raster(tmp_path / "s.tif", toy_scene(1, 40, 40)[0]))
     name = os.fsdecode(scene.replace(b"s.tif", b"caf\xe9.tif"))
     try:
@@ -96,7 +100,8 @@ def test_f19_a_name_that_is_not_utf_8_is_one_message(segmenter: Segmenter, tmp_p
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\rb", "folder\n/a"])
-def test_f19_a_line_break_is_no_full_disk(segmenter: Segmenter, tmp_path: Path, name: str) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_line_break_is_no_full_disk(segmenter: Segmenter, tmp_path: Path, name: str) -> None:
     scene = str(write_raster(tmp_path / f"{name}.tif", toy_scene(1, 40, 40)[0]))
     target = tmp_path / "out" / f"{name}.tif"
     with pytest.raises(DataError, match=r"holds a line break or a tab, which pyogrio takes out.*without"):
@@ -113,7 +118,8 @@ def test_f19_a_line_break_is_no_full_disk(segmenter: Segmenter, tmp_path: Path, 
 # --- brackets -------------------------------------------------------------------------------------------------
 
 
-def test_f19_a_folder_with_brackets_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_folder_with_brackets_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(
         tmp_path, "data[1]/img/a.tif", "data[1]/img/b.tif", "data[1]/lab/a.png", "data[1]/lab/b.png", "data1/img/c.tif"
     )
@@ -129,14 +135,16 @@ def test_f19_a_folder_with_brackets_is_no_pattern(tmp_path: Path, monkeypatch: p
         find("data[1]/img/*.jp2", "data.train")
 
 
-def test_f19_brackets_that_match_nothing_are_letters(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_brackets_that_match_nothing_are_letters(tmp_path: Path) -> None:
     touch(tmp_path, "x/s[1]_a.tif", "x/s[1]_b.tif", "y/s[1]_a.tif", "y/s1_a.tif")
     assert [file.wild for file in find(str(tmp_path / "x" / "s[1]_*.tif"), "t")] == ["a", "b"]
     assert scenes_of(str(tmp_path / "x" / "s[1]_*.tif")) == [str(tmp_path / "x" / f"s[1]_{n}.tif") for n in "ab"]
     assert [Path(file.path).name for file in find(str(tmp_path / "y" / "s[1]_*.tif"), "t")] == ["s1_a.tif"]
 
 
-def test_f19_patterns_without_brackets_have_one_reading() -> None:
+@pytest.mark.pitfall("F19")
+def test_patterns_without_brackets_have_one_reading() -> None:
     for pattern in ("a/*.tif", "*.tif", "/nowhere/**/x?.tif", "a.tif"):
         assert readings(pattern) == [pattern]
     assert np.all([one.count("[") for one in readings("q/[ab].tif")])
@@ -148,7 +156,8 @@ GRID = Grid("EPSG:32633", (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), 20, 20)
 
 
 @pytest.mark.filterwarnings("ignore:'crs' was not provided")
-def test_f19_areas_that_are_folders_or_name_no_system_are_called_so(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_areas_that_are_folders_or_name_no_system_are_called_so(tmp_path: Path) -> None:
     pyogrio, shapely = pytest.importorskip("pyogrio"), pytest.importorskip("shapely")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"folder: is a folder; expected a file"):
@@ -165,7 +174,8 @@ def test_f19_areas_that_are_folders_or_name_no_system_are_called_so(tmp_path: Pa
         read_area(tmp_path / "a.shp", GRID)
 
 
-def test_f19_a_list_in_another_encoding_is_told_which(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_list_in_another_encoding_is_told_which(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.tif\n")
     with pytest.raises(DataError, match="expected one path a line, in UTF-8"):
         scenes_of(str(tmp_path / "list.txt"))
@@ -174,7 +184,8 @@ def test_f19_a_list_in_another_encoding_is_told_which(tmp_path: Path) -> None:
 # --- what is no raster ----------------------------------------------------------------------------------------
 
 
-def test_f19_archives_and_vectors_are_told_from_damaged_rasters(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_archives_and_vectors_are_told_from_damaged_rasters(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(write_raster(tmp_path / "a.tif", np.ones((4, 4), np.uint8)), "a.tif")
     with pytest.raises(DataError, match=r"a\.zip: is an archive; name the raster in it as /vsizip/.*") as error:
@@ -190,7 +201,8 @@ def test_f19_archives_and_vectors_are_told_from_damaged_rasters(tmp_path: Path) 
         RasterFile(tmp_path / "roofs.geojson").info  # noqa: B018
 
 
-def test_f19_a_folder_of_folders_is_told_how_to_be_named(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_folder_of_folders_is_told_how_to_be_named(tmp_path: Path) -> None:
     touch(tmp_path, "all/one/a.tif", "all/two/b.tif")
     with pytest.raises(DataError, match=r"holds no image.*\*\*.*for folders below; .*all holds one, two") as error:
         find(str(tmp_path / "all"), "data.train")
@@ -201,7 +213,8 @@ def test_f19_a_folder_of_folders_is_told_how_to_be_named(tmp_path: Path) -> None
     assert len(scenes_of(str(error.value).rpartition("found by '")[2].rstrip("'")) or ()) == 2
 
 
-def test_f19_an_empty_cell_of_a_table_is_called_empty(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_an_empty_cell_of_a_table_is_called_empty(tmp_path: Path) -> None:
     image = write_raster(tmp_path / "a.tif", np.ones((3, 4, 4), np.uint8))
     (tmp_path / "t.csv").write_text(f"split,img,lab\ntrain,{image.name},\n")
     with pytest.raises(DataError, match=r"t\.csv line 2: the cell for 'lab' is empty.*remove the row"):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vfmseg.data.sample import Batch
-from vfmseg.losses import IGNORE, LOSSES, counts, focal
-from vfmseg.objectives.segmentation import Segmentation, Term, class_weight_tuple, total
+from vfmseg.training.losses import IGNORE, LOSSES, counts, focal
+from vfmseg.training.objectives.segmentation import Segmentation, Term, class_weight_tuple, total
 
 CLASS_WEIGHTS = (0.5, 2.0, 3.0)
 
@@ -41,7 +41,8 @@ def part(batch: Batch, samples: slice) -> Batch:
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_p38_every_loss_runs_alone_with_default_settings(name: str) -> None:
+@pytest.mark.pitfall("P38")
+def test_every_loss_runs_alone_with_default_settings(name: str) -> None:
     model, batch, objective = Bands(), make_batch(), Segmentation({name: 1.0})
     value = total(objective.terms(model, batch), objective.counts(batch))
     value.backward()
@@ -64,7 +65,8 @@ def test_terms_are_the_losses_of_the_targets_and_the_model_runs_once(weights: tu
 
 
 @pytest.mark.parametrize("weights", [None, CLASS_WEIGHTS])
-def test_p26_nodata_of_any_modality_is_no_target(weights: tuple[float, ...] | None) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_of_any_modality_is_no_target(weights: tuple[float, ...] | None) -> None:
     batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0), weights)
     seen = batch.valid["rgb"] & batch.valid["ir"]
     unlabelled = Batch(batch.images, batch.valid, torch.where(seen, batch.labels, IGNORE))
@@ -75,7 +77,8 @@ def test_p26_nodata_of_any_modality_is_no_target(weights: tuple[float, ...] | No
     assert all(torch.equal(before[name].sum, after[name].sum) for name in LOSSES)
 
 
-def test_p49_parts_of_a_batch_divided_by_the_counts_of_all_add_up_to_the_whole() -> None:
+@pytest.mark.pitfall("P49")
+def test_parts_of_a_batch_divided_by_the_counts_of_all_add_up_to_the_whole() -> None:
     batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 0.7), CLASS_WEIGHTS)
     batch.labels[1, :5] = IGNORE
     divisors = objective.counts(batch)
@@ -91,7 +94,8 @@ def test_total_divides_each_sum_by_its_own_count_and_weighs_it() -> None:
     assert float(total(terms, divisors, scale=4.0)) == 4 * float(total(terms, divisors))
 
 
-def test_p41_nothing_valid_gives_zero_and_a_zero_gradient() -> None:
+@pytest.mark.pitfall("P41")
+def test_nothing_valid_gives_zero_and_a_zero_gradient() -> None:
     model, batch, objective = Bands(), make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0))
     batch.valid["ir"][:] = False
     value = total(objective.terms(model, batch), objective.counts(batch))

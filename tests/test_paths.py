@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vfmseg.data.pairing import find, pair
-from vfmseg.paths import files_behind, made_absolute
+from vfmseg.disk.paths import files_behind, made_absolute
 
 NAMES = [
     ("{}", "a.gpkg"),
@@ -27,7 +27,8 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("form", "file"), NAMES)
-def test_f12_the_file_behind_a_name_is_found(tmp_path: Path, form: str, file: str) -> None:
+@pytest.mark.pitfall("F12")
+def test_the_file_behind_a_name_is_found(tmp_path: Path, form: str, file: str) -> None:
     path = tmp_path / file
     path.touch()
     assert files_behind(form.format(path)) == [str(path)]
@@ -35,7 +36,8 @@ def test_f12_the_file_behind_a_name_is_found(tmp_path: Path, form: str, file: st
 
 
 @pytest.mark.parametrize(("form", "file"), NAMES)
-def test_f19_a_relative_name_is_made_absolute_whatever_it_is_wrapped_in(tmp_path: Path, form: str, file: str) -> None:
+@pytest.mark.pitfall("F19")
+def test_a_relative_name_is_made_absolute_whatever_it_is_wrapped_in(tmp_path: Path, form: str, file: str) -> None:
     (tmp_path / file).touch()
     absolute = form.format(tmp_path / file)
     assert made_absolute(form.format(file), str(tmp_path)) == absolute
@@ -43,7 +45,8 @@ def test_f19_a_relative_name_is_made_absolute_whatever_it_is_wrapped_in(tmp_path
     assert made_absolute("https://host/b.tif", str(tmp_path)) == "https://host/b.tif"
 
 
-def test_f19_data_sets_inside_files_are_found_and_paired(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_data_sets_inside_files_are_found_and_paired(tmp_path: Path) -> None:
     for name in ("s0", "s1", "all"):
         (tmp_path / f"{name}.gpkg").touch()
     tables = {role: [f"GPKG:{tmp_path}/s{k}.gpkg:{role}" for k in (1, 0)] for role in ("img", "lab")}

@@ -22,7 +22,7 @@ from vfmseg.errors import DataError, MachineError, RecipeError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
-from vfmseg.how import How
+from vfmseg.inference.how import How
 from vfmseg.inference.shards import Parts
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.predict import Wanted, predict
@@ -105,7 +105,8 @@ def test_the_map_is_what_predict_returns(place: Path, segmenter: Segmenter, tmp_
     assert sum(record["stage_shares"].values()) == pytest.approx(1, abs=0.01)
 
 
-def test_p63_an_existing_file_is_kept_unless_overwriting_is_allowed(
+@pytest.mark.pitfall("P63")
+def test_an_existing_file_is_kept_unless_overwriting_is_allowed(
     place: Path, segmenter: Segmenter, tmp_path: Path
 ) -> None:
     target = tmp_path / "labels.tif"
@@ -160,7 +161,8 @@ def test_the_plan_and_the_record_say_tiles_and_the_fill_of_the_queue(
     assert "70 x 50 px, at most 6 tiles of" in capsys.readouterr().err
 
 
-def test_p60_bfloat16_labels_alike(place: Path, segmenter: Segmenter) -> None:
+@pytest.mark.pitfall("P60")
+def test_bfloat16_labels_alike(place: Path, segmenter: Segmenter) -> None:
     """A model of random features, trained for seconds, is seldom sure: still, few labels may change."""
     scene = place / "scene.tif"
     whole = segmenter.predict(scene)
@@ -191,7 +193,8 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
         predict(segmenter, [str(tmp_path / "in" / "s1.tif")], {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
 
 
-def test_p63_resume_sees_what_lies_behind_a_path(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_resume_sees_what_lies_behind_a_path(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     array = toy_scene(1, 70, 50)[0]
     tile = write_raster(tmp_path / "tile.tif", array)
     zipped = tmp_path / "a.zip"
@@ -213,7 +216,8 @@ def test_p63_resume_sees_what_lies_behind_a_path(place: Path, segmenter: Segment
         target.unlink()
 
 
-def test_p63_a_finished_map_of_another_form_is_not_taken_for_the_one_wanted(
+@pytest.mark.pitfall("P63")
+def test_a_finished_map_of_another_form_is_not_taken_for_the_one_wanted(
     place: Path, segmenter: Segmenter, tmp_path: Path
 ) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
@@ -227,7 +231,8 @@ def test_p63_a_finished_map_of_another_form_is_not_taken_for_the_one_wanted(
         label(segmenter, scene, tmp_path / "labels.tif", cog=True, compress="zstd", resume=True)
 
 
-def test_p62_a_compression_that_cannot_be_is_found_before_labelling(
+@pytest.mark.pitfall("P62")
+def test_a_compression_that_cannot_be_is_found_before_labelling(
     place: Path, segmenter: Segmenter, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="compress = 'zst'"):
@@ -251,7 +256,8 @@ def test_pieces_may_be_resumed_into_files_of_another_form(
         assert (structure["LAYOUT"], structure["COMPRESSION"]) == ("COG", "ZSTD")
 
 
-def test_p63_an_array_is_resumed_with_the_same_array_alone(
+@pytest.mark.pitfall("P63")
+def test_an_array_is_resumed_with_the_same_array_alone(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     array = toy_scene(1, 70, 50)[0]
@@ -270,7 +276,8 @@ def test_p63_an_array_is_resumed_with_the_same_array_alone(
         segmenter.label(other, target, resume=True)
 
 
-def test_p63_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     tile = write_raster(tmp_path / "tile.tif", toy_scene(1, 70, 50)[0])
     shown = mosaic(
         Grid(None, IDENTITY, 70, 50), Layer("uint8", 0, ("r", "g", "b")), [("tile.tif", Window(0, 0, 70, 50))]
@@ -290,7 +297,8 @@ def test_p63_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter:
     segmenter.predict(tile, output=tmp_path / "labels.tif", overwrite=True)
 
 
-def test_f12_no_file_below_a_scene_is_replaced_however_it_is_named(
+@pytest.mark.pitfall("F12")
+def test_no_file_below_a_scene_is_replaced_however_it_is_named(
     place: Path, segmenter: Segmenter, tmp_path: Path
 ) -> None:
     image = toy_scene(1, 70, 50)[0]
@@ -323,9 +331,8 @@ def test_f12_no_file_below_a_scene_is_replaced_however_it_is_named(
     assert [path.read_bytes() for path in kept] == before
 
 
-def test_f12_a_list_replaces_no_part_of_another_of_its_scenes(
-    place: Path, segmenter: Segmenter, tmp_path: Path
-) -> None:
+@pytest.mark.pitfall("F12")
+def test_a_list_replaces_no_part_of_another_of_its_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     tile = write_raster(tmp_path / "out" / "a.tif", toy_scene(1, 70, 50)[0])
     rasterio.shutil.copy(tile, tmp_path / "mosaic.vrt", driver="VRT")
     first = write_raster(tmp_path / "a.tif", toy_scene(2, 70, 50)[0])
@@ -346,7 +353,8 @@ def test_pieces_left_at_the_very_end_are_removed(place: Path, segmenter: Segment
     assert names_in(tmp_path) == ["labels.tif"]
 
 
-def test_p62_a_damaged_block_is_an_error_or_nodata(
+@pytest.mark.pitfall("P62")
+def test_a_damaged_block_is_an_error_or_nodata(
     place: Path, segmenter: Segmenter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, _ = toy_scene(7, 256, 256)
@@ -377,7 +385,8 @@ def test_p62_a_damaged_block_is_an_error_or_nodata(
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_p37_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+@pytest.mark.pitfall("P37")
+def test_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     image, _ = toy_scene(3, 1500, 600)
     write_raster(tmp_path / "scene.tif", image)
     arguments = (tmp_path / "scene.tif", "-o", tmp_path / "labels.tif", "--overlap", "0.6", "--batch-size", "2")
@@ -415,7 +424,8 @@ def test_a_list_over_processes_needs_no_meeting_between_scenes(place: Path, tmp_
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_p62_a_scene_that_cannot_be_labelled_does_not_stop_a_list(place: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_scene_that_cannot_be_labelled_does_not_stop_a_list(place: Path, tmp_path: Path, processes: int) -> None:
     for seed in (1, 2, 3):
         write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])
     (tmp_path / "in" / "s2.tif").write_bytes(b"no raster")  # of two processes, the second one's
@@ -443,7 +453,8 @@ def test_p62_a_scene_that_cannot_be_labelled_does_not_stop_a_list(place: Path, t
         assert [r["pixels"] for r in json.loads(done.stdout)["scenes"]] == [0, 3500, 0]
 
 
-def test_p63_what_exists_is_found_before_the_first_scene_of_a_list(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_what_exists_is_found_before_the_first_scene_of_a_list(segmenter: Segmenter, tmp_path: Path) -> None:
     for seed in (1, 2):
         write_raster(tmp_path / "in" / f"s{seed}.tif", toy_scene(seed, 70, 50)[0])
     (tmp_path / "out").mkdir()
@@ -514,7 +525,8 @@ def test_what_stops_polygons_is_found_before_labelling(place: Path, segmenter: S
     assert town.read_text() == "precious"
 
 
-def test_p63_other_products_do_not_replace_files_either(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_other_products_do_not_replace_files_either(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "x_confidence.tif").write_text("precious")
     with pytest.raises(DataError, match=r"x_confidence\.tif: exists already"):
         label(segmenter, place / "scene.tif", tmp_path / "x.tif", extras=("confidence",))
@@ -533,7 +545,8 @@ def test_labels_are_written_to_a_local_disk(place: Path, segmenter: Segmenter, o
         segmenter.label(str(place / "scene.tif"), output)
 
 
-def test_p37_polygons_that_an_interruption_has_cost_are_made_by_resume(
+@pytest.mark.pitfall("P37")
+def test_polygons_that_an_interruption_has_cost_are_made_by_resume(
     place: Path, segmenter: Segmenter, tmp_path: Path
 ) -> None:
     pytest.importorskip("pyogrio")
@@ -543,9 +556,8 @@ def test_p37_polygons_that_an_interruption_has_cost_are_made_by_resume(
     assert names_in(tmp_path) == ["labels.gpkg", "labels.tif"]
 
 
-def test_p63_resume_makes_the_polygons_of_a_finished_map_anew(
-    place: Path, segmenter: Segmenter, tmp_path: Path
-) -> None:
+@pytest.mark.pitfall("P63")
+def test_resume_makes_the_polygons_of_a_finished_map_anew(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     pyogrio = pytest.importorskip("pyogrio")
 
     def polygons(**wanted: Any) -> int:
@@ -558,7 +570,8 @@ def test_p63_resume_makes_the_polygons_of_a_finished_map_anew(
     assert (tmp_path / "labels.tif").stat().st_mtime_ns == before
 
 
-def test_f10_nobody_listens_and_the_map_is_written(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F10")
+def test_nobody_listens_and_the_map_is_written(place: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     label(segmenter, place / "scene.tif", tmp_path / "one.tif")
     reading, writing = os.pipe()
     os.close(reading)  # as after `2>&1 | head`

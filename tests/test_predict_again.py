@@ -20,14 +20,15 @@ from makers import finished_run, sign, toy_scene, write_raster
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vfmseg import checkpoint, cli
-from vfmseg.checkpoint import fingerprint_of
+from vfmseg import cli
+from vfmseg.checkpoint import folder as checkpoint
+from vfmseg.checkpoint.folder import fingerprint_of
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
 from vfmseg.geo.reader import Bands, Raster
-from vfmseg.how import How
+from vfmseg.inference.how import How
 from vfmseg.inference.shards import RunSink
 from vfmseg.inference.sources import OpenScene
 from vfmseg.inference.tolerant import Tolerant, Unreadable
@@ -103,7 +104,8 @@ def labelling(segmenter: Segmenter, scene: Path, target: Path, **wanted: Any) ->
     assert errors == []
 
 
-def test_f1_a_second_run_for_the_same_files_is_refused_and_the_first_ends_as_if_alone(
+@pytest.mark.pitfall("F1")
+def test_a_second_run_for_the_same_files_is_refused_and_the_first_ends_as_if_alone(
     segmenter: Segmenter, tmp_path: Path
 ) -> None:
     pytest.importorskip("pyogrio")
@@ -133,7 +135,8 @@ def test_f1_a_second_run_for_the_same_files_is_refused_and_the_first_ends_as_if_
         assert (together / name).read_bytes() == (alone / name).read_bytes()
 
 
-def test_f1_a_run_for_files_that_are_being_written_ends_with_exit_code_2(
+@pytest.mark.pitfall("F1")
+def test_a_run_for_files_that_are_being_written_ends_with_exit_code_2(
     folder: Path, segmenter: Segmenter, tmp_path: Path
 ) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 600, 50)[0])
@@ -145,7 +148,8 @@ def test_f1_a_run_for_files_that_are_being_written_ends_with_exit_code_2(
     assert "wait until it has ended, stop it, or choose another output" in done.stderr
 
 
-def test_f1_a_map_names_the_checkpoint_that_was_loaded(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F1")
+def test_a_map_names_the_checkpoint_that_was_loaded(folder: Path, tmp_path: Path) -> None:
     """A training run may have replaced the folder since."""
     shutil.copytree(folder / "run" / "last", tmp_path / "best")
     segmenter = Segmenter.from_pretrained(tmp_path / "best")
@@ -158,7 +162,8 @@ def test_f1_a_map_names_the_checkpoint_that_was_loaded(folder: Path, tmp_path: P
         assert labels.tags()["vfmseg_checkpoint"] == loaded
 
 
-def test_f1_a_checkpoint_that_is_replaced_while_it_is_loaded_is_never_mixed(
+@pytest.mark.pitfall("F1")
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_never_mixed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = tmp_path / "best"
@@ -197,7 +202,8 @@ def vrt_over(path: Path, part: str, height: int = 70, width: int = 50) -> Path:
     return path
 
 
-def test_p63_a_tile_of_a_vrt_in_a_vrt_is_an_input(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_a_tile_of_a_vrt_in_a_vrt_is_an_input(segmenter: Segmenter, tmp_path: Path) -> None:
     """GDAL names the files of a VRT one level deep."""
     tile = write_raster(tmp_path / "tile.tif", toy_scene(1, 70, 50)[0])
     before = tile.read_bytes()
@@ -214,7 +220,8 @@ def test_p63_a_tile_of_a_vrt_in_a_vrt_is_an_input(segmenter: Segmenter, tmp_path
 
 
 @pytest.mark.parametrize("change", ["nodata", "crs"])
-def test_p63_what_a_sidecar_says_of_a_scene_belongs_to_it(segmenter: Segmenter, tmp_path: Path, change: str) -> None:
+@pytest.mark.pitfall("P63")
+def test_what_a_sidecar_says_of_a_scene_belongs_to_it(segmenter: Segmenter, tmp_path: Path, change: str) -> None:
     """Of formats that are opened for reading only, nodata and place live in an .aux.xml, as do statistics."""
     source = write_raster(tmp_path / "source.tif", toy_scene(1, 70, 50)[0], crs=None)
     rasterio.shutil.copy(source, tmp_path / "scene.png", driver="PNG")
@@ -229,7 +236,8 @@ def test_p63_what_a_sidecar_says_of_a_scene_belongs_to_it(segmenter: Segmenter, 
         label(segmenter, tmp_path / "scene.png", tmp_path / "labels.tif", resume=True)
 
 
-def test_p63_a_file_behind_a_server_is_told_by_its_pixels(
+@pytest.mark.pitfall("P63")
+def test_a_file_behind_a_server_is_told_by_its_pixels(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("no_proxy", "NO_PROXY"):
@@ -245,7 +253,7 @@ def test_p63_a_file_behind_a_server_is_told_by_its_pixels(
             address = f"/vsicurl/http://127.0.0.1:{int(process.stdout.readline())}"
             works = []
             for name in ("a", "b", "c"):
-                monkeypatch.setattr("vfmseg.provenance._stamp", lambda path: "one address")
+                monkeypatch.setattr("vfmseg.inference.provenance._stamp", lambda path: "one address")
                 label(segmenter, f"{address}/{name}.tif", tmp_path / f"{name}.tif")
                 with rasterio.open(tmp_path / f"{name}.tif") as labels:
                     works.append(labels.tags()["vfmseg_work"])
@@ -254,7 +262,8 @@ def test_p63_a_file_behind_a_server_is_told_by_its_pixels(
     assert works[0] == works[1] != works[2]
 
 
-def test_p63_a_vector_file_that_is_not_ours_is_not_replaced_by_resume(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_a_vector_file_that_is_not_ours_is_not_replaced_by_resume(segmenter: Segmenter, tmp_path: Path) -> None:
     pyogrio = pytest.importorskip("pyogrio")
     shapely = pytest.importorskip("shapely")
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
@@ -274,7 +283,8 @@ def test_p63_a_vector_file_that_is_not_ours_is_not_replaced_by_resume(segmenter:
     assert (tmp_path / "labels.fgb").read_bytes() == b"no vector file"
 
 
-def test_p37_what_a_killed_process_left_of_polygons_goes(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P37")
+def test_what_a_killed_process_left_of_polygons_goes(segmenter: Segmenter, tmp_path: Path) -> None:
     pytest.importorskip("pyogrio")
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
     left = tmp_path / ".labels.gpkg.1.partial"
@@ -284,7 +294,8 @@ def test_p37_what_a_killed_process_left_of_polygons_goes(segmenter: Segmenter, t
     assert names_in(tmp_path) == ["labels.gpkg", "labels.tif", "scene.tif"]
 
 
-def test_p63_pieces_of_other_work_survive_the_resume_of_a_finished_map(
+@pytest.mark.pitfall("P63")
+def test_pieces_of_other_work_survive_the_resume_of_a_finished_map(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 600, 50)[0])
@@ -301,7 +312,8 @@ def test_p63_pieces_of_other_work_survive_the_resume_of_a_finished_map(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_p62_processes_that_are_not_connected_label_no_scene_together(
+@pytest.mark.pitfall("P62")
+def test_processes_that_are_not_connected_label_no_scene_together(
     segmenter: Segmenter, tmp_path: Path, rank: int
 ) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
@@ -313,7 +325,8 @@ def test_p62_processes_that_are_not_connected_label_no_scene_together(
     assert names_in(kept) == ["labels_000_00000.tif"]
 
 
-def test_p33_an_area_of_numpy_numbers_is_an_area(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P33")
+def test_an_area_of_numpy_numbers_is_an_area(segmenter: Segmenter, tmp_path: Path) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
     bounds = np.array([500100, 4999500, 500300, 4999900], dtype=np.float32)
     maps = []
@@ -327,13 +340,15 @@ def test_p33_an_area_of_numpy_numbers_is_an_area(segmenter: Segmenter, tmp_path:
 
 
 @pytest.mark.parametrize("output", [".", "/"])
-def test_p62_a_folder_is_no_name_for_a_map(segmenter: Segmenter, tmp_path: Path, output: str) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_folder_is_no_name_for_a_map(segmenter: Segmenter, tmp_path: Path, output: str) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
     with pytest.raises(DataError, match="is a folder; expected the name"):
         predict(segmenter, str(scene), {}, output, How(), Wanted(extras=("confidence",), polygons=".gpkg"))
 
 
-def test_p33_an_empty_area_is_not_the_whole_scene(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P33")
+def test_an_empty_area_is_not_the_whole_scene(folder: Path, tmp_path: Path) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
     words = ["predict", str(folder / "run" / "best"), str(scene), "-o", str(tmp_path / "labels.tif"), "--area", ""]
     done = CliRunner().invoke(cli.app, words)
@@ -341,7 +356,8 @@ def test_p33_an_empty_area_is_not_the_whole_scene(folder: Path, tmp_path: Path) 
     assert not (tmp_path / "labels.tif").exists()
 
 
-def test_p62_a_tile_wider_than_any_strip_is_named(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_tile_wider_than_any_strip_is_named(segmenter: Segmenter, tmp_path: Path) -> None:
     scene = tmp_path / "wide.tif"
     with rasterio.open(
         scene, "w", driver="GTiff", width=10304, height=1, count=3, dtype="uint8", crs="EPSG:32633",
@@ -352,7 +368,8 @@ def test_p62_a_tile_wider_than_any_strip_is_named(segmenter: Segmenter, tmp_path
         segmenter.label(scene, tmp_path / "labels.tif", How(tile=10304))
 
 
-def test_p62_blocks_that_are_lost_are_told_by_the_process_that_lost_them(
+@pytest.mark.pitfall("P62")
+def test_blocks_that_are_lost_are_told_by_the_process_that_lost_them(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a list, each process labels scenes of its own."""
@@ -363,7 +380,8 @@ def test_p62_blocks_that_are_lost_are_told_by_the_process_that_lost_them(
     assert "left out as nodata" in capsys.readouterr().err
 
 
-def test_p62_a_scene_that_vanishes_is_no_damage(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_a_scene_that_vanishes_is_no_damage(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
     scene = OpenScene({"rgb": str(path)}, {"rgb": Bands()})
     unreadable = Unreadable()

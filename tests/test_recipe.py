@@ -89,7 +89,8 @@ def test_adapter_defaults_are_the_documented_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "dice", "focal", "lovasz"])
-def test_p38_default_recipe_of_every_loss_is_valid(tmp_path: Path, loss: str) -> None:
+@pytest.mark.pitfall("P38")
+def test_default_recipe_of_every_loss_is_valid(tmp_path: Path, loss: str) -> None:
     train = small(tmp_path, f"train.loss={{{loss}: 1}}").train
     assert train.loss == {loss: 1.0}
     assert train.focal_gamma == (2.0 if loss == "focal" else None)
@@ -193,12 +194,14 @@ def test_dump_and_load_give_the_same_recipe_from_anywhere(tmp_path: Path, text: 
 
 
 @pytest.mark.parametrize("path", OWN_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_c38_every_recipe_of_the_project_is_valid(path: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("C38")
+def test_every_recipe_of_the_project_is_valid(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
 
 
-def test_p63_output_dir_is_part_of_the_recipe(tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_output_dir_is_part_of_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"output_dir is missing; for example 'runs/flood'"):
         load_recipe(write(tmp_path, SMALL.replace("output_dir: runs/flood\n", "")))
     with pytest.raises(RecipeError, match=r"output_dir = '' must be a path, not empty text"):

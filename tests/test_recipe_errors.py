@@ -201,7 +201,8 @@ def test_several_findings_are_one_line_each(tmp_path: Path) -> None:
     ]
 
 
-def test_c1_validation_and_test_scenes_are_not_training_scenes(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C1")
+def test_validation_and_test_scenes_are_not_training_scenes(tmp_path: Path) -> None:
     """A score on scenes that were trained on, or that chose the checkpoint, says nothing."""
     files = "{optical: %s, dem: dem/*.tif, labels: %s}"
     table = "{table: %s, split: %s, optical: rgb, dem: dem, labels: label}"
@@ -220,7 +221,8 @@ def test_c1_validation_and_test_scenes_are_not_training_scenes(tmp_path: Path) -
         assert "data.val names the same scenes as data.train (split " in line
 
 
-def test_c1_scenes_of_their_own_are_accepted(tmp_path: Path) -> None:
+@pytest.mark.pitfall("C1")
+def test_scenes_of_their_own_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "lora.yaml").write_text(SMALL)
     table = "data.{}={{table: split.csv, split: {}, optical: rgb, dem: dem, labels: label}}"
     dataset = "data.{}={{dataset: owner/x, split: '{}', optical: rgb, dem: dem, labels: label}}"

@@ -9,14 +9,13 @@ import pytest
 from test_recipe_errors import SMALL, complaint
 
 from vfmseg.catalog import published_statistics
-from vfmseg.errors import CheckpointError, DataError, RecipeError
-from vfmseg.geo.area import read_area
+from vfmseg.errors import CheckpointError, DataError, RecipeError, show
 from vfmseg.geo.grid import Grid
 from vfmseg.inference.shards import _plan_in
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.recipe import load_recipe
-from vfmseg.recipe.base import show
 from vfmseg.recipe.text import DEEPEST, LONGEST, read_yaml
+from vfmseg.vector.area import read_area
 
 LEVELS = 12  # ten to the power of it: what the aliases below stand for
 LISTS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, LEVELS))
@@ -42,14 +41,16 @@ def below(key: str, text: str) -> str:
         "".join(f"? {line.partition(': ')[2]}\n: 1\n" for line in LISTS.splitlines()),
     ],
 )
-def test_f5_aliases_that_multiply_are_refused_at_once(tmp_path: Path, text: str) -> None:
+@pytest.mark.pitfall("F5")
+def test_aliases_that_multiply_are_refused_at_once(tmp_path: Path, text: str) -> None:
     started = time.process_time()
     (line,) = complaint(tmp_path, text=text)
     assert "aliases (*name) repeat more than 10,000 values; write out what is needed" in line
     assert time.process_time() - started < 1
 
 
-def test_f5_aliases_that_multiply_in_an_override_are_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F5")
+def test_aliases_that_multiply_in_an_override_are_refused(tmp_path: Path) -> None:
     inner, last = "&a [x, x, x, x]", "*a"
     for number in range(20):
         inner, last = f"&b{number} [{inner}, {last}, {last}, {last}]", f"*b{number}"
@@ -57,7 +58,8 @@ def test_f5_aliases_that_multiply_in_an_override_are_refused(tmp_path: Path) -> 
     assert "aliases (*name) repeat more than 10,000 values" in line
 
 
-def test_f5_ordinary_anchors_and_merge_keys_are_what_they_were(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F5")
+def test_ordinary_anchors_and_merge_keys_are_what_they_were(tmp_path: Path) -> None:
     text = "- &file {labels: a, optical: [b, c]}\n- <<: *file\n  labels: d\n- [*file, *file]\n"
     first = {"labels": "a", "optical": ["b", "c"]}
     assert read_yaml(text, "x") == [first, {**first, "labels": "d"}, [first, first]]
@@ -66,7 +68,8 @@ def test_f5_ordinary_anchors_and_merge_keys_are_what_they_were(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "{a: " * 5000, "- " * 5000, "? " * 5000, "[" * 40 + "]" * 40])
-def test_f5_what_is_nested_deeply_is_refused_at_once(tmp_path: Path, text: str) -> None:
+@pytest.mark.pitfall("F5")
+def test_what_is_nested_deeply_is_refused_at_once(tmp_path: Path, text: str) -> None:
     started = time.process_time()
     (line,) = complaint(tmp_path, text=text)
     assert f"nested too deeply to be a recipe (more than {DEEPEST} levels)" in line
@@ -74,7 +77,8 @@ def test_f5_what_is_nested_deeply_is_refused_at_once(tmp_path: Path, text: str) 
 
 
 @pytest.mark.parametrize("text", ["- x\n", "- [a]\n", "x: {a: 1}\n"])
-def test_f5_values_without_end_are_refused_before_they_are_built(
+@pytest.mark.pitfall("F5")
+def test_values_without_end_are_refused_before_they_are_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setattr("vfmseg.recipe.text.MOST", 1000)  # of the hundred thousand, which take seconds
@@ -82,12 +86,14 @@ def test_f5_values_without_end_are_refused_before_they_are_built(
     assert "holds more than 1,000 values; list files by a pattern or in a table" in line
 
 
-def test_f5_key_path_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F5")
+def test_key_path_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
     (line,) = complaint(tmp_path, "a." * 3000 + "b=1")
     assert line.endswith("is not key.path=value; write for example train.epochs=3")
 
 
-def test_f5_text_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F5")
+def test_text_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
     with (tmp_path / "r.yaml").open("wb") as file:
         file.truncate(2**40)  # a hole
     with pytest.raises(RecipeError, match=f"expected a recipe of at most {LONGEST:,}"):
@@ -97,18 +103,21 @@ def test_f5_text_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["!!int x", "!!bool x", '!!int ""', "!!float x", "!!null x"])
-def test_f5_tag_before_other_text_is_one_message(tmp_path: Path, value: str) -> None:
+@pytest.mark.pitfall("F5")
+def test_tag_before_other_text_is_one_message(tmp_path: Path, value: str) -> None:
     (line,) = complaint(tmp_path, text=f"name: {value}\n")
     assert line.endswith("write the value without a tag")
 
 
 @pytest.mark.parametrize("value", ["!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a: 1]", "!!map x", "<<"])
-def test_f5_foreign_tag_is_one_message(tmp_path: Path, value: str) -> None:
+@pytest.mark.pitfall("F5")
+def test_foreign_tag_is_one_message(tmp_path: Path, value: str) -> None:
     (line,) = complaint(tmp_path, text=f"name: {value}\n")
     assert "YAML" in line or "column 7" in line
 
 
-def test_f5_huge_value_is_shown_without_being_written_out() -> None:
+@pytest.mark.pitfall("F5")
+def test_huge_value_is_shown_without_being_written_out() -> None:
     value: object = "x"
     for _ in range(60):
         value = [value, {"k": value}]  # 2 to the power of 60 values, in 120 lists and mappings
@@ -118,7 +127,8 @@ def test_f5_huge_value_is_shown_without_being_written_out() -> None:
     assert text.endswith("...")
 
 
-def test_f5_of_many_findings_the_first_are_told(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F5")
+def test_of_many_findings_the_first_are_told(tmp_path: Path) -> None:
     started = time.process_time()
     lines = complaint(tmp_path, text=SMALL + "".join(f"key{i}: 1\n" for i in range(3000)))
     assert len(lines) == 21
@@ -130,7 +140,8 @@ def test_f5_of_many_findings_the_first_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"a": ' * 200_000, '{"features": ' + "[" * 200_000, "9" * 5000])
-def test_f5_json_nested_without_end_is_one_message(tmp_path: Path, content: str) -> None:
+@pytest.mark.pitfall("F5")
+def test_json_nested_without_end_is_one_message(tmp_path: Path, content: str) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(content)
     grid = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 8, 8)

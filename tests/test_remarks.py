@@ -12,10 +12,10 @@ from makers import recipe_dict, toy_scene, write_raster
 from rasterio.enums import ColorInterp
 
 from vfmseg import terminal
+from vfmseg.build.data import input_facts, open_training, said_by
+from vfmseg.build.remarks import tell_implausible
 from vfmseg.geo.grid import Window
 from vfmseg.recipe.load import parse_recipe
-from vfmseg.remarks import tell_implausible
-from vfmseg.scenes import input_facts, open_training, said_by
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +41,14 @@ def told(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_f13_ordinary_scenes_are_not_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F13")
+def test_ordinary_scenes_are_not_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes(tmp_path, lambda picture, labels: picture)
     assert told(tmp_path, capsys).splitlines() == ["rgb: 3 bands (uint8), normalised by the encoder's own mean and std"]
 
 
-def test_f13_hidden_shares_are_told_once_for_each_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F13")
+def test_hidden_shares_are_told_once_for_each_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def framed(picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
         picture[:, :16] = 255
         return picture
@@ -58,14 +60,16 @@ def test_f13_hidden_shares_are_told_once_for_each_split(tmp_path: Path, capsys: 
         assert lines.count(text) == 1
 
 
-def test_f13_a_class_that_validity_hides_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F13")
+def test_a_class_that_validity_hides_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes(tmp_path, lambda picture, labels: np.where(labels, np.int16(-9999), picture), nodata=-9999)
     text = told(tmp_path, capsys)
     assert "data.train: 100% of the pixels labelled disc are hidden by nodata -9999" in text
     assert "labelled ground are hidden" not in text
 
 
-def test_f13_a_filling_without_a_tag_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F13")
+def test_a_filling_without_a_tag_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def filled(picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
         stored = picture.astype(np.int16)
         stored[1, :4] = -9999
@@ -77,15 +81,15 @@ def test_f13_a_filling_without_a_tag_is_told(tmp_path: Path, capsys: pytest.Capt
     assert "in band 1" not in text
 
 
-def test_f13_implausible_statistics_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.pitfall("F13")
+def test_implausible_statistics_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     tell_implausible({"dem": ((200.0, -7e30), (30.0, 1e31)), "rgb": ((2e9,), (1e9,))})
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dem: band 2 has mean -7e+30 and std 1e+31, which no sensor measures")
 
 
-def test_f16_the_first_scene_that_says_something_speaks_for_all(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.pitfall("F16")
+def test_the_first_scene_that_says_something_speaks_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first scene says nothing, the second is scaled and in another order: neither is passed over."""
     scenes(tmp_path, lambda picture, labels: picture.astype(np.uint16))
     for split, number, colors in (("train", 1, "blue green red"), ("val", 2, "red green blue")):
@@ -107,9 +111,8 @@ def test_f16_the_first_scene_that_says_something_speaks_for_all(
     assert [band.scale for band in said_by(opened["train"])["rgb"]] == [None] * 3
 
 
-def test_f16_scenes_of_other_orders_are_told_with_their_number(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.pitfall("F16")
+def test_scenes_of_other_orders_are_told_with_their_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes(tmp_path, lambda picture, labels: picture)
     colors = (ColorInterp.blue, ColorInterp.green, ColorInterp.red)
     second = tmp_path / "train" / "images" / "s1.tif"

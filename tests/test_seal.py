@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import rasterio
 from makers import write_raster
 
-from vfmseg.seal import is_intact, mark_of_seal, seal
+from vfmseg.disk.seal import is_intact, mark_of_seal, seal
 
 
-def test_f8_every_flipped_bit_of_a_sealed_file_is_seen(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_every_flipped_bit_of_a_sealed_file_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(range(200)))
     seal(path, "abc123")
@@ -25,7 +27,8 @@ def test_f8_every_flipped_bit_of_a_sealed_file_is_seen(tmp_path: Path) -> None:
         assert mark_of_seal(path) != "abc123" or not is_intact(path), bit
 
 
-def test_f8_what_was_cut_short_or_lengthened_is_not_intact(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_what_was_cut_short_or_lengthened_is_not_intact(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 1000)
     assert mark_of_seal(path) is None
@@ -39,7 +42,8 @@ def test_f8_what_was_cut_short_or_lengthened_is_not_intact(tmp_path: Path) -> No
     assert mark_of_seal(path) is None
 
 
-def test_f8_a_sealed_raster_is_read_as_before(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F8")
+def test_a_sealed_raster_is_read_as_before(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 9, (1, 70, 50)).astype(np.uint8)
     path = write_raster(tmp_path / "a.tif", array)
     seal(path, "work")

@@ -15,11 +15,11 @@ import torch
 from makers import recipe_dict, save_encoder, sign, toy_folder, toy_scene, write_raster, write_recipe
 from safetensors.torch import load_file, save_file
 
-from vfmseg.checkpoint import load_segmenter
+from vfmseg.checkpoint.folder import load_segmenter
+from vfmseg.disk.lock import LOCK, held
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.how import How
-from vfmseg.lock import LOCK, held
+from vfmseg.inference.how import How
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
@@ -43,7 +43,8 @@ def copied(place: Path, tmp_path: Path) -> Path:
     return tmp_path / "best"
 
 
-def test_p36_labels_keep_crs_transform_classes_and_colours(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P36")
+def test_labels_keep_crs_transform_classes_and_colours(place: Path, tmp_path: Path) -> None:
     image, _ = toy_scene(7, 50, 83)
     scene = write_raster(tmp_path / "scene.tif", image)
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
@@ -57,7 +58,8 @@ def test_p36_labels_keep_crs_transform_classes_and_colours(place: Path, tmp_path
     np.testing.assert_array_equal(written, segmenter.predict(image))
 
 
-def test_p26_nodata_of_a_file_comes_out_as_nodata(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_of_a_file_comes_out_as_nodata(place: Path, tmp_path: Path) -> None:
     image, _ = toy_scene(7)
     image[:, :20, :30] = 0
     scene = write_raster(tmp_path / "scene.tif", image, nodata=0)
@@ -67,7 +69,8 @@ def test_p26_nodata_of_a_file_comes_out_as_nodata(place: Path, tmp_path: Path) -
     assert (labels == 255).sum() == 600
 
 
-def test_p25_a_ground_pixel_is_normalised_alike_in_every_tile(place: Path) -> None:
+@pytest.mark.pitfall("P25")
+def test_a_ground_pixel_is_normalised_alike_in_every_tile(place: Path) -> None:
     """No statistics of tiles: what the encoder sees of a pixel is the same number in every tile that holds it."""
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     encoder = segmenter.model.encoder
@@ -94,7 +97,8 @@ def test_p25_a_ground_pixel_is_normalised_alike_in_every_tile(place: Path) -> No
     assert (seen[np.isnan(image[0])] == 0).all()
 
 
-def test_p13_the_folder_is_all_that_is_needed(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P13")
+def test_the_folder_is_all_that_is_needed(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     segmenter.save_pretrained(tmp_path / "mine")
     image, _ = toy_scene(9)
@@ -107,7 +111,8 @@ def test_p13_the_folder_is_all_that_is_needed(place: Path, tmp_path: Path) -> No
     assert not (tmp_path / "mine" / "encoder.safetensors").exists()  # the base encoder is not copied
 
 
-def test_c13_merged_and_separate_adapter_are_one_function(place: Path) -> None:
+@pytest.mark.pitfall("C13")
+def test_merged_and_separate_adapter_are_one_function(place: Path) -> None:
     image, _ = toy_scene(3)
     x = {"rgb": torch.from_numpy(image[None].astype(np.float32))}
     valid = {"rgb": torch.ones(1, 64, 64, dtype=torch.bool)}
@@ -115,7 +120,8 @@ def test_c13_merged_and_separate_adapter_are_one_function(place: Path) -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
 
 
-def test_p13_another_base_encoder_is_refused(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P13")
+def test_another_base_encoder_is_refused(place: Path, tmp_path: Path) -> None:
     save_encoder(tmp_path / "other", "dinov2", seed=1)
     with pytest.raises(CheckpointError, match="SHA-256"):
         Segmenter.from_pretrained(place / "run" / "best", encoder=str(tmp_path / "other"))
@@ -133,7 +139,8 @@ def test_a_moved_base_encoder_is_found_by_its_new_place(place: Path, copied: Pat
 
 @pytest.mark.parametrize("file", ["head.safetensors", "adapters/rgb/adapter_model.safetensors"])
 @pytest.mark.parametrize("change", ["drop", "add", "reshape"])
-def test_c14_loading_is_strict(copied: Path, file: str, change: str) -> None:
+@pytest.mark.pitfall("C14")
+def test_loading_is_strict(copied: Path, file: str, change: str) -> None:
     tensors = load_file(copied / file)
     name = sorted(tensors)[0]
     if change == "drop":
@@ -148,7 +155,8 @@ def test_c14_loading_is_strict(copied: Path, file: str, change: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["head.safetensors", "segmenter.json", "recipe.yaml"])
-def test_c14_missing_or_cut_files_are_named(copied: Path, file: str) -> None:
+@pytest.mark.pitfall("C14")
+def test_missing_or_cut_files_are_named(copied: Path, file: str) -> None:
     whole = (copied / file).read_bytes()
     (copied / file).write_bytes(whole[: len(whole) // 3])
     with pytest.raises((CheckpointError, RecipeError), match=file):
@@ -176,7 +184,8 @@ def test_a_trained_encoder_travels_with_the_segmenter(place: Path, tmp_path: Pat
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
-def test_p42_evaluate_equals_the_scores_of_the_written_maps(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P42")
+def test_evaluate_equals_the_scores_of_the_written_maps(place: Path, tmp_path: Path) -> None:
     from sklearn.metrics import jaccard_score
 
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
@@ -191,7 +200,8 @@ def test_p42_evaluate_equals_the_scores_of_the_written_maps(place: Path, tmp_pat
     assert scores["pixels"] == 2 * 64 * 64
 
 
-def test_p26_nodata_never_reaches_the_scores(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_nodata_never_reaches_the_scores(place: Path, tmp_path: Path) -> None:
     """The labels go on where the image has none; those pixels are not counted."""
     image, labels = toy_scene(7)
     image[:, :20, :30] = 0
@@ -204,7 +214,8 @@ def test_p26_nodata_never_reaches_the_scores(place: Path, tmp_path: Path) -> Non
     assert scores["pixels"] == 64 * 64 - 600
 
 
-def test_f2_nothing_is_saved_into_a_run_that_trains(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F2")
+def test_nothing_is_saved_into_a_run_that_trains(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     shutil.copytree(place / "run", tmp_path / "run")
     with held(tmp_path / "run" / LOCK, tmp_path / "run", "training"), pytest.raises(BusyError, match="training"):
@@ -234,7 +245,8 @@ def test_evaluate_asks_for_the_same_task_and_tells_another_reading(
         segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val")
 
 
-def test_p42_evaluate_labels_as_its_recipe_says(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P42")
+def test_evaluate_labels_as_its_recipe_says(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     content = recipe_dict(place / "data", place / "encoder", tmp_path / "run")
     content["predict"] = {"tta": "d4", "scales": [0.5], "tile": 16}
@@ -250,7 +262,8 @@ def test_p42_evaluate_labels_as_its_recipe_says(place: Path, tmp_path: Path) -> 
     assert scores["miou"] != segmenter.evaluate(place / "recipe.yaml", "val")["miou"]
 
 
-def test_p21_evaluate_tells_another_stored_type(
+@pytest.mark.pitfall("P21")
+def test_evaluate_tells_another_stored_type(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vfmseg.terminal._said", set())
@@ -265,7 +278,8 @@ def test_p21_evaluate_tells_another_stored_type(
     assert "rgb: this scene holds uint16, the training scenes uint8" in capsys.readouterr().err
 
 
-def test_p30_an_array_with_its_bands_last_is_refused(place: Path) -> None:
+@pytest.mark.pitfall("P30")
+def test_an_array_with_its_bands_last_is_refused(place: Path) -> None:
     """With bands = [1, 2, 3] the first three rows would be taken for bands."""
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     image = toy_scene(7, 70, 71)[0]
@@ -274,7 +288,8 @@ def test_p30_an_array_with_its_bands_last_is_refused(place: Path) -> None:
     assert segmenter.predict(image[:, :, :3]).shape == (70, 3)
 
 
-def test_p13_others_may_read_a_checkpoint(place: Path) -> None:
+@pytest.mark.pitfall("P13")
+def test_others_may_read_a_checkpoint(place: Path) -> None:
     umask = os.umask(0o022)
     os.umask(umask)
     files = [path for path in (place / "run" / "best").rglob("*") if path.is_file()]
@@ -296,7 +311,8 @@ def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.tif").exists()
 
 
-def test_p37_a_failed_prediction_leaves_no_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("P37")
+def test_a_failed_prediction_leaves_no_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, _ = toy_scene(7)
     scene = write_raster(tmp_path / "scene.tif", image)
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
@@ -316,7 +332,8 @@ def test_p37_a_failed_prediction_leaves_no_file(place: Path, tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
 
 
-def test_p63_labels_never_replace_the_scene(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_labels_never_replace_the_scene(place: Path, tmp_path: Path) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(7)[0])
     before = scene.read_bytes()
     (tmp_path / "link.tif").symlink_to(scene)
@@ -330,7 +347,8 @@ def test_p63_labels_never_replace_the_scene(place: Path, tmp_path: Path) -> None
     assert {p.name for p in tmp_path.iterdir()} == {"scene.tif", "link.tif"}
 
 
-def test_p63_save_pretrained_replaces_nothing_but_a_segmenter(place: Path, copied: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P63")
+def test_save_pretrained_replaces_nothing_but_a_segmenter(place: Path, copied: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(copied)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_text("keep me")
@@ -384,14 +402,16 @@ def test_save_pretrained_into_the_current_folder(place: Path, tmp_path: Path, mo
         "wrong config",
     ],
 )
-def test_p13_a_record_of_another_segmenter_is_refused(copied: Path, change: Any) -> None:
+@pytest.mark.pitfall("P13")
+def test_a_record_of_another_segmenter_is_refused(copied: Path, change: Any) -> None:
     record = json.loads((copied / "segmenter.json").read_text())
     (copied / "segmenter.json").write_text(json.dumps(change(record)))
     with pytest.raises(CheckpointError, match=r"segmenter\.json.*copy"):
         Segmenter.from_pretrained(copied)
 
 
-def test_p21_another_stored_type_and_a_missing_crs_are_said_once(
+@pytest.mark.pitfall("P21")
+def test_another_stored_type_and_a_missing_crs_are_said_once(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vfmseg.terminal._said", set())
@@ -410,7 +430,8 @@ def test_p21_another_stored_type_and_a_missing_crs_are_said_once(
     assert len(said.splitlines()) == 3
 
 
-def test_p62_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("P62")
+def test_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     image, _ = toy_scene(7)
     with pytest.raises(RecipeError, match="did you mean 'hann'"):
@@ -444,13 +465,15 @@ def test_numbers_of_numpy_are_numbers(place: Path, tmp_path: Path) -> None:
     assert segmenter.predict(toy_scene(7)[0], tile=np.uint8(32)).shape == toy_scene(7)[0].shape[1:]
 
 
-def test_p26_a_masked_array_does_not_lose_its_mask(place: Path) -> None:
+@pytest.mark.pitfall("P26")
+def test_a_masked_array_does_not_lose_its_mask(place: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
     with pytest.raises(DataError, match=r"filled\(numpy\.nan\)"):
         segmenter.predict(np.ma.masked_equal(toy_scene(7)[0], 70))
 
 
-def test_p42_classes_in_another_order_are_not_compared(place: Path) -> None:
+@pytest.mark.pitfall("P42")
+def test_classes_in_another_order_are_not_compared(place: Path) -> None:
     recipe = load_recipe(place / "recipe.yaml", ["data.classes={0: disc, 1: ground}"])
     with pytest.raises(RecipeError, match=r"0: 'disc'.*0: 'ground'"):
         Segmenter.from_pretrained(place / "run" / "best").evaluate(recipe, "val")

@@ -57,7 +57,8 @@ def broken_pipe() -> int:
 
 @pytest.mark.parametrize("ends", ["0", "2"])
 @pytest.mark.parametrize("words", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_f10_a_display_that_cannot_be_written_to_is_dropped(tmp_path: Path, words: str, ends: str) -> None:
+@pytest.mark.pitfall("F10")
+def test_a_display_that_cannot_be_written_to_is_dropped(tmp_path: Path, words: str, ends: str) -> None:
     done = talk(tmp_path / "work", ends, words)
     assert done.returncode == int(ends)
     assert int((tmp_path / "work").read_text()) > 2  # what a library writes to stderr by its number is not in our file
@@ -67,7 +68,8 @@ def test_f10_a_display_that_cannot_be_written_to_is_dropped(tmp_path: Path, word
 
 
 @pytest.mark.parametrize("ends", ["0", "2"])
-def test_f10_a_reader_that_goes_away_ends_no_run(tmp_path: Path, ends: str) -> None:
+@pytest.mark.pitfall("F10")
+def test_a_reader_that_goes_away_ends_no_run(tmp_path: Path, ends: str) -> None:
     pipe = broken_pipe()
     command = [sys.executable, "-c", TALKS, str(tmp_path / "work"), ends]
     assert subprocess.run(command, stdout=pipe, stderr=pipe, check=False, timeout=60).returncode == int(ends)
@@ -79,7 +81,8 @@ def test_f10_a_reader_that_goes_away_ends_no_run(tmp_path: Path, ends: str) -> N
     assert b"Traceback" not in done.stderr
 
 
-def test_f10_a_result_that_the_disk_cannot_take_is_told(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F10")
+def test_a_result_that_the_disk_cannot_take_is_told(tmp_path: Path) -> None:
     done = talk(tmp_path / "work", "0", ">/dev/full")
     assert done.returncode == 3
     assert "vfmseg: stdout: No space left on device; the work is done" in done.stderr.decode()
@@ -87,7 +90,8 @@ def test_f10_a_result_that_the_disk_cannot_take_is_told(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr.decode()
 
 
-def test_f10_a_pipe_that_does_not_wait_gets_all(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F10")
+def test_a_pipe_that_does_not_wait_gets_all(tmp_path: Path) -> None:
     """As left behind by a program that shares the terminal or the pipe."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -100,14 +104,16 @@ def test_f10_a_pipe_that_does_not_wait_gets_all(tmp_path: Path) -> None:
     assert text.endswith("the result of 中国\n")
 
 
-def test_f10_letters_that_a_console_has_not(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F10")
+def test_letters_that_a_console_has_not(tmp_path: Path) -> None:
     plain = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", TALKS, str(tmp_path / "work"), "0"]
     done = subprocess.run(command, capture_output=True, check=False, env=plain, timeout=60)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, b"the result of \\u4e2d\\u56fd")
 
 
-def test_f10_the_commands_keep_their_exit_codes(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F10")
+def test_the_commands_keep_their_exit_codes(tmp_path: Path) -> None:
     good = write_recipe(tmp_path / "r.yaml", recipe_dict(tmp_path, None, tmp_path / "run"))
     for module, arguments, code in (
         ("vfmseg.recipe", ["check", str(good)], 0),
@@ -127,9 +133,8 @@ def test_f10_the_commands_keep_their_exit_codes(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_f10_without_stderr_nothing_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.pitfall("F10")
+def test_without_stderr_nothing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor is it on stdout, where results are; Python callers have no command round them."""
     closed = io.StringIO()
     closed.close()
@@ -142,7 +147,8 @@ def test_f10_without_stderr_nothing_is_said(
     assert capsys.readouterr().out == ""
 
 
-def test_f10_a_terminal_that_closes_takes_its_bar_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F10")
+def test_a_terminal_that_closes_takes_its_bar_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     outer, inner = os.openpty()
     held = False
     with contextlib.suppress(OSError), open(inner, "w", buffering=1, encoding="utf-8") as terminal:

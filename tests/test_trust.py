@@ -20,11 +20,12 @@ from makers import write_raster
 
 from vfmseg.errors import DamagedError, DataError, VfmsegError
 from vfmseg.geo import trust
-from vfmseg.geo.area import read_area
+from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.labels import LabelMap, LabelRaster
+from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.trust import PLAIN
+from vfmseg.vector.area import read_area
 
 SIZE = 64
 WHOLE = Window(0, 0, SIZE, SIZE)
@@ -156,7 +157,8 @@ HOSTILE: dict[str, Callable[[str], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_f7_a_file_sends_nobody_to_a_server(tmp_path: Path, server: tuple[str, Callable[[], bool]], kind: str) -> None:
+@pytest.mark.pitfall("F7")
+def test_a_file_sends_nobody_to_a_server(tmp_path: Path, server: tuple[str, Callable[[], bool]], kind: str) -> None:
     address, called = server
     picture(tmp_path / "plain.tif")
     for name, content in HOSTILE[kind](address).items():
@@ -168,7 +170,8 @@ def test_f7_a_file_sends_nobody_to_a_server(tmp_path: Path, server: tuple[str, C
     assert not called()
 
 
-def test_f7_nor_does_a_tag_in_a_geotiff(tmp_path: Path, server: tuple[str, Callable[[], bool]]) -> None:
+@pytest.mark.pitfall("F7")
+def test_nor_does_a_tag_in_a_geotiff(tmp_path: Path, server: tuple[str, Callable[[], bool]]) -> None:
     address, called = server
     scene = picture(tmp_path / "scene.tif")
     with rasterio.open(scene, "r+") as file:
@@ -186,7 +189,8 @@ def test_f7_nor_does_a_tag_in_a_geotiff(tmp_path: Path, server: tuple[str, Calla
     assert not called()
 
 
-def test_f7_trust_is_one_setting(
+@pytest.mark.pitfall("F7")
+def test_trust_is_one_setting(
     tmp_path: Path, server: tuple[str, Callable[[], bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, called = server
@@ -203,7 +207,8 @@ def test_f7_trust_is_one_setting(
     assert called()
 
 
-def test_f7_a_name_with_a_server_is_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F7")
+def test_a_name_with_a_server_is_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trust.closed_network("a.tif")
     for name in ("zip://a.zip!a.tif", "VRT://a.tif?bands=1", "vrt://vrt://a.tif"):
         assert trust.closed_network(name)
@@ -215,13 +220,15 @@ def test_f7_a_name_with_a_server_is_the_users_word(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("before", ["PNG JPEG", "PNG,JPEG"])
-def test_f7_drivers_that_a_user_skips_stay_skipped(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+@pytest.mark.pitfall("F7")
+def test_drivers_that_a_user_skips_stay_skipped(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
     monkeypatch.setenv("GDAL_SKIP", before)
     trust.close_services()
     assert os.environ["GDAL_SKIP"].startswith("PNG,JPEG,WMS,")
 
 
-def test_f7_commands_have_no_drivers_of_services() -> None:
+@pytest.mark.pitfall("F7")
+def test_commands_have_no_drivers_of_services() -> None:
     code = (
         "from vfmseg.geo.trust import close_services; close_services(); import rasterio\n"
         "import pyogrio; pyogrio.list_drivers()\n"
@@ -236,7 +243,8 @@ def test_f7_commands_have_no_drivers_of_services() -> None:
 
 
 @pytest.mark.parametrize("how", ["absolute", "above", "link", "nested", "device"])
-def test_f7_bytes_of_files_elsewhere_are_no_pixels(tmp_path: Path, how: str) -> None:
+@pytest.mark.pitfall("F7")
+def test_bytes_of_files_elsewhere_are_no_pixels(tmp_path: Path, how: str) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(range(256)) * 32)
     scene = tmp_path / "place" / "scene.tif"
@@ -256,7 +264,8 @@ BESIDE = ("scene.tif.MSK", "Scene.tif.msk", "of a tile", "archive", "tile in an 
 
 
 @pytest.mark.parametrize("how", BESIDE)
-def test_f7_nor_by_files_that_are_found_beside_a_scene(tmp_path: Path, how: str) -> None:
+@pytest.mark.pitfall("F7")
+def test_nor_by_files_that_are_found_beside_a_scene(tmp_path: Path, how: str) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(range(256)) * 32)
     scene = picture(tmp_path / "place" / "scene.tif")
@@ -288,7 +297,8 @@ def test_f7_nor_by_files_that_are_found_beside_a_scene(tmp_path: Path, how: str)
         use(name)
 
 
-def test_f7_raw_bands_beside_their_vrt_are_read(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F7")
+def test_raw_bands_beside_their_vrt_are_read(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "a.raw").write_bytes(PIXELS.tobytes())
     (tmp_path / "scene.vrt").write_text(raw("below/a.raw"))
@@ -297,9 +307,8 @@ def test_f7_raw_bands_beside_their_vrt_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trusting", ["0", "1"])
 @pytest.mark.parametrize("aside", [False, True])
-def test_f7_no_python_in_files_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: str, aside: bool
-) -> None:
+@pytest.mark.pitfall("F7")
+def test_no_python_in_files_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: str, aside: bool) -> None:
     monkeypatch.setenv("GDAL_VRT_ENABLE_PYTHON", "YES")
     monkeypatch.setenv("VFMSEG_TRUST", trusting)
     picture(tmp_path / "a.tif")
@@ -366,7 +375,7 @@ def scenes(path: Path) -> object:
 
 
 def table(path: Path) -> object:
-    from vfmseg.data.split import scenes_from_table
+    from vfmseg.data.from_table import scenes_from_table
 
     return scenes_from_table(path, "train", "split", {"rgb": "image"}, "label", {}, LabelMap((0, 1), 255))
 
@@ -378,7 +387,7 @@ def find_files(entry: str) -> object:
 
 
 def segmenter(folder: Path, _: Path) -> object:
-    from vfmseg.checkpoint import load_segmenter
+    from vfmseg.checkpoint.folder import load_segmenter
 
     (folder / "segmenter.json").write_text('{"format": 1}')
     return load_segmenter(folder)
@@ -394,14 +403,16 @@ def encoder(folder: Path, _: Path) -> object:
 
 @pytest.mark.parametrize("what", PIPED)
 @pytest.mark.timeout(20)
-def test_f7_a_pipe_is_refused_at_once(tmp_path: Path, what: str) -> None:
+@pytest.mark.pitfall("F7")
+def test_a_pipe_is_refused_at_once(tmp_path: Path, what: str) -> None:
     picture(tmp_path / "plain.tif")
     os.mkfifo(tmp_path / "pipe.tif")
     with pytest.raises(VfmsegError, match="is a pipe, no regular file"):
         PIPED[what](tmp_path / "pipe.tif", tmp_path)
 
 
-def test_f7_so_are_devices_and_sockets_whoever_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F7")
+def test_so_are_devices_and_sockets_whoever_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VFMSEG_TRUST", "1")
     with pytest.raises(DataError, match="/dev/zero: is a device, no regular file"):
         use("/dev/zero")
@@ -413,7 +424,8 @@ def test_f7_so_are_devices_and_sockets_whoever_is_trusted(tmp_path: Path, monkey
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-def test_f7_other_formats_are_a_matter_of_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F7")
+def test_other_formats_are_a_matter_of_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as those whose headers name the file with the pixels: it could be any file."""
     profile = {"width": SIZE, "height": SIZE, "count": 1, "dtype": "uint16"}
     with rasterio.open(tmp_path / "scene.pix", "w", driver="PCIDSK", **profile) as file:
@@ -430,7 +442,8 @@ def test_f7_other_formats_are_a_matter_of_trust(tmp_path: Path, monkeypatch: pyt
      ("netCDF", "nc"), ("SAGA", "sdat"), ("GRIB", "grb2"), ("AAIGrid", "asc"), ("XYZ", "xyz"),
      ("COG", "tif"), ("VRT", "vrt")],
 )  # fmt: skip
-def test_f7_plain_formats_open_as_before(tmp_path: Path, driver: str, end: str) -> None:
+@pytest.mark.pitfall("F7")
+def test_plain_formats_open_as_before(tmp_path: Path, driver: str, end: str) -> None:
     assert driver in PLAIN
     rasterio.shutil.copy(picture(tmp_path / "a.tif"), tmp_path / f"scene.{end}", driver=driver)
     with rasterio.open(tmp_path / f"scene.{end}") as file:
@@ -441,7 +454,8 @@ def test_f7_plain_formats_open_as_before(tmp_path: Path, driver: str, end: str) 
     np.testing.assert_array_equal(use(tmp_path / "m.vrt"), expected)
 
 
-def test_f7_mosaics_of_files_anywhere_on_the_disk_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F7")
+def test_mosaics_of_files_anywhere_on_the_disk_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far = picture(tmp_path / "far" / "a.tif")
     with zipfile.ZipFile(tmp_path / "far" / "a.zip", "w") as archive:
         archive.write(far, "in.tif")
@@ -470,7 +484,8 @@ def test_f7_mosaics_of_files_anywhere_on_the_disk_are_read(tmp_path: Path, monke
     np.testing.assert_array_equal(use("above.vrt"), PIXELS)
 
 
-def test_f7_a_virtual_raster_in_an_archive_is_unpacked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F7")
+def test_a_virtual_raster_in_an_archive_is_unpacked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(tmp_path / "a.tif")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("b.vrt", vrt(str(tmp_path / "a.tif"), 0))
@@ -491,7 +506,8 @@ KML = (
 
 
 @pytest.mark.parametrize("name", ["area.vrt", "area.gpkg", "area.zip"])
-def test_f7_areas_lead_to_no_other_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.pitfall("F7")
+def test_areas_lead_to_no_other_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyogrio")
     (tmp_path / "secret.kml").write_text(KML)
     lead = (
@@ -509,7 +525,8 @@ def test_f7_areas_lead_to_no_other_file(tmp_path: Path, name: str, monkeypatch: 
     assert read_area(tmp_path / "secret.kml", grid).mask(Window(0, 0, 10, 10)).sum() == 25
 
 
-def test_f7_the_command_says_it_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F7")
+def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "r.yaml")
     command = [sys.executable, "-m", "vfmseg.cli", "finetune", str(tmp_path / "r.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -530,14 +547,16 @@ def test_f7_the_command_says_it_in_one_line(tmp_path: Path) -> None:
         '<Group name="/"><Array name="a"><Source><SourceFilename>{}</SourceFilename></Source></Array></Group>',
     ],
 )
-def test_f7_every_name_in_a_virtual_raster_is_found(tmp_path: Path, opens: str) -> None:
+@pytest.mark.pitfall("F7")
+def test_every_name_in_a_virtual_raster_is_found(tmp_path: Path, opens: str) -> None:
     scene = tmp_path / "scene.vrt"
     scene.write_text(vrt("a.tif").replace("</VRTDataset>", opens.format("/vsis3/bucket/a.tif") + "</VRTDataset>"))
     with pytest.raises(DataError, match=r"names /vsis3/bucket/a\.tif, which lies behind a server"):
         use(scene)
 
 
-def test_f7_a_chain_of_virtual_rasters_ends_in_one_message(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F7")
+def test_a_chain_of_virtual_rasters_ends_in_one_message(tmp_path: Path) -> None:
     write_raster(tmp_path / "0.vrt", np.ones((4, 4), dtype=np.uint8))
     for number in range(1, 1500):
         (tmp_path / f"{number}.vrt").write_text(vrt(f"{number - 1}.vrt"))
@@ -545,7 +564,8 @@ def test_f7_a_chain_of_virtual_rasters_ends_in_one_message(tmp_path: Path) -> No
         use(tmp_path / "1499.vrt")
 
 
-def test_f6_a_header_that_claims_huge_blocks_is_not_believed(tmp_path: Path) -> None:
+@pytest.mark.pitfall("F6")
+def test_a_header_that_claims_huge_blocks_is_not_believed(tmp_path: Path) -> None:
     """A TIFF of 200 bytes whose only tile is of 2^31 px: GDAL would ask for 2 GiB at the first pixel."""
     entries = [(256, 4, 96), (257, 4, 96), (258, 3, 8), (259, 3, 1), (262, 3, 1), (277, 3, 1), (322, 4, 2**16),
                (323, 4, 2**15), (324, 4, 8), (325, 4, 100)]  # fmt: skip

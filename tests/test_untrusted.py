@@ -14,12 +14,12 @@ import torch
 from makers import recipe_dict, save_encoder, write_recipe
 from safetensors.torch import load_file, save_file
 
-from vfmseg import checkpoint
+from vfmseg.build.model import InputFacts, build_model
 from vfmseg.catalog import published_statistics
-from vfmseg.checkpoint import load_segmenter, save_segmenter
+from vfmseg.checkpoint import folder as checkpoint
+from vfmseg.checkpoint.folder import load_segmenter, save_segmenter
 from vfmseg.encoders.build import build_encoder
 from vfmseg.errors import CheckpointError, RecipeError, VfmsegError
-from vfmseg.model import InputFacts, build_model
 from vfmseg.recipe import load_recipe
 
 DEEP = "[" * 200_000
@@ -110,14 +110,16 @@ def try_all(file: Path, folder: Path, parts: tuple[str, ...], odds: tuple[Any, .
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_f11_every_odd_record_is_one_message_or_loads(made: dict[str, Path], tmp_path: Path, kind: str) -> None:
+@pytest.mark.pitfall("F11")
+def test_every_odd_record_is_one_message_or_loads(made: dict[str, Path], tmp_path: Path, kind: str) -> None:
     folder = copied(made[kind], tmp_path / "s")
     tried, refused = try_all(folder / "segmenter.json", folder, ("format", "input", "encoder"))
     assert tried > 200
     assert refused > tried // 2
 
 
-def test_f11_every_odd_adapter_config_is_one_message_or_loads(made: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("F11")
+def test_every_odd_adapter_config_is_one_message_or_loads(made: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(made["lora"], tmp_path / "s")
     keys = ("peft_type", "r", "target_modules", "rank_pattern", "auto_mapping")
     odd = (None, 3.0, float("nan"), "x" * 10**5, [], [[]], {"a": {}}, [1, 2])
@@ -139,7 +141,8 @@ def test_f11_every_odd_adapter_config_is_one_message_or_loads(made: dict[str, Pa
         ]),
     ],
 )  # fmt: skip
-def test_f11_what_decides_how_pixels_are_read_is_checked(
+@pytest.mark.pitfall("F11")
+def test_what_decides_how_pixels_are_read_is_checked(
     made: dict[str, Path], tmp_path: Path, key: str, values: list[Any]
 ) -> None:
     folder = copied(made["lora"], tmp_path / "s")
@@ -152,7 +155,8 @@ def test_f11_what_decides_how_pixels_are_read_is_checked(
 
 
 @pytest.mark.parametrize("value", [None, 3, "", "x", "0" * 63, ["0" * 64], True])
-def test_f11_the_hash_of_the_encoder_is_a_hash(made: dict[str, Path], tmp_path: Path, value: Any) -> None:
+@pytest.mark.pitfall("F11")
+def test_the_hash_of_the_encoder_is_a_hash(made: dict[str, Path], tmp_path: Path, value: Any) -> None:
     folder = copied(made["lora"], tmp_path / "s")
     content = json.loads((folder / "segmenter.json").read_text())
     (folder / "segmenter.json").write_text(json.dumps(changed(content, ("encoder", "sha256"), value)))
@@ -162,7 +166,8 @@ def test_f11_the_hash_of_the_encoder_is_a_hash(made: dict[str, Path], tmp_path: 
 
 @pytest.mark.parametrize("name", ["segmenter.json", "adapters/rgb/adapter_config.json", "recipe.yaml"])
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "\x00", DEEP, '{"a": ' * 200_000, "9" * 5000, '"x"'])
-def test_f11_files_that_hold_something_else_are_one_message(
+@pytest.mark.pitfall("F11")
+def test_files_that_hold_something_else_are_one_message(
     made: dict[str, Path], tmp_path: Path, name: str, text: str
 ) -> None:
     folder = copied(made["lora"], tmp_path / "s")
@@ -180,7 +185,8 @@ def test_f11_files_that_hold_something_else_are_one_message(
         ("full", "encoder.safetensors"),
     ],
 )
-def test_f11_tensors_are_weights_as_training_writes_them(
+@pytest.mark.pitfall("F11")
+def test_tensors_are_weights_as_training_writes_them(
     made: dict[str, Path], tmp_path: Path, kind: str, file: str
 ) -> None:
     folder = copied(made[kind], tmp_path / "s")
@@ -201,7 +207,8 @@ def test_f11_tensors_are_weights_as_training_writes_them(
         load_segmenter(folder)
 
 
-def test_f11_the_head_holds_no_negative_std(made: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.pitfall("F11")
+def test_the_head_holds_no_negative_std(made: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(made["lora"], tmp_path / "s")
     tensors = load_file(folder / "head.safetensors")
     for factor in (-1.0, 0.0):
@@ -210,8 +217,9 @@ def test_f11_the_head_holds_no_negative_std(made: dict[str, Path], tmp_path: Pat
             load_segmenter(folder)
 
 
-def test_f11_the_order_of_modalities_in_the_record_means_nothing(tmp_path: Path) -> None:
-    from vfmseg.record import facts_of
+@pytest.mark.pitfall("F11")
+def test_the_order_of_modalities_in_the_record_means_nothing(tmp_path: Path) -> None:
+    from vfmseg.checkpoint.record import facts_of
 
     recipe = recipe_dict(tmp_path, tmp_path, tmp_path / "run")
     recipe["data"]["modalities"] = {"rgb": {"bands": [1, 2, 3]}, "dem": {"bands": [1]}}
@@ -236,7 +244,8 @@ def test_f11_the_order_of_modalities_in_the_record_means_nothing(tmp_path: Path)
         ("image_std", [1e400, 0.5, 0.5]),
     ],
 )
-def test_f11_published_statistics_are_numbers(tmp_path: Path, key: str, value: list[float]) -> None:
+@pytest.mark.pitfall("F11")
+def test_published_statistics_are_numbers(tmp_path: Path, key: str, value: list[float]) -> None:
     content = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3} | {key: value}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: .*copy the folder again"):
@@ -244,12 +253,14 @@ def test_f11_published_statistics_are_numbers(tmp_path: Path, key: str, value: l
 
 
 @pytest.mark.parametrize(("mean", "std"), [(1e400, 2.0), (float("nan"), 2.0), (1.0, float("nan")), (1.0, 1e400)])
-def test_f11_statistics_of_callers_are_numbers(mean: float, std: float) -> None:
+@pytest.mark.pitfall("F11")
+def test_statistics_of_callers_are_numbers(mean: float, std: float) -> None:
     with pytest.raises(RecipeError, match="expected one finite mean and one std above 0"):
         build_encoder("builtin", None, 4, [1.0, 1.0, mean, 1.0], [1.0, 1.0, std, 1.0])
 
 
 @pytest.mark.parametrize("upscale", [1e6, float("nan"), float("inf"), 0.0, -1.0])
-def test_f6_upscale_of_callers_is_bounded_too(upscale: float) -> None:
+@pytest.mark.pitfall("F6")
+def test_upscale_of_callers_is_bounded_too(upscale: float) -> None:
     with pytest.raises(RecipeError, match=r"model\.encoder\.upscale = .* must be above 0 and at most 16"):
         build_encoder("builtin", None, 3, upscale=upscale)

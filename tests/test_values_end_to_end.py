@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from vfmseg.cli import app
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.how import How
+from vfmseg.inference.how import How
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 
@@ -58,14 +58,16 @@ def picture() -> np.ndarray:
     return image
 
 
-def test_f16_a_segmenter_knows_what_its_training_files_said(segmenter: Segmenter, place: Path) -> None:
+@pytest.mark.pitfall("F16")
+def test_a_segmenter_knows_what_its_training_files_said(segmenter: Segmenter, place: Path) -> None:
     written = json.loads((place / "run" / "best" / "segmenter.json").read_text())["input"]["rgb"]["said"]
     assert [(band["color"], band["scale"]) for band in written] == [("red", 1e-4), ("green", 1e-4), ("blue", 1e-4)]
     assert [band.meaning for band in segmenter.facts.said["rgb"]] == ["red", "green", "blue"]
     assert segmenter.facts.statistics["rgb"][0][1] < 0.4  # of values, not of stored numbers
 
 
-def test_f16_one_ground_gives_one_map_however_it_is_stored(segmenter: Segmenter, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F16")
+def test_one_ground_gives_one_map_however_it_is_stored(segmenter: Segmenter, tmp_path: Path) -> None:
     image = picture()
     first = segmenter.predict(stored(tmp_path / "a.tif", image, 1e-4))
     assert len(np.unique(first)) == 2
@@ -77,7 +79,8 @@ def test_f16_one_ground_gives_one_map_however_it_is_stored(segmenter: Segmenter,
     assert (segmenter.predict((whole * 1e-4).astype(np.float32)) == first).mean() > 0.999
 
 
-def test_f16_evaluation_finds_bands_by_name_as_prediction_does(segmenter: Segmenter, place: Path) -> None:
+@pytest.mark.pitfall("F16")
+def test_evaluation_finds_bands_by_name_as_prediction_does(segmenter: Segmenter, place: Path) -> None:
     file = place / "data" / "test" / "images" / "s3.tif"
     before, score = file.read_bytes(), segmenter.evaluate(place / "recipe.yaml", "test")["miou"]
     with rasterio.open(file) as dataset:
@@ -91,7 +94,8 @@ def test_f16_evaluation_finds_bands_by_name_as_prediction_does(segmenter: Segmen
         file.write_bytes(before)
 
 
-def test_f19_bands_are_chosen_for_one_scene(segmenter: Segmenter, place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F19")
+def test_bands_are_chosen_for_one_scene(segmenter: Segmenter, place: Path, tmp_path: Path) -> None:
     image = picture()
     write_raster(tmp_path / "four.tif", np.concatenate([image, image[:1]]).astype(np.uint16) * 6)
     with pytest.raises(
@@ -117,7 +121,8 @@ def test_f19_bands_are_chosen_for_one_scene(segmenter: Segmenter, place: Path, t
         segmenter.label(tmp_path / "four.tif", tmp_path / "m.tif", How(bands={"rgb": (1, 2, 3)}), resume=True)
 
 
-def test_f13_what_was_hidden_is_told_and_recorded(segmenter: Segmenter, place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F13")
+def test_what_was_hidden_is_told_and_recorded(segmenter: Segmenter, place: Path, tmp_path: Path) -> None:
     image = picture().astype(np.uint16) * 6
     image[:, :10] = 65535
     write_raster(tmp_path / "a.tif", image, nodata=65535)
@@ -127,7 +132,8 @@ def test_f13_what_was_hidden_is_told_and_recorded(segmenter: Segmenter, place: P
     assert json.loads(result.stdout)["hidden"] == {"rgb": {"nodata 65535": 0.2}}
 
 
-def test_f16_a_recipe_that_names_a_scale_is_read_as_before(place: Path, tmp_path: Path) -> None:
+@pytest.mark.pitfall("F16")
+def test_a_recipe_that_names_a_scale_is_read_as_before(place: Path, tmp_path: Path) -> None:
     content = recipe_dict(place / "data", place / "encoder", tmp_path / "run")
     content["data"]["modalities"]["rgb"] = {"scale": 1.0, "offset": 0.0}
     content["train"]["epochs"] = 1
@@ -144,7 +150,8 @@ def test_f16_a_recipe_that_names_a_scale_is_read_as_before(place: Path, tmp_path
     np.testing.assert_array_equal(Segmenter.from_pretrained(folder).predict(scene), labels)
 
 
-def test_f16_a_recipe_that_names_other_bands_than_the_training_overrules_what_files_say(
+@pytest.mark.pitfall("F16")
+def test_a_recipe_that_names_other_bands_than_the_training_overrules_what_files_say(
     segmenter: Segmenter, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = segmenter.evaluate(place / "recipe.yaml", "test")["miou"]

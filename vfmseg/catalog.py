@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from vfmseg.disk.jsonfile import read_json
 from vfmseg.errors import CheckpointError, nearest
-from vfmseg.jsonfile import read_json
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 

@@ -135,7 +135,7 @@ def predict(
             raise RecipeError("--min-area and --simplify are used by polygons alone; add --polygons, or leave them out")
         # importing makes millions of objects that live to the end; looking for garbage among them costs half a second
         gc.disable()
-        from vfmseg.how import How
+        from vfmseg.inference.how import How
         from vfmseg.inference.worklist import scenes_of
         from vfmseg.predict import Wanted, require_all, summary
         from vfmseg.predict import predict as label

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vfmseg.disk.files import whole_file, write_json
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.lock import LOCK, held
 from vfmseg.errors import CheckpointError, RecipeError
-from vfmseg.files import whole_file, write_json
-from vfmseg.jsonfile import read_json
-from vfmseg.lock import LOCK, held
 from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.terminal import say
 
@@ -116,10 +116,11 @@ def draw_preview(path: Path, recipe: Recipe, labels: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    from vfmseg.build.data import bands_of, label_map_of
+    from vfmseg.geo.classes import IGNORE
     from vfmseg.geo.grid import Window
-    from vfmseg.geo.labels import IGNORE, LabelRaster
+    from vfmseg.geo.labels import LabelRaster
     from vfmseg.geo.reader import Raster
-    from vfmseg.scenes import bands_of, label_map_of
 
     label_map = label_map_of(recipe)
     with Raster(str(ASSETS / "images" / f"{SCENE}.tif"), bands_of(recipe)["rgb"]) as raster:

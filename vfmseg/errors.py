@@ -7,7 +7,9 @@ turns each class into its exit code; anything else that escapes is a bug and exi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 
 class VfmsegError(Exception):
@@ -58,3 +60,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"did you mean '{close[0]}'?"
     more = f" and {len(names) - 30} more" if len(names) > 30 else ""
     return f"known: {', '.join(names[:30])}{more}" if names else "nothing is known here"
+
+
+SHOWN = 60
+"""Characters of a value that a message shows."""
+
+
+def show(value: Any) -> str:
+    """A value of a recipe on one line, as YAML would have it (flow style), cut at 60 characters."""
+    text = ""
+    for piece in _pieces(value):  # a huge value is cut before all of it is text
+        text += piece
+        if len(text) > SHOWN:
+            return f"{text[: SHOWN - 3]}..."
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    if value is None:
+        yield "null"
+    elif isinstance(value, bool):
+        yield "true" if value else "false"
+    elif isinstance(value, dict):
+        yield "{"
+        for number, (key, item) in enumerate(value.items()):
+            yield f"{', ' * (number > 0)}{key}: "
+            yield from _pieces(item)
+        yield "}"
+    elif isinstance(value, (list, tuple)):
+        yield "["
+        for number, item in enumerate(value):
+            yield ", " * (number > 0)
+            yield from _pieces(item)
+        yield "]"
+    else:
+        yield repr(str(value)) if isinstance(value, (str, Path)) else str(value)

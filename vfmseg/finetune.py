@@ -17,16 +17,17 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from vfmseg.curves import Curves, remove_curves
+from vfmseg.disk.files import whole_file, write_json
 from vfmseg.errors import RecipeError
-from vfmseg.files import whole_file, write_json
 from vfmseg.geo.trust import close_services
 from vfmseg.launch import several
-from vfmseg.processes import connect, launch_command
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 from vfmseg.recipe.train import PredictSection
-from vfmseg.run_folder import (
+from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
+from vfmseg.training.curves import Curves, remove_curves
+from vfmseg.training.processes import connect, launch_command
+from vfmseg.training.run_folder import (
     CURVES_FOLDER,
     STATE_FILE,
     alone,
@@ -37,11 +38,10 @@ from vfmseg.run_folder import (
     require_best,
     with_the_others,
 )
-from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
 
 if TYPE_CHECKING:
-    from vfmseg.loop import RunState
     from vfmseg.model import SegmentationModel
+    from vfmseg.training.loop import RunState
 
 
 def finetune(
@@ -73,16 +73,16 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
     if not is_main_process():  # which has come as far, and so has the folder
         stack.enter_context(with_the_others(output, recipe.name))
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-    from vfmseg.checkpoint import save_segmenter, saved_epoch
+    from vfmseg.build.data import input_facts, open_training, value_ranges
+    from vfmseg.build.model import build_model
+    from vfmseg.checkpoint.folder import save_segmenter, saved_epoch
     from vfmseg.data.augment import Augment, Radiometry
     from vfmseg.data.dataset import CoverWindows, TrainingWindows
     from vfmseg.data.traces import Traces
-    from vfmseg.loop import Loop, Schedule, StepReport, score_windows
     from vfmseg.metrics import mean_text
-    from vfmseg.model import build_model
-    from vfmseg.objectives.segmentation import Segmentation, class_weight_tuple
-    from vfmseg.resume import Origin, inputs_of, load_run, save_run
-    from vfmseg.scenes import input_facts, open_training, value_ranges
+    from vfmseg.training.loop import Loop, Schedule, StepReport, score_windows
+    from vfmseg.training.objectives.segmentation import Segmentation, class_weight_tuple
+    from vfmseg.training.resume import Origin, inputs_of, load_run, save_run
 
     known = resume and (output / STATE_FILE).is_file()
     traces = Traces()
@@ -238,7 +238,7 @@ def _write_records(path: Path, state: RunState) -> None:
 
 
 def _result(recipe: Recipe, model: SegmentationModel, state: RunState) -> dict[str, Any]:
-    from vfmseg.checkpoint import versions
+    from vfmseg.checkpoint.folder import versions
 
     epochs = {r["epoch"]: r.get("validation") for r in state.records if r["kind"] == "epoch"}
     return {

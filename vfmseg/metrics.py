@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from vfmseg.errors import DataError
-
-IGNORE = -1  # the same number as in vfmseg.geo.labels, which is on this level and reads rasters
+from vfmseg.geo.classes import IGNORE
 
 
 class Confusion:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vfmseg.disk.files import local_path, never_an_input, require_new, unfit_name
 from vfmseg.errors import DataError, OutsideError, RecipeError
-from vfmseg.files import local_path, never_an_input, require_new, unfit_name
-from vfmseg.geo.polygons import check_place, check_polygons, is_ours, unfit_vector_name, write_polygons
 from vfmseg.geo.rasterfile import RasterFile, files_of
 from vfmseg.geo.validity import Hidden
-from vfmseg.how import How
 from vfmseg.inference.contracts import WAITING, Report, Tick
+from vfmseg.inference.how import How
 from vfmseg.inference.job import Job, targets_of
 from vfmseg.inference.ranks import gather, joined
 from vfmseg.inference.shards import pieces_folder
@@ -23,6 +22,7 @@ from vfmseg.inference.worklist import targets_for
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import complain, say
+from vfmseg.vector.polygons import check_place, check_polygons, is_ours, unfit_vector_name, write_polygons
 
 K = TypeVar("K")
 V = TypeVar("V")

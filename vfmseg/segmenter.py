@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfmseg.checkpoint import Loaded, fingerprint_of, load_segmenter, segmenter_folder
+from vfmseg.checkpoint.folder import Loaded, fingerprint_of, load_segmenter, segmenter_folder, versions
+from vfmseg.checkpoint.hub import local_segmenter
+from vfmseg.disk.files import check_label_file, local_path, never_an_input, require_new
+from vfmseg.disk.lock import LOCK, held, lock_beside
 from vfmseg.errors import CheckpointError, DataError, RecipeError
-from vfmseg.files import check_label_file, local_path, never_an_input, require_new
-from vfmseg.geo.area import read_area
 from vfmseg.geo.compression import check_compression
 from vfmseg.geo.layer import label_type
 from vfmseg.geo.validity import Hidden
-from vfmseg.how import How, Settled, settle
-from vfmseg.hub import local_segmenter
 from vfmseg.inference.contracts import Area, Finished, Model, Predictor, Product, Report, Tick
+from vfmseg.inference.how import How, Settled, settle
 from vfmseg.inference.job import Arrays, Job, into, into_files, prepare, targets_of
 from vfmseg.inference.products import EXTRAS, Products
+from vfmseg.inference.provenance import finished_before, mark_of, work_of
 from vfmseg.inference.ranks import alone, own_device, usable_device
 from vfmseg.inference.reading import SceneSource, Stored
 from vfmseg.inference.scoring import Scores, class_indexes
@@ -32,11 +33,10 @@ from vfmseg.inference.sources import Input, OpenScene, hidden_by, open_scenes, t
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
-from vfmseg.lock import LOCK, held, lock_beside
 from vfmseg.metrics import Confusion
-from vfmseg.provenance import finished_before, mark_of, tags_of, work_of
 from vfmseg.recipe import Recipe, load_recipe
-from vfmseg.run_folder import holds_run
+from vfmseg.training.run_folder import holds_run
+from vfmseg.vector.area import read_area
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -229,7 +229,7 @@ class Segmenter:
         One confusion matrix over all labelled, valid pixels at the native grid; returns miou, overall_accuracy,
         kappa, per-class iou, f1, precision, recall and support, and the names of absent classes.
         """
-        from vfmseg.scenes import open_split, require_same_task
+        from vfmseg.build.data import open_split, require_same_task
 
         if split not in ("train", "val", "test"):
             raise RecipeError(f"split = {split!r}; expected train, val or test")
@@ -273,7 +273,7 @@ class Segmenter:
     # -----------------------------------------------------------------------------------------------------------
 
     def _open(self, scene: Input, settled: Settled) -> list[OpenScene]:
-        from vfmseg.scenes import bands_of
+        from vfmseg.build.data import bands_of
 
         bands = {name: replace(one, like=self.facts.said[name]) for name, one in bands_of(self.recipe).items()}
         for name, numbers in settled.bands.items():
@@ -333,3 +333,13 @@ class Segmenter:
         return {
             "dtype": str(self.dtype), "device": self.device.type, "compiled": self._compiled, "torch": torch.__version__
         }  # fmt: skip
+
+
+def tags_of(recipe: Recipe, record: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
+    """Tags of every map that a segmenter makes."""
+    return {
+        "vfmseg_recipe": recipe.name,
+        "vfmseg_encoder": str(record["encoder"]["id"]),
+        "vfmseg_checkpoint": fingerprint,
+        "vfmseg_version": versions()["vfmseg"],
+    }

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfmseg.adapters.tensors import require_tensors
+from vfmseg.disk.tensors import require_tensors
 from vfmseg.encoders.base import Encoder
 from vfmseg.errors import AdapterError, CheckpointError
 

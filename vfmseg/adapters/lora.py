@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.adapters.sites import chosen_sites
-from vfmseg.adapters.tensors import require_tensors
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.tensors import require_tensors
 from vfmseg.encoders.base import Encoder
-from vfmseg.errors import AdapterError, CheckpointError
-from vfmseg.jsonfile import read_json
-from vfmseg.recipe.base import show
+from vfmseg.errors import AdapterError, CheckpointError, show
 
 if TYPE_CHECKING:
     from peft import PeftModel

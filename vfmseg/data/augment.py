@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from vfmseg.data.sample import Sample
 from vfmseg.errors import DataError
-from vfmseg.geo.labels import IGNORE
+from vfmseg.geo.classes import IGNORE
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from vfmseg.data.traces import array_trace, bytes_trace
+from vfmseg.disk.paths import require_file
 from vfmseg.errors import DataError, nearest
-from vfmseg.geo.trust import require_file
 
 # PIL's name of a pixel layout -> (bands without alpha, stored type); every other layout is read as RGB
 _MODES = {

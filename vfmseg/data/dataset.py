@@ -20,8 +20,8 @@ from vfmseg.data.sample import Sample
 from vfmseg.data.scene import SceneLike
 from vfmseg.data.windows import Draw, Purpose, rng
 from vfmseg.errors import DataError
+from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Grid, Tile, Window, cut
-from vfmseg.geo.labels import IGNORE
 from vfmseg.geo.reader import Chip
 
 _TRIES = 10

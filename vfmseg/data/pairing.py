@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vfmseg.disk.paths import elsewhere, files_behind, readings, require_file
 from vfmseg.errors import DataError
-from vfmseg.geo.trust import require_file
-from vfmseg.paths import elsewhere, files_behind, readings
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img")
 """What is picked up from a folder that is named without a pattern."""

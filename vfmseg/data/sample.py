@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vfmseg.errors import DataError
-from vfmseg.geo.labels import IGNORE
+from vfmseg.geo.classes import IGNORE
 
 
 @dataclass

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vfmseg.data.scene import SceneLike
+from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import IGNORE
 from vfmseg.geo.validity import Hidden
 
 PIXELS = 2**23

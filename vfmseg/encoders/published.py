@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.paths import require_file
 from vfmseg.encoders.base import BaseRecord, Family, sha256_of
 from vfmseg.encoders.settings import MOST_PARAMETERS, plain_settings
 from vfmseg.encoders.strangers import stranger
-from vfmseg.errors import CheckpointError
-from vfmseg.geo.trust import require_file
-from vfmseg.jsonfile import read_json
-from vfmseg.recipe.base import show
+from vfmseg.errors import CheckpointError, show
 
 
 def load_published(family: Family, checkpoint: str, revision: str | None) -> tuple[nn.Module, BaseRecord]:

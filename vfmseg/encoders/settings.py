@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from vfmseg.errors import CheckpointError
-from vfmseg.recipe.base import show
+from vfmseg.errors import CheckpointError, show
 
 ATTENTION = ("eager", "sdpa")
 """Implementations of attention that come with torch; all others are packages or code from the hub."""

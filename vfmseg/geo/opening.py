@@ -13,12 +13,12 @@ from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterioWindow
 
+from vfmseg.disk.paths import elsewhere, files_behind
 from vfmseg.errors import DataError
 from vfmseg.geo import trust
 from vfmseg.geo.grid import Window
 from vfmseg.geo.quiet import in_pixels
 from vfmseg.geo.trust import is_remote
-from vfmseg.paths import elsewhere, files_behind
 
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 """What rasterio raises when GDAL fails: in some functions GDAL's own error, which is none of rasterio's."""

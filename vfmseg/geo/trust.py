@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from vfmseg.disk.paths import require_file
 from vfmseg.errors import DataError
 from vfmseg.geo.virtual import MARK, names_in
 
@@ -92,18 +92,6 @@ def drivers_for(path: str) -> list[str]:
     """The formats in which a local `path` may be opened; a VRT only where `vet` looks through it: in no archive."""
     looked_through = path.lstrip().startswith("<") or os.path.isfile(_LOCAL.sub("", path).partition("?")[0])
     return PLAIN if looked_through else _NO_VRT
-
-
-def require_file(path: str | os.PathLike[str]) -> None:
-    """DataError for what is there but is neither file nor folder: opening a pipe may wait for ever."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # whoever opens it says so
-        return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-        kind = next((name for test, name in kinds if test(mode)), "a device")
-        raise DataError(f"{os.fspath(path)}: is {kind}, no regular file; copy what it gives to a file")
 
 
 def vet(path: str) -> None:

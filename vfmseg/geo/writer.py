@@ -22,12 +22,12 @@ import numpy as np
 import rasterio.shutil
 from rasterio.transform import Affine
 
+from vfmseg.disk.paths import SIDECARS, elsewhere
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.compression import check_compression, cog_options, geotiff_options
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.opening import GDAL_ERRORS, gdal, open_dataset, rasterio_window
-from vfmseg.paths import SIDECARS, elsewhere
 
 BLOCK = 256
 """Height and width of the GeoTIFF's tiles in pixels; rows are collected until a row of tiles is full."""

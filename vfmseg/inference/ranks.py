@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import torch
 
+from vfmseg.disk.lock import also_held, held, lock_beside
 from vfmseg.errors import MachineError, RecipeError
 from vfmseg.launch import REMEDY, local_rank, rank_and_size, require_meeting_point
-from vfmseg.lock import also_held, held, lock_beside
 
 T = TypeVar("T")
 

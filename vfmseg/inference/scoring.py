@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import IGNORE
 from vfmseg.inference.contracts import Finished
 from vfmseg.metrics import Confusion
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from vfmseg.disk.files import whole_file, write_json
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.seal import is_intact, mark_of_seal, seal
 from vfmseg.errors import DataError
-from vfmseg.files import whole_file, write_json
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.writer import BLOCK, MapWriter, remove_leftovers
 from vfmseg.inference.plan import Plan, Run, Shard
-from vfmseg.jsonfile import read_json
-from vfmseg.seal import is_intact, mark_of_seal, seal
 
 PLAN = "plan.json"
 

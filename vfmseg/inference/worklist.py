@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.paths import readings, require_file
 from vfmseg.errors import DataError
-from vfmseg.geo.trust import require_file
 from vfmseg.inference.job import product_path
-from vfmseg.jsonfile import read_json
-from vfmseg.paths import readings
 
 IMAGES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 """Suffixes that count as scenes in a folder."""

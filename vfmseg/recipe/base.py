@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import ValidationInfo as Info
 from pydantic_core import PydanticCustomError
 
-from vfmseg.paths import elsewhere, files_behind, made_absolute
+from vfmseg.disk.paths import elsewhere, files_behind, made_absolute
 
 # Numbers are taken as written: `true` is no number, "8" no whole number, 3.5 no number of epochs.
 Whole = Annotated[int, Strict()]
@@ -48,41 +48,6 @@ class Section(BaseModel):
         if found:
             raise PydanticCustomError("problems", "the keys do not fit together", {"problems": found})
         return self
-
-
-SHOWN = 60
-"""Characters of a value that a message shows."""
-
-
-def show(value: Any) -> str:
-    """A value of a recipe on one line, as YAML would have it (flow style), cut at 60 characters."""
-    text = ""
-    for piece in _pieces(value):  # a huge value is cut before all of it is text
-        text += piece
-        if len(text) > SHOWN:
-            return f"{text[: SHOWN - 3]}..."
-    return text
-
-
-def _pieces(value: Any) -> Iterator[str]:
-    if value is None:
-        yield "null"
-    elif isinstance(value, bool):
-        yield "true" if value else "false"
-    elif isinstance(value, dict):
-        yield "{"
-        for number, (key, item) in enumerate(value.items()):
-            yield f"{', ' * (number > 0)}{key}: "
-            yield from _pieces(item)
-        yield "}"
-    elif isinstance(value, (list, tuple)):
-        yield "["
-        for number, item in enumerate(value):
-            yield ", " * (number > 0)
-            yield from _pieces(item)
-        yield "]"
-    else:
-        yield repr(str(value)) if isinstance(value, (str, Path)) else str(value)
 
 
 def recipe_folder(info: Info) -> Path | None:

@@ -14,9 +14,9 @@ from pydantic import ValidationInfo as Info
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from vfmseg.errors import nearest
-from vfmseg.recipe.base import Name, Number, Problem, Section, Whole, show
-from vfmseg.recipe.sources import SOURCE_KEYS, FileSource, Source, same_scenes
+from vfmseg.errors import nearest, show
+from vfmseg.recipe.base import Name, Number, Problem, Section, Whole
+from vfmseg.recipe.splits import SOURCE_KEYS, FileSource, Source, same_scenes
 
 Color = tuple[
     Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)]

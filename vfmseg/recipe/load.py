@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from vfmseg.errors import RecipeError
-from vfmseg.geo.trust import require_file
-from vfmseg.recipe.base import show
+from vfmseg.disk.paths import require_file
+from vfmseg.errors import RecipeError, show
 from vfmseg.recipe.messages import lines
 from vfmseg.recipe.overrides import KeyPath, override, parse_override
 from vfmseg.recipe.root import Recipe

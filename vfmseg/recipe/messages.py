@@ -12,8 +12,8 @@ from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from vfmseg.errors import nearest
-from vfmseg.recipe.base import TOLD, Problem, Section, show
+from vfmseg.errors import nearest, show
+from vfmseg.recipe.base import TOLD, Problem, Section
 from vfmseg.recipe.overrides import KeyPath, dotted
 
 # Pydantic's type of error -> what a right value is; {...} is filled from the error's context.

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vfmseg.catalog import CATALOG
-from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole, show
+from vfmseg.errors import show
+from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole
 
 MOST_BLOCKS = 256  # of an encoder; the deepest published one has 48
 LARGEST_UPSCALE = 16.0  # of an image: it then takes 256 times the memory

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vfmseg.errors import RecipeError
-from vfmseg.recipe.base import show
+from vfmseg.errors import RecipeError, show
 from vfmseg.recipe.text import DEEPEST, read_yaml
 
 KeyPath = tuple[str | int, ...]

@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from vfmseg.errors import RecipeError
-from vfmseg.recipe.base import show
+from vfmseg.errors import RecipeError, show
 
 # (tag, what it looks like, first characters): the core schema of YAML 1.2, without hexadecimal and octal numbers,
 # and with the merge key `<<` of YAML 1.1. Numbers with leading zeros stay text: 010 is 8 to some readers, 10 to others.

@@ -27,8 +27,8 @@ from vfmseg.geo.dateline import near_zero
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.opening import gdal, open_dataset
 from vfmseg.geo.rasterfile import RasterFile
-from vfmseg.geo.tracing import Pieces, trace
 from vfmseg.geo.validity import as_stored
+from vfmseg.vector.tracing import Pieces, trace
 
 _DRIVERS = {".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".geojson": "GeoJSON"}
 _LAYER = "polygons"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -1  # the same number as in vfmseg.geo.labels, which is on this level and reads rasters
+from vfmseg.geo.classes import IGNORE
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Sequence[float] | None = None) -> Tensor:

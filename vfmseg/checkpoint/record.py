@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vfmseg.errors import CheckpointError
+from vfmseg.build.model import BandStatistics, InputFacts, normalization
+from vfmseg.errors import CheckpointError, show
 from vfmseg.geo.said import BandSaid
-from vfmseg.model import BandStatistics, InputFacts, normalization
 from vfmseg.recipe import Recipe
-from vfmseg.recipe.base import show
 from vfmseg.recipe.data import MOST_BANDS, ModalitySection
 
 _HASH = re.compile(r"[0-9a-f]{64}")

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from rasterio.warp import transform, transform_bounds
 
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.paths import require_file
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.dateline import Rings, brought_to, crosses, goes_round, period, x_range
 from vfmseg.geo.grid import Grid
-from vfmseg.geo.inside import Polygons
-from vfmseg.geo.trust import require_file, vet_vector
-from vfmseg.jsonfile import read_json
+from vfmseg.geo.trust import vet_vector
+from vfmseg.vector.inside import Polygons
 
 LONGITUDE_LATITUDE = "OGC:CRS84"
 """What GeoJSON is in (RFC 7946) unless it says otherwise."""

@@ -7,9 +7,9 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from vfmseg.disk.files import require_own
+from vfmseg.disk.lock import LOCK, also_held, held
 from vfmseg.errors import CheckpointError, RecipeError
-from vfmseg.files import require_own
-from vfmseg.lock import LOCK, also_held, held
 
 STATE_FILE = "state.pt"
 RUN_FILES = (STATE_FILE, "metrics.jsonl", "metrics.json", "recipe.yaml")

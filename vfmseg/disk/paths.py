@@ -5,7 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator
+
+from vfmseg.errors import DataError
 
 SIDECARS = (".aux.xml", ".ovr", ".msk")
 """What GIS programs keep beside a raster, under its name; of an overwritten map they would show the old pixels."""
@@ -69,3 +72,15 @@ def _found(name: str, folder: str) -> Iterator[tuple[str, int, int]]:
                     yield path, start, start + len(part)
                     break
                 part = os.path.dirname(part) if os.path.dirname(part) != part else ""
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """DataError for what is there but is neither file nor folder: opening a pipe may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # whoever opens it says so
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+        kind = next((name for test, name in kinds if test(mode)), "a device")
+        raise DataError(f"{os.fspath(path)}: is {kind}, no regular file; copy what it gives to a file")

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vfmseg.checkpoint import load_strictly, plain_tensors
+from vfmseg.disk.files import whole_file
+from vfmseg.disk.seal import is_intact, seal
+from vfmseg.disk.tensors import load_strictly, plain_tensors
 from vfmseg.errors import CheckpointError, MachineError
-from vfmseg.files import whole_file
-from vfmseg.loop import Loop, RunState
-from vfmseg.seal import is_intact, seal
 from vfmseg.terminal import say
+from vfmseg.training.loop import Loop, RunState
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic import ValidationInfo as Info
 
-from vfmseg.recipe.base import LocalOrHub, Name, Problem, RecipePath, Section, beside_recipe, recipe_folder, show
+from vfmseg.errors import show
+from vfmseg.recipe.base import LocalOrHub, Name, Problem, RecipePath, Section, beside_recipe, recipe_folder
 
 # Keys that some source has for itself: no modality may be called so.
 SOURCE_KEYS = ("labels", "table", "dataset", "split", "split_column", "revision", "config")

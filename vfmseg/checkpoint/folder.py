@@ -23,33 +23,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adapter
-from vfmseg.adapters.tensors import misfits, unusable
+from vfmseg.build.model import InputFacts, normalization, published_encoder, stacked_statistics, with_decoder
 from vfmseg.catalog import CATALOG
-from vfmseg.digests import changed, sha256_of, signed
+from vfmseg.checkpoint.record import encoder_of, facts_of
+from vfmseg.disk.digests import changed, sha256_of, signed
+from vfmseg.disk.files import require_own, whole_folder
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.paths import require_file
+from vfmseg.disk.tensors import load_strictly, plain_tensors
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder_from_config
-from vfmseg.errors import CheckpointError, MachineError, VfmsegError
-from vfmseg.files import require_own, whole_folder
-from vfmseg.geo.trust import require_file
-from vfmseg.jsonfile import read_json
+from vfmseg.errors import CheckpointError, MachineError, VfmsegError, show
 from vfmseg.metrics import mean_text
-from vfmseg.model import (
-    InputFacts,
-    SegmentationModel,
-    normalization,
-    published_encoder,
-    stacked_statistics,
-    with_decoder,
-)
+from vfmseg.model import SegmentationModel
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
-from vfmseg.recipe.base import show
-from vfmseg.record import encoder_of, facts_of
 
 FORMAT = 1
 MARK = "segmenter.json"  # a folder that holds it is a segmenter, and may be replaced by one
@@ -285,11 +277,6 @@ def _load_encoder(
     return encoder
 
 
-def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as files hold them: on the CPU, contiguous, without gradients."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, copy it again")
@@ -297,19 +284,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not readable as safetensors ({error}); copy it again") from None
-
-
-def load_strictly(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Copy `tensors` into `expected` in place; every one there, none too many, each of its shape (CheckpointError)."""
-    found = misfits(tensors, {name: tensor.shape for name, tensor in expected.items()})
-    if found:
-        raise CheckpointError(f"{path}: {found}; this file belongs to another architecture than its recipe.yaml")
-    found = unusable({name: tensors[name] for name, tensor in expected.items() if tensor.is_floating_point()})
-    if found:
-        raise CheckpointError(f"{path}: {found}; the file is damaged or was not written by a training run")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
 
 
 def _card(recipe: Recipe, record: Mapping[str, Any]) -> str:

@@ -24,6 +24,24 @@ def require_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping
         raise CheckpointError(f"{file}: {found}; the file is damaged or was not written by a training run")
 
 
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as files hold them: on the CPU, contiguous, without gradients."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_strictly(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `tensors` into `expected` in place; every one there, none too many, each of its shape (CheckpointError)."""
+    found = misfits(tensors, {name: tensor.shape for name, tensor in expected.items()})
+    if found:
+        raise CheckpointError(f"{path}: {found}; this file belongs to another architecture than its recipe.yaml")
+    found = unusable({name: tensors[name] for name, tensor in expected.items() if tensor.is_floating_point()})
+    if found:
+        raise CheckpointError(f"{path}: {found}; the file is damaged or was not written by a training run")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+
+
 def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> str:
     """Which tensors are missing, not expected or of another shape, in words; empty if none is."""
     missing = sorted(set(expected) - set(tensors))

@@ -1,4 +1,4 @@
-"""Scenes of a split: images of every modality and labels on one grid, from files, from a table or a published set."""
+"""Scenes of the rows of a CSV file."""
 
 from __future__ import annotations
 
@@ -6,51 +6,15 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from string import Formatter
 
-import numpy as np
-
-from vfmseg.data.datasets_source import scenes_from_dataset
-from vfmseg.data.pairing import find, pair
 from vfmseg.data.scene import FileScene, SceneLike
-from vfmseg.data.traces import Traces
+from vfmseg.disk.paths import elsewhere, files_behind, made_absolute, require_file
 from vfmseg.errors import DataError, nearest
-from vfmseg.geo.grid import Window
-from vfmseg.geo.labels import IGNORE, LabelMap, LabelRaster
+from vfmseg.geo.classes import LabelMap
+from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.reader import Bands, Raster
-from vfmseg.geo.trust import require_file
-from vfmseg.paths import elsewhere, files_behind, made_absolute
-
-__all__ = [
-    "FileScene",
-    "SceneLike",
-    "disjoint",
-    "require_labels",
-    "scenes_from_dataset",
-    "scenes_from_files",
-    "scenes_from_table",
-]
-
-
-def scenes_from_files(
-    images: Mapping[str, str | Sequence[str]],
-    labels: str | Sequence[str],
-    bands: Mapping[str, Bands],
-    label_map: LabelMap,
-    base_place: str,
-) -> list[SceneLike]:
-    """Scenes of patterns, folders, files or lists of these, paired by name; sorted by name.
-
-    `base_place` is the key of the split in the recipe (data.train), for messages.
-    """
-    found = {name: find(entries, f"{base_place}.{name}") for name, entries in images.items()}
-    pairs = pair(found, find(labels, f"{base_place}.labels"), base_place)
-    return [
-        FileScene(p.name, {m: Raster(p.images[m], bands[m]) for m in images}, LabelRaster(p.labels, label_map))
-        for p in pairs
-    ]
 
 
 def scenes_from_table(
@@ -138,51 +102,3 @@ def _table_path(table: Path, columns: Sequence[str], row: Mapping[str, str], how
     if not os.path.exists(path):
         raise DataError(f"{place}: {how!r} names {str(path)!r}, which does not exist; correct the table or the path")
     return str(path)
-
-
-def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
-    """Raise DataError if one file is used in two splits: scores on pixels that were learned mean nothing."""
-    owner: dict[str, str] = {}
-    for split, scenes in splits.items():
-        for scene in scenes:
-            for file in scene.files:
-                other = owner.setdefault(file, split)
-                if other != split:
-                    raise DataError(
-                        f"{file} is in data.{other} and in data.{split}; expected every file in one split only: "
-                        "remove it from one of them"
-                    )
-
-
-def require_labels(scenes: Sequence[SceneLike], split: str, classes: int, traces: Traces | None = None) -> list[int]:
-    """Read every label once, and count the pixels of each of `classes` classes; `traces` sees them as well.
-
-    DataError for an id that is no class, if not a single pixel of the split is labelled, and if the images say nothing
-    at any that is. Labels are small beside images; a wrong id found here costs seconds, found in the third epoch it
-    costs the run.
-    """
-    counts = np.zeros(classes, dtype=np.int64)
-    seen = False
-    for number, scene in enumerate(scenes):
-        height, width = scene.grid.height, scene.grid.width
-        for row, col in product(range(0, height, 256), range(0, width, 2**16)):  # rows as files store them
-            window = Window(row, col, min(256, height - row), min(2**16, width - col))
-            labels = scene.read_labels(window)
-            if traces is not None:
-                traces.labels(number, labels)
-            labelled = labels != IGNORE
-            counts += np.bincount(labels[labelled], minlength=classes)
-            if not seen and labelled.any():
-                chips = scene.read(window).values()
-                seen = bool(np.all([labelled, *(chip.valid for chip in chips)], axis=0).any())
-    if not counts.any():
-        raise DataError(
-            f"data.{split}: every pixel of its {len(scenes)} scenes is ignored (ignore_index or nodata); expected some "
-            "pixels of the classes: check data.ignore_index and data.classes against the label files"
-        )
-    if not seen:
-        raise DataError(
-            f"data.{split}: the images are invalid (nodata, NaN, alpha or mask) at every labelled pixel of its "
-            f"{len(scenes)} scenes; expected some valid ones: check data.modalities.NAME.nodata and the files"
-        )
-    return counts.tolist()

@@ -13,8 +13,8 @@ import numpy as np
 
 from vfmseg.data.cells import Header, Rows
 from vfmseg.errors import DataError, nearest
+from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.labels import IGNORE, LabelMap
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.reader import Bands, Chip
 from vfmseg.geo.said import BandSaid

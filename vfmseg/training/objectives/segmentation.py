@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmseg.data.sample import Batch
-from vfmseg.losses import LOSSES, counts
+from vfmseg.training.losses import LOSSES, counts
 
 
 @dataclass(frozen=True)

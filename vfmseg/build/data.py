@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from vfmseg.data.split import (
-    SceneLike,
-    disjoint,
-    require_labels,
-    scenes_from_dataset,
-    scenes_from_files,
-    scenes_from_table,
-)
+from vfmseg.build.model import InputFacts, normalization
+from vfmseg.build.remarks import tell_absent, tell_implausible, tell_notes, tell_shared_ground, tell_survey
+from vfmseg.data.checks import disjoint, require_labels
+from vfmseg.data.from_datasets import scenes_from_dataset
+from vfmseg.data.from_files import scenes_from_files
+from vfmseg.data.from_table import scenes_from_table
+from vfmseg.data.scene import SceneLike
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.survey import survey
 from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, RecipeError
-from vfmseg.geo.labels import LabelMap
+from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.reader import Bands
 from vfmseg.geo.said import BandSaid, places_by_name
-from vfmseg.model import InputFacts, normalization
 from vfmseg.recipe import Recipe
-from vfmseg.remarks import tell_absent, tell_implausible, tell_notes, tell_shared_ground, tell_survey
 from vfmseg.terminal import say_once
 
 

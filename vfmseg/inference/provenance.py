@@ -10,31 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vfmseg.checkpoint import versions
+from vfmseg.disk.paths import files_behind
 from vfmseg.errors import DamagedError
 from vfmseg.geo.fileinfo import FileInfo
 from vfmseg.geo.grid import Window
 from vfmseg.geo.mosaic import map_tags
 from vfmseg.geo.reader import Raster
 from vfmseg.geo.trust import is_remote
-from vfmseg.how import Settled
+from vfmseg.inference.how import Settled
 from vfmseg.inference.job import Job
 from vfmseg.inference.sources import OpenScene
-from vfmseg.paths import files_behind
-from vfmseg.recipe import Recipe
 
 WORK_TAG = "vfmseg_work"
 """Tag of a finished map that tells by which work it was made."""
-
-
-def tags_of(recipe: Recipe, record: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
-    """Tags of every map that a segmenter makes."""
-    return {
-        "vfmseg_recipe": recipe.name,
-        "vfmseg_encoder": str(record["encoder"]["id"]),
-        "vfmseg_checkpoint": fingerprint,
-        "vfmseg_version": versions()["vfmseg"],
-    }
 
 
 def work_of(

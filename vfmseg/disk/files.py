@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vfmseg.disk.paths import SIDECARS, elsewhere, files_behind
 from vfmseg.errors import CheckpointError, DataError
-from vfmseg.paths import SIDECARS, elsewhere, files_behind
 
 _ASIDE = 30
 """Bytes by which the names of temporary files beside a file are longer than its own (.NAME.PID.partial.ovr.tmp)."""

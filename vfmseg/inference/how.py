@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from vfmseg.errors import RecipeError, nearest
+from vfmseg.errors import RecipeError, nearest, show
 from vfmseg.inference.job import MEBI, Settings
 from vfmseg.recipe import Recipe
-from vfmseg.recipe.base import show
 from vfmseg.recipe.data import LARGEST_TILE
 from vfmseg.recipe.train import (
     LARGEST_BATCH,

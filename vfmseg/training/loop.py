@@ -27,7 +27,7 @@ from vfmseg.data.windows import Draw, epoch_order, rank_batches
 from vfmseg.errors import MachineError, RecipeError, VfmsegError
 from vfmseg.metrics import Confusion, comparable
 from vfmseg.model import SegmentationModel
-from vfmseg.objectives.segmentation import Segmentation, total
+from vfmseg.training.objectives.segmentation import Segmentation, total
 
 
 @dataclass(frozen=True)

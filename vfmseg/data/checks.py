@@ -1,0 +1,62 @@
+"""Whether the scenes of all splits can be learned from and measured on: no file twice, labels that are some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import numpy as np
+
+from vfmseg.data.scene import SceneLike
+from vfmseg.data.traces import Traces
+from vfmseg.errors import DataError
+from vfmseg.geo.classes import IGNORE
+from vfmseg.geo.grid import Window
+
+
+def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
+    """Raise DataError if one file is used in two splits: scores on pixels that were learned mean nothing."""
+    owner: dict[str, str] = {}
+    for split, scenes in splits.items():
+        for scene in scenes:
+            for file in scene.files:
+                other = owner.setdefault(file, split)
+                if other != split:
+                    raise DataError(
+                        f"{file} is in data.{other} and in data.{split}; expected every file in one split only: "
+                        "remove it from one of them"
+                    )
+
+
+def require_labels(scenes: Sequence[SceneLike], split: str, classes: int, traces: Traces | None = None) -> list[int]:
+    """Read every label once, and count the pixels of each of `classes` classes; `traces` sees them as well.
+
+    DataError for an id that is no class, if not a single pixel of the split is labelled, and if the images say nothing
+    at any that is. Labels are small beside images; a wrong id found here costs seconds, found in the third epoch it
+    costs the run.
+    """
+    counts = np.zeros(classes, dtype=np.int64)
+    seen = False
+    for number, scene in enumerate(scenes):
+        height, width = scene.grid.height, scene.grid.width
+        for row, col in product(range(0, height, 256), range(0, width, 2**16)):  # rows as files store them
+            window = Window(row, col, min(256, height - row), min(2**16, width - col))
+            labels = scene.read_labels(window)
+            if traces is not None:
+                traces.labels(number, labels)
+            labelled = labels != IGNORE
+            counts += np.bincount(labels[labelled], minlength=classes)
+            if not seen and labelled.any():
+                chips = scene.read(window).values()
+                seen = bool(np.all([labelled, *(chip.valid for chip in chips)], axis=0).any())
+    if not counts.any():
+        raise DataError(
+            f"data.{split}: every pixel of its {len(scenes)} scenes is ignored (ignore_index or nodata); expected some "
+            "pixels of the classes: check data.ignore_index and data.classes against the label files"
+        )
+    if not seen:
+        raise DataError(
+            f"data.{split}: the images are invalid (nodata, NaN, alpha or mask) at every labelled pixel of its "
+            f"{len(scenes)} scenes; expected some valid ones: check data.modalities.NAME.nodata and the files"
+        )
+    return counts.tolist()

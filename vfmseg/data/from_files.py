@@ -1,0 +1,30 @@
+"""Scenes of image and label files, paired by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vfmseg.data.pairing import find, pair
+from vfmseg.data.scene import FileScene, SceneLike
+from vfmseg.geo.classes import LabelMap
+from vfmseg.geo.labels import LabelRaster
+from vfmseg.geo.reader import Bands, Raster
+
+
+def scenes_from_files(
+    images: Mapping[str, str | Sequence[str]],
+    labels: str | Sequence[str],
+    bands: Mapping[str, Bands],
+    label_map: LabelMap,
+    base_place: str,
+) -> list[SceneLike]:
+    """Scenes of patterns, folders, files or lists of these, paired by name; sorted by name.
+
+    `base_place` is the key of the split in the recipe (data.train), for messages.
+    """
+    found = {name: find(entries, f"{base_place}.{name}") for name, entries in images.items()}
+    pairs = pair(found, find(labels, f"{base_place}.labels"), base_place)
+    return [
+        FileScene(p.name, {m: Raster(p.images[m], bands[m]) for m in images}, LabelRaster(p.labels, label_map))
+        for p in pairs
+    ]

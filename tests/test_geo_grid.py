@@ -229,3 +229,23 @@ def test_georeferenced_needs_crs_and_transform() -> None:
 
 def test_window_says_its_rows_and_columns() -> None:
     assert str(Window(3, 10, 2, 5)) == "rows 3 to 4, columns 10 to 14"
+
+
+@given(*(st.tuples(*(st.integers(-9, 9),) * 2, *(st.integers(0, 9),) * 2) for _ in range(2)))
+def test_shared_pixels_of_two_windows_are_the_same_places_in_both(
+    one: tuple[int, int, int, int], two: tuple[int, int, int, int]
+) -> None:
+    first, second = Window(*one), Window(*two)
+    # every pixel holds the number of its place, so that equal numbers are equal places
+    numbers = np.arange(40 * 40).reshape(40, 40)
+    of_first, of_second = (
+        numbers[w.row + 10 : w.row + 10 + w.height, w.col + 10 : w.col + 10 + w.width] for w in (first, second)
+    )
+    both = first.shared(second)
+    common = set(of_first.ravel().tolist()) & set(of_second.ravel().tolist())
+    if both is None:
+        assert not common
+        return
+    here, there = both
+    np.testing.assert_array_equal(of_first[here], of_second[there])
+    assert set(of_first[here].ravel().tolist()) == common

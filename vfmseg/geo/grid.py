@@ -17,6 +17,9 @@ Affine6 = tuple[float, float, float, float, float, float]
 IDENTITY: Affine6 = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """The transform that GDAL reports for a file without one: pixel numbers are coordinates."""
 
+Slices = tuple[slice, slice]
+"""Rows and columns of an array (..., h, w): `array[(..., *slices)]`."""
+
 _TOLERANCE = 0.05
 """Pixels by which corners may differ in grids of the same place (headers round their numbers)."""
 
@@ -50,6 +53,22 @@ class Window:
         top, bottom = _clip(self.row, self.height, height)
         left, right = _clip(self.col, self.width, width)
         return Window(top, left, bottom - top, right - left)
+
+    def shared(self, other: Window) -> tuple[Slices, Slices] | None:
+        """Where the pixels that two windows share lie in this one, and where in the other; None if they share none.
+
+        Each is (rows, columns), to index arrays of the windows' sizes. Window(0, 0, 4, 4) and Window(2, 3, 4, 4) share
+        rows 2 and 3 and column 3 of the scene: (2:4, 3:4) in the first, (0:2, 0:1) in the second.
+        """
+        top, left = max(self.row, other.row), max(self.col, other.col)
+        bottom = min(self.row + self.height, other.row + other.height)
+        right = min(self.col + self.width, other.col + other.width)
+        if bottom <= top or right <= left:
+            return None
+        here, there = (
+            (slice(top - one.row, bottom - one.row), slice(left - one.col, right - one.col)) for one in (self, other)
+        )
+        return here, there
 
     def __str__(self) -> str:
         """Rows and columns as a reader of messages counts them: from 0, the last one included."""

@@ -15,7 +15,8 @@ from vfmseg.data.statistics import stream_statistics
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.reader import Bands, Chip
+from vfmseg.geo.reader import Bands
+from vfmseg.geo.validity import Chip
 
 
 class Spied:

@@ -23,7 +23,8 @@ from vfmseg.data.windows import Draw, Purpose, epoch_order, rank_batches, rng
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.reader import Bands, Chip
+from vfmseg.geo.reader import Bands
+from vfmseg.geo.validity import Chip
 
 
 class ArrayScene:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.reader import Bands, Chip
+from vfmseg.geo.reader import Bands
+from vfmseg.geo.validity import Chip
 from vfmseg.inference.blend import BLENDS, Band, profile
 from vfmseg.inference.contracts import Area, Finished, Model, Report
 from vfmseg.inference.engine import label_run

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.reader import Chip
+from vfmseg.geo.validity import Chip
 from vfmseg.inference import job as job_module
 from vfmseg.inference.contracts import Finished, Model
 from vfmseg.inference.job import Arrays, Settings, into, into_files, prepare

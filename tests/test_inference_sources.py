@@ -31,7 +31,8 @@ from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.rasterfile import _damage
-from vfmseg.geo.reader import Bands, Chip, Raster
+from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.validity import Chip
 from vfmseg.geo.writer import MapWriter
 from vfmseg.inference.contracts import Area, Model
 from vfmseg.inference.engine import label_run

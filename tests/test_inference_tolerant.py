@@ -18,7 +18,8 @@ from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
-from vfmseg.geo.reader import Bands, Chip
+from vfmseg.geo.reader import Bands
+from vfmseg.geo.validity import Chip
 from vfmseg.inference.contracts import Model, Report
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays

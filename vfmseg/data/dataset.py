@@ -22,7 +22,7 @@ from vfmseg.data.windows import Draw, Purpose, rng
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Grid, Tile, Window, cut
-from vfmseg.geo.reader import Chip
+from vfmseg.geo.validity import Chip
 
 _TRIES = 10
 """Windows that are tried until one has something to learn from; a scene may have hardly any labels."""

@@ -16,9 +16,9 @@ from vfmseg.errors import DataError, nearest
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.memory import ArrayRaster
-from vfmseg.geo.reader import Bands, Chip
+from vfmseg.geo.reader import Bands
 from vfmseg.geo.said import BandSaid
-from vfmseg.geo.validity import Hidden
+from vfmseg.geo.validity import Chip, Hidden
 
 
 class DatasetScene:

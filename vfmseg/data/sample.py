@@ -8,42 +8,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vfmseg.data.image import Image, Known, known
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
 
 
 @dataclass
 class Sample:
-    """One tile.
+    """One window: images of (C, h, w) pixels, and labels int64 (h, w), class indexes 0..K-1 or IGNORE.
 
-    images: {modality: float32 (C, H, W)}, values as stored * scale + offset, 0 where invalid.
-    valid: {modality: bool (H, W)}, False where that modality says nothing.
-    labels: int64 (H, W), class indexes 0..K-1 or IGNORE.
+    labels None: an unlabelled window, which only objectives without labels can learn from.
     """
 
-    images: dict[str, Tensor]
-    valid: dict[str, Tensor]
-    labels: Tensor
+    images: dict[str, Image]
+    labels: Tensor | None
 
 
 @dataclass
 class Batch:
-    """Stacked samples: images {modality: (B, C, H, W)}, valid {modality: (B, H, W)}, labels (B, H, W)."""
+    """Stacked samples: images of (B, C, h, w) pixels, labels (B, h, w) or None."""
 
-    images: dict[str, Tensor]
-    valid: dict[str, Tensor]
-    labels: Tensor
+    images: dict[str, Image]
+    labels: Tensor | None
 
     def __len__(self) -> int:
-        return int(self.labels.shape[0])
+        return len(next(iter(self.images.values())).valid)
 
-    def targets(self) -> Tensor:
-        """Labels int64 (B, H, W) to learn from and to score: IGNORE wherever any modality is invalid.
+    def targets(self, rule: Known) -> Tensor:
+        """Labels int64 (B, h, w) to learn from and to score: IGNORE wherever the modalities have no answer.
 
         The map has no label there either, so nodata reaches neither a loss nor a metric.
         """
-        seen = torch.stack(list(self.valid.values())).all(dim=0)
-        return torch.where(seen, self.labels, IGNORE)
+        if self.labels is None:
+            raise DataError("this batch has no labels to learn from; expected labelled scenes")
+        return torch.where(known(self.images, rule), self.labels, IGNORE)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (from pinned memory the copy runs beside the host)."""
@@ -54,15 +52,12 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(
-            images={name: change(tensor) for name, tensor in self.images.items()},
-            valid={name: change(tensor) for name, tensor in self.valid.items()},
-            labels=change(self.labels),
-        )
+        images = {name: image.each(change) for name, image in self.images.items()}
+        return Batch(images, None if self.labels is None else change(self.labels))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one tile size and one set of modalities; a single sample keeps its batch axis."""
+    """Stack samples of one size and one set of modalities, all with labels or none; one sample keeps its batch axis."""
     if not samples:
         raise DataError("cannot make a batch of no samples")
     layouts = {_layout(sample): sample for sample in samples}
@@ -72,13 +67,19 @@ def collate(samples: Sequence[Sample]) -> Batch:
             f"samples of one batch differ in bands or size: {one} and {two}; "
             "expected the same bands in every scene: name them in the recipe (data.modalities.<name>.bands)"
         )
+    labels = [sample.labels for sample in samples if sample.labels is not None]
     return Batch(
-        images={name: torch.stack([s.images[name] for s in samples]) for name in samples[0].images},
-        valid={name: torch.stack([s.valid[name] for s in samples]) for name in samples[0].valid},
-        labels=torch.stack([sample.labels for sample in samples]),
+        images={
+            name: Image(
+                torch.stack([sample.images[name].pixels for sample in samples]),
+                torch.stack([sample.images[name].valid for sample in samples]),
+            )
+            for name in samples[0].images
+        },
+        labels=torch.stack(labels) if labels else None,
     )
 
 
 def _layout(sample: Sample) -> str:
-    shapes = [f"{name} {tuple(image.shape)}" for name, image in sample.images.items()]
-    return ", ".join([*shapes, f"labels {tuple(sample.labels.shape)}"])
+    shapes = [f"{name} {tuple(image.pixels.shape)}" for name, image in sample.images.items()]
+    return ", ".join([*shapes, "no labels" if sample.labels is None else f"labels {tuple(sample.labels.shape)}"])

@@ -15,9 +15,9 @@ from vfmseg.geo.crs import short_name
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.notes import notes_of
-from vfmseg.geo.reader import Chip, Raster
+from vfmseg.geo.reader import Raster
 from vfmseg.geo.said import BandSaid
-from vfmseg.geo.validity import Hidden
+from vfmseg.geo.validity import Chip, Hidden
 from vfmseg.terminal import say_once
 
 

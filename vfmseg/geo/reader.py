@@ -19,7 +19,7 @@ from vfmseg.geo.fileinfo import FileInfo
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.said import BandSaid, places_by_name
-from vfmseg.geo.validity import Hidden, as_stored, equals, hides_alone, no_numbers
+from vfmseg.geo.validity import Chip, Hidden, as_stored, equals, hides_alone, no_numbers
 from vfmseg.geo.warp import Warp
 
 
@@ -43,14 +43,6 @@ class Bands:
 
 
 _FLOAT = np.dtype(np.float32)
-
-
-@dataclass
-class Chip:
-    """One window of imagery: pixels (C, h, w), float32 unless asked otherwise, 0 where invalid; valid bool (h, w)."""
-
-    pixels: np.ndarray
-    valid: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,14 @@ def hides_alone(nodata: float, dtype: np.dtype, of_file: bool) -> bool:
 
 
 @dataclass
+class Chip:
+    """One window of imagery: pixels (C, h, w), float32 unless asked otherwise, 0 where invalid; valid bool (h, w)."""
+
+    pixels: np.ndarray
+    valid: np.ndarray
+
+
+@dataclass
 class Hidden:
     """How many pixels were read, and by what they were hidden; one that two causes hide counts for both."""
 

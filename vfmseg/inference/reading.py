@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.reader import Chip
+from vfmseg.geo.validity import Chip
 from vfmseg.inference.stages import Pipe, Stages
 
 LEAST_ROWS = 64

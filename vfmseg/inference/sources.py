@@ -11,8 +11,8 @@ from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.notes import notes_of
-from vfmseg.geo.reader import Bands, Chip, Raster
-from vfmseg.geo.validity import Hidden
+from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.validity import Chip, Hidden
 from vfmseg.inference.reading import Stored
 from vfmseg.terminal import say_once
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from vfmseg.errors import DamagedError
 from vfmseg.geo.grid import Grid, Window
-from vfmseg.geo.reader import Chip
+from vfmseg.geo.validity import Chip
 from vfmseg.inference.reading import SceneSource
 
 

@@ -74,7 +74,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
         stack.enter_context(with_the_others(output, recipe.name))
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
     from vfmseg.build.data import input_facts, open_training, value_ranges
-    from vfmseg.build.model import build_model
+    from vfmseg.build.model import build_model, rule_of
     from vfmseg.checkpoint.folder import save_segmenter, saved_epoch
     from vfmseg.data.augment import Augment, Radiometry
     from vfmseg.data.dataset import CoverWindows, TrainingWindows
@@ -115,7 +115,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
     def validate() -> dict[str, Any] | None:
         if cover is None:
             return None
-        return score_windows(accelerator, model, cover, len(ids), section.batch_size).scores(names)
+        return score_windows(accelerator, model, cover, len(ids), section.batch_size, rule_of(recipe)).scores(names)
 
     def save(name: str, state: RunState) -> None:
         metrics = {"epoch": state.epoch, "validation": state.records[-1].get("validation")}
@@ -150,8 +150,12 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
     loop = Loop(
         accelerator,
         model,
-        Segmentation(dict(section.loss.items()), class_weight_tuple(section.class_weights, ids), gamma),
-        TrainingWindows(scenes["train"], recipe.data.tile, recipe.seed, augment, recipe.data.samples_per_epoch),
+        Segmentation(
+            dict(section.loss.items()), rule_of(recipe), class_weight_tuple(section.class_weights, ids), gamma
+        ),
+        TrainingWindows(
+            scenes["train"], recipe.data.tile, recipe.seed, augment, rule_of(recipe), recipe.data.samples_per_epoch
+        ),
         Schedule(
             epochs=section.epochs,
             batch_size=section.batch_size,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.adapters.attach import Attached
+from vfmseg.data.image import Images
 from vfmseg.encoders.base import Encoder
 
 
@@ -30,10 +31,10 @@ class SegmentationModel(nn.Module):
         self.classes = classes
         self.train(False)
 
-    def forward(self, images: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
-        """{modality: (B, C, H, W)} in image units and {modality: (B, H, W) bool} -> logits (B, K, H, W)."""
-        stacked = torch.cat([images[name] for name in self.modalities], dim=1)
-        masks = [valid[name][:, None].expand(-1, bands, -1, -1) for name, bands in self.modalities.items()]
+    def forward(self, images: Images) -> Tensor:
+        """{modality: image of (B, C, H, W) pixels} -> logits (B, K, H, W)."""
+        stacked = torch.cat([images[name].pixels for name in self.modalities], dim=1)
+        masks = [images[name].valid[:, None].expand(-1, bands, -1, -1) for name, bands in self.modalities.items()]
         features = self.encoder(stacked, torch.cat(masks, dim=1))
         logits = self.decoder(features)  # (B, K, h, w)
         # The token grid may reach beyond the image (padding up to a whole patch). Logits are enlarged to the

@@ -323,7 +323,7 @@ class Segmenter:
         return prepare(scenes, stored, self.facts.bands, model, product, product_bytes, settled.settings, area)
 
     def _predictor(self, settled: Settled) -> Predictor:
-        vote = voter(self._run, tuple(self.facts.bands), self.device, self.dtype, settled.logits)
+        vote = voter(self._run, self.device, self.dtype, settled.logits)
         if self._compiled:
             vote = filled_up(vote, settled.settings.batch_size)
         return averaged(vote, settled.tta, settled.scales)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from vfmseg.build.model import InputFacts, normalization
+from vfmseg.build.model import InputFacts, normalization, rule_of
 from vfmseg.build.remarks import tell_absent, tell_implausible, tell_notes, tell_shared_ground, tell_survey
 from vfmseg.data.checks import disjoint, require_labels
 from vfmseg.data.from_datasets import scenes_from_dataset
@@ -100,12 +100,12 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, lis
     training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
-        counts = require_labels(scenes, name, len(ids), traces)
+        counts = require_labels(scenes, name, len(ids), rule_of(recipe), traces)
         if traces is not None:
             traces.split(name, scenes)
         pixels = sum(scene.grid.height * scene.grid.width for scene in scenes)
         tell_absent(recipe, name, dict(zip(ids, counts, strict=True)), pixels)
-        tell_survey(name, survey(scenes, len(ids)), [recipe.data.classes[i].name for i in ids])
+        tell_survey(name, survey(scenes, len(ids), rule_of(recipe)), [recipe.data.classes[i].name for i in ids])
     return training
 
 

@@ -10,6 +10,7 @@ import torch
 
 from vfmseg.adapters.attach import ADAPTERS, Attached
 from vfmseg.catalog import published_statistics
+from vfmseg.data.image import Known
 from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder
@@ -59,6 +60,11 @@ def normalization(recipe: Recipe, facts: InputFacts) -> dict[str, str]:
                 f"{dtype}: choose a scale that brings them there, or use dataset"
             )
     return chosen
+
+
+def rule_of(recipe: Recipe) -> Known:
+    """Where several modalities have an answer: stacked as channels of one image, where all of them are valid."""
+    return "all"
 
 
 def build_model(recipe: Recipe, facts: InputFacts) -> SegmentationModel:

@@ -18,6 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from vfmseg.data.image import Image
 from vfmseg.data.sample import Sample
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
@@ -74,16 +75,13 @@ class Augment:
     def __call__(self, sample: Sample, generator_seed: int) -> Sample:
         """A changed copy of `sample`, of the same shape."""
         draws = np.random.default_rng(generator_seed)
-        height, width = sample.labels.shape
+        height, width = next(iter(sample.images.values())).valid.shape
         motion = self._motion(draws, square=height == width)
-        images, valid = {}, {}
-        for name, pixels in sample.images.items():
-            images[name], valid[name] = _move_image(pixels, sample.valid[name], motion)
+        images = {name: _move_image(image, motion) for name, image in sample.images.items()}
         for name, changes in self.radiometry.items():
             if name in images:
-                top = self.value_range.get(name, 0.0)
-                images[name] = _recolour(name, images[name], valid[name], changes, top, draws)
-        return Sample(images, valid, _move_labels(sample.labels, motion))
+                images[name] = _recolour(name, images[name], changes, self.value_range.get(name, 0.0), draws)
+        return Sample(images, None if sample.labels is None else _move_labels(sample.labels, motion))
 
     def _motion(self, draws: np.random.Generator, square: bool) -> _Motion:
         # every number is drawn whether it is used or not: switching one change on leaves the others as they were
@@ -110,11 +108,12 @@ def _orient(tensor: Tensor, motion: _Motion) -> Tensor:
     return torch.rot90(tensor, motion.quarters, dims=(-2, -1)) if motion.quarters else tensor
 
 
-def _move_image(pixels: Tensor, valid: Tensor, motion: _Motion) -> tuple[Tensor, Tensor]:
-    """Move float32 (C, H, W) and bool (H, W)."""
-    pixels, valid = _orient(pixels, motion), _orient(valid, motion)
+def _move_image(image: Image, motion: _Motion) -> Image:
+    """Move an image of (C, H, W) pixels."""
+    image = image.each(lambda tensor: _orient(tensor, motion))
     if not motion.resamples:
-        return pixels, valid
+        return image
+    pixels, valid = image.pixels, image.valid
     # Invalid pixels hold 0. The weights of the valid ones are resampled beside them, and dividing by these keeps
     # a valid pixel next to nodata (or to the tile's edge) at the mean of its valid neighbours instead of darkening it.
     both = tv_tensors.Image(torch.cat([torch.where(valid, pixels, 0.0), valid[None].to(pixels.dtype)]))
@@ -128,7 +127,7 @@ def _move_image(pixels: Tensor, valid: Tensor, motion: _Motion) -> tuple[Tensor,
     ).as_subclass(Tensor)
     weight = moved[-1]
     kept = weight >= 0.5
-    return torch.where(kept, moved[:-1] / weight.clamp(min=0.5), 0.0), kept
+    return Image(torch.where(kept, moved[:-1] / weight.clamp(min=0.5), 0.0), kept)
 
 
 def _move_labels(labels: Tensor, motion: _Motion) -> Tensor:
@@ -147,10 +146,9 @@ def _move_labels(labels: Tensor, motion: _Motion) -> Tensor:
     return moved.as_subclass(Tensor)
 
 
-def _recolour(
-    name: str, pixels: Tensor, valid: Tensor, changes: Radiometry, top: float, draws: np.random.Generator
-) -> Tensor:
-    """Change the colours of float32 (C, H, W) where valid; `top` > 0 clips to 0..top."""
+def _recolour(name: str, image: Image, changes: Radiometry, top: float, draws: np.random.Generator) -> Image:
+    """Change the colours of an image of (C, H, W) pixels where it is valid; `top` > 0 clips to 0..top."""
+    pixels, valid = image.pixels, image.valid
     signs = 2.0 * draws.random(4) - 1.0
     brightness, contrast, saturation = (
         max(0.0, 1.0 + sign * limit)
@@ -174,4 +172,4 @@ def _recolour(
         out = tv.adjust_hue(out.clamp(min=0.0) / unit, float(signs[3]) * changes.hue) * unit
     if top > 0:
         out = out.clamp(0.0, top)
-    return torch.where(valid, out, 0.0)
+    return Image(torch.where(valid, out, 0.0), valid)

@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 
+from vfmseg.data.image import Known, known
 from vfmseg.data.scene import SceneLike
 from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError
@@ -28,7 +29,9 @@ def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
                     )
 
 
-def require_labels(scenes: Sequence[SceneLike], split: str, classes: int, traces: Traces | None = None) -> list[int]:
+def require_labels(
+    scenes: Sequence[SceneLike], split: str, classes: int, rule: Known, traces: Traces | None = None
+) -> list[int]:
     """Read every label once, and count the pixels of each of `classes` classes; `traces` sees them as well.
 
     DataError for an id that is no class, if not a single pixel of the split is labelled, and if the images say nothing
@@ -47,8 +50,7 @@ def require_labels(scenes: Sequence[SceneLike], split: str, classes: int, traces
             labelled = labels != IGNORE
             counts += np.bincount(labels[labelled], minlength=classes)
             if not seen and labelled.any():
-                chips = scene.read(window).values()
-                seen = bool(np.all([labelled, *(chip.valid for chip in chips)], axis=0).any())
+                seen = bool((labelled & known(scene.read(window), rule)).any())
     if not counts.any():
         raise DataError(
             f"data.{split}: every pixel of its {len(scenes)} scenes is ignored (ignore_index or nodata); expected some "

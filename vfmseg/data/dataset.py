@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vfmseg.data.augment import Augment
+from vfmseg.data.image import Image, Known, known
 from vfmseg.data.sample import Sample
 from vfmseg.data.scene import SceneLike
 from vfmseg.data.windows import Draw, Purpose, rng
@@ -39,7 +40,8 @@ class TrainingWindows(Dataset[Sample]):
 
     A scene of h x w pixels is visited ceil(h / tile) * ceil(w / tile) times an epoch, each time anywhere in it; with
     `samples_per_epoch` scenes keep these shares on average. Window and augmentation follow from
-    (seed, epoch, index). Scenes smaller than a tile are filled up with invalid, unlabelled pixels.
+    (seed, epoch, index). Scenes smaller than a tile are filled up with invalid, unlabelled pixels. `rule`: where
+    several modalities have an answer; a window without any labelled pixel there is drawn again.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TrainingWindows(Dataset[Sample]):
         tile: int,
         seed: int,
         augment: Augment | None,
+        rule: Known,
         samples_per_epoch: int | None = None,
     ) -> None:
         if not scenes:
@@ -56,6 +59,7 @@ class TrainingWindows(Dataset[Sample]):
         self.tile = tile
         self.seed = seed
         self.augment = augment
+        self.rule = rule
         grids = [scene.grid for scene in self.scenes]
         widest = max(side for grid in grids for side in (grid.height, grid.width))
         if tile > SMALL_TILE and tile >= 2 * widest:
@@ -82,7 +86,7 @@ class TrainingWindows(Dataset[Sample]):
         chips, labels = self._learnable(scene, draws)
         sample = to_sample(chips, labels)
         if draw.filler:
-            return Sample(sample.images, sample.valid, torch.full_like(sample.labels, IGNORE))
+            return Sample(sample.images, torch.full((self.tile, self.tile), IGNORE))
         if self.augment is None:
             return sample
         stream = rng(Purpose.AUGMENT, self.seed, draw.epoch, draw.index)
@@ -109,8 +113,7 @@ class TrainingWindows(Dataset[Sample]):
             if left and not (labels != IGNORE).any():
                 continue  # the images need not be read to know
             chips = scene.read(window)
-            seen = np.all([chip.valid for chip in chips.values()], axis=0)
-            if not left or (seen & (labels != IGNORE)).any():
+            if not left or (known(chips, self.rule) & (labels != IGNORE)).any():
                 break
         return chips, labels
 
@@ -142,8 +145,9 @@ class CoverWindows(Dataset[Sample]):
         number, part = self.place(index)
         scene, window, core = self.scenes[number], part.window, part.core
         labels = np.full(window.shape, IGNORE, dtype=np.int64)
-        inside = Window(core.row - window.row, core.col - window.col, core.height, core.width)
-        labels[inside.rows, inside.cols] = scene.read_labels(core)
+        both = window.shared(core)
+        if both is not None:
+            labels[both[0]] = scene.read_labels(core)
         return to_sample(scene.read(window), labels)
 
 
@@ -155,9 +159,6 @@ def random_window(grid: Grid, tile: int, draws: np.random.Generator) -> Window:
 
 
 def to_sample(chips: dict[str, Chip], labels: np.ndarray) -> Sample:
-    """Chips of one window as tensors: images float32 (C, h, w), valid bool (h, w), labels int64 (h, w)."""
-    return Sample(
-        images={name: torch.from_numpy(np.ascontiguousarray(c.pixels)) for name, c in chips.items()},
-        valid={name: torch.from_numpy(np.ascontiguousarray(c.valid)) for name, c in chips.items()},
-        labels=torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)),
-    )
+    """Chips of one window as a sample of tensors, with labels int64 (h, w)."""
+    images = {name: Image.of(chip) for name, chip in chips.items()}
+    return Sample(images, torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vfmseg.data.image import Known, known
 from vfmseg.data.scene import SceneLike
 from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Window
@@ -47,8 +48,8 @@ class Survey:
     fills: list[Fill] = field(default_factory=list)
 
 
-def survey(scenes: Sequence[SceneLike], classes: int) -> Survey:
-    """Look at windows spread evenly over all scenes; a class index and validity count where every modality is read."""
+def survey(scenes: Sequence[SceneLike], classes: int, rule: Known) -> Survey:
+    """Look at windows spread evenly over all scenes; `rule`: where several modalities have an answer."""
     found = Survey(np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64))
     values: dict[str, list[np.ndarray]] = {}
     before = [{name: Hidden(h.pixels, dict(h.causes)) for name, h in scene.hidden().items()} for scene in scenes]
@@ -56,7 +57,7 @@ def survey(scenes: Sequence[SceneLike], classes: int) -> Survey:
         for window in _spread(scene.grid.height, scene.grid.width, max(1, PIXELS // (SIDE * SIDE * len(scenes)))):
             labels, chips = scene.read_labels(window), scene.read(window)
             labelled = labels != IGNORE
-            visible = labelled & np.all([chip.valid for chip in chips.values()], axis=0)
+            visible = labelled & known(chips, rule)
             found.labelled += np.bincount(labels[labelled], minlength=classes)
             found.visible += np.bincount(labels[visible], minlength=classes)
             for name, chip in chips.items():

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vfmseg.data.image import Image
 from vfmseg.geo.grid import Window
+from vfmseg.geo.validity import Chip
+from vfmseg.inference.contracts import Tiles
 from vfmseg.inference.plan import Place
 from vfmseg.inference.reading import Rows
 
@@ -18,27 +21,35 @@ OPEN_BATCHES = 3
 
 
 @dataclass
-class Batch:
-    """Tiles for one call of the model. numbers: slot -> number of the tile in the run; first: the least of them."""
+class TileBatch:
+    """Places for the tiles of one call of the model; chips of pixels float32 (B, C, t, t) and valid (B, t, t).
+
+    numbers {place: number of its tile in the run}, windows {place: where it lies}; first: the least number.
+    """
 
     first: int
-    pixels: dict[str, np.ndarray]  # float32 (B, C, t, t)
-    valid: dict[str, np.ndarray]  # bool (B, t, t)
+    chips: dict[str, Chip]
     numbers: dict[int, int] = field(default_factory=dict)
+    windows: dict[int, Window] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Places of the batch."""
-        return len(next(iter(self.valid.values())))
+        return len(next(iter(self.chips.values())).valid)
+
+    def tiles(self) -> Tiles:
+        """The batch as a predictor takes it; tensors that share its memory."""
+        images = {name: Image.of(chip) for name, chip in self.chips.items()}
+        return Tiles(images, tuple(self.windows.get(place) for place in range(self.size)))
 
 
 class Batcher:
     """Fills batches; each tile has its place in a batch, whatever the other places hold."""
 
-    def __init__(self, tile: int, hand_on: Callable[[Batch], None]) -> None:
+    def __init__(self, tile: int, hand_on: Callable[[TileBatch], None]) -> None:
         self.tile = tile
         self.hand_on = hand_on
-        self.open: deque[Batch] = deque()
+        self.open: deque[TileBatch] = deque()
 
     def add(self, rows: Rows, window: Window, place: Place, number: int) -> None:
         """Copy a tile into its place in the first open batch of its size that has it free."""
@@ -49,12 +60,9 @@ class Batcher:
                 self.hand_on(self.open.popleft())
             batch = self._empty(rows, place.size, number)
             self.open.append(batch)
-        rows.copy(
-            window,
-            {name: array[slot] for name, array in batch.pixels.items()},
-            {name: array[slot] for name, array in batch.valid.items()},
-        )
+        rows.copy(window, {name: Chip(chip.pixels[slot], chip.valid[slot]) for name, chip in batch.chips.items()})
         batch.numbers[slot] = number
+        batch.windows[slot] = window
         while self.open and len(self.open[0].numbers) == self.open[0].size:
             self.hand_on(self.open.popleft())
 
@@ -63,11 +71,10 @@ class Batcher:
         while self.open and self.open[0].first < before:
             self.hand_on(self.open.popleft())
 
-    def _empty(self, rows: Rows, size: int, first: int) -> Batch:
+    def _empty(self, rows: Rows, size: int, first: int) -> TileBatch:
         side = (self.tile, self.tile)
-        bands = rows.bands()
-        return Batch(
-            first,
-            {name: np.zeros((size, count, *side), dtype=np.float32) for name, count in bands.items()},
-            {name: np.zeros((size, *side), dtype=bool) for name in bands},
-        )
+        chips = {
+            name: Chip(np.zeros((size, count, *side), dtype=np.float32), np.zeros((size, *side), dtype=bool))
+            for name, count in rows.bands().items()
+        }
+        return TileBatch(first, chips)

@@ -9,11 +9,23 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from vfmseg.data.image import Images, Known
 from vfmseg.geo.grid import Window
 
-# images {modality: (B, C, t, t)} in image units and valid {modality: (B, t, t)}, on the CPU -> votes float32
-# (B, K, t, t) on the model's device: probabilities or logits
-Predictor = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Tiles for one call of a predictor: images of (B, C, t, t) pixels on the CPU, and where each lies in the scene.
+
+    windows: one for each of the B places; None for a place that holds no tile, of which nothing is valid.
+    """
+
+    images: Images
+    windows: tuple[Window | None, ...]
+
+
+# tiles -> votes float32 (B, K, t, t) on the model's device: probabilities or logits
+Predictor = Callable[[Tiles], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,12 @@ class Area:
 
 @dataclass(frozen=True)
 class Model:
-    """What the engine asks of a model: `vote` on batches, with `classes` votes a pixel, which lie on `device`."""
+    """What the engine asks of a model: `vote` on tiles, with `classes` votes a pixel, which lie on `device`.
+
+    rule: where several modalities have an answer; elsewhere pixels get no label, and tiles without one are not run.
+    """
 
     vote: Predictor
     classes: int
     device: str = "cpu"
+    rule: Known = "all"

@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfmseg.data.image import Known
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Tile, Window
-from vfmseg.inference.batches import OPEN_BATCHES, Batch, Batcher
+from vfmseg.inference.batches import OPEN_BATCHES, Batcher, TileBatch
 from vfmseg.inference.blend import Band
 from vfmseg.inference.contracts import WAITING, Area, Finished, Model, Predictor, Product, Report, Sink, Tick
 from vfmseg.inference.plan import Plan, Run
@@ -74,7 +75,7 @@ def label_run(
     """
     report = Report()
     with Stages() as stages:
-        work = _Work(scenes, stored, plan, run, stages, area)
+        work = _Work(scenes, stored, plan, run, stages, model.rule, area)
         stages.start("reader", work.read)
         stages.start("batcher", work.cut)
         stages.start("sink", lambda: work.write(sink))
@@ -97,9 +98,10 @@ class _Work:
         plan: Plan,
         run: Run,
         stages: Stages,
+        rule: Known,
         area: Area | None,
     ) -> None:
-        self.plan, self.stages, self.area = plan, stages, area
+        self.plan, self.stages, self.rule, self.area = plan, stages, rule, area
         self.cells = range(run.shards[0].rows[0], run.shards[-1].rows[1])
         self.tile_rows = plan.rows.tiles_of(self.cells.start, self.cells.stop)
         self.tile_cols = plan.tile_columns(run.strip)
@@ -113,7 +115,7 @@ class _Work:
         self.readers = Readers(scenes, stored, stages, None if area is None else self.needs)
         self.chunk_height = chunk_rows(stored.block[0], plan.tile)
         self.chunks: Pipe[Chunk] = Pipe(stages, 1)
-        self.queue: Pipe[Batch | _Step | None] = Pipe(stages, 4 * len(self.tile_cols) + 4)
+        self.queue: Pipe[TileBatch | _Step | None] = Pipe(stages, 4 * len(self.tile_cols) + 4)
         self.waiting: Pipe[None] = Pipe(stages, WAITING)  # a token for each whole batch in the queue
         self.rows: Pipe[tuple[Window, dict[str, np.ndarray]] | None] = Pipe(stages, 2)
         self.written: Pipe[None] = Pipe(stages, 1)
@@ -124,7 +126,7 @@ class _Work:
 
     def cut(self) -> None:
         """Thread: cut tiles into batches, in the order of the grid; after each row of tiles say what is finished."""
-        rows = Rows(self.chunks, self.place.row + self.place.height)
+        rows = Rows(self.chunks, self.place.row + self.place.height, self.rule)
         batcher = Batcher(self.plan.tile, self.hand_on)
         number = 0
         for row in self.tile_rows:
@@ -175,7 +177,7 @@ class _Work:
             valid &= self.area.mask(window)
         return _Step(finished=window, valid=valid, top=rows_of.edge(row + 1))
 
-    def hand_on(self, batch: Batch) -> None:
+    def hand_on(self, batch: TileBatch) -> None:
         """Queue a batch for the model; waits while two are queued."""
         self.waiting.put(None)
         self.queue.put(batch)
@@ -237,10 +239,8 @@ def _consume(
             return
 
 
-def _votes(vote: Predictor, batch: Batch) -> dict[int, Tensor]:
-    images = {name: torch.from_numpy(array) for name, array in batch.pixels.items()}
-    valid = {name: torch.from_numpy(array) for name, array in batch.valid.items()}
-    answer = vote(images, valid)
+def _votes(vote: Predictor, batch: TileBatch) -> dict[int, Tensor]:
+    answer = vote(batch.tiles())
     return {number: answer[slot] for slot, number in batch.numbers.items()}
 
 

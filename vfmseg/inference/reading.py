@@ -17,7 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from vfmseg.geo.grid import Grid, Window
+from vfmseg.data.image import Known, known
+from vfmseg.geo.grid import Grid, Slices, Window
 from vfmseg.geo.validity import Chip
 from vfmseg.inference.stages import Pipe, Stages
 
@@ -54,18 +55,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows row to row + height - 1 of the columns left to left + width - 1: pixels (C, h, w) and valid (h, w)."""
+    """Some rows of a run, as wide as it reads: what each modality holds in a window of the scene."""
 
-    row: int
-    height: int
-    left: int
-    pixels: dict[str, np.ndarray]
-    valid: dict[str, np.ndarray]
+    window: Window
+    chips: dict[str, Chip]
 
     @property
     def end(self) -> int:
         """The row after the last."""
-        return self.row + self.height
+        return self.window.row + self.window.height
 
 
 def chunk_rows(block_height: int, tile: int) -> int:
@@ -126,7 +124,7 @@ class Readers:
             for row, rows in chunks_of(window.row, window.row + window.height, height):
                 places = [Window(row, col, rows, cols) for col, cols in pieces]
                 chips = list(pool.map(self._piece, places)) if len(places) > 1 else [self._piece(places[0])]
-                pipe.put(self._joined(row, rows, window.col, chips))
+                pipe.put(Chunk(Window(row, window.col, rows, window.width), _joined(chips)))
 
     def _piece(self, window: Window) -> dict[str, Chip]:
         scene = self._free.get()
@@ -143,17 +141,18 @@ class Readers:
             kept[name] = Chip(chip.pixels.astype(kind, copy=False), chip.valid)
         return kept
 
-    def _joined(self, row: int, rows: int, left: int, chips: Sequence[dict[str, Chip]]) -> Chunk:
-        if len(chips) == 1:
-            (only,) = chips
-            return Chunk(row, rows, left, {n: c.pixels for n, c in only.items()}, {n: c.valid for n, c in only.items()})
-        return Chunk(
-            row,
-            rows,
-            left,
-            {name: np.concatenate([c[name].pixels for c in chips], axis=2) for name in chips[0]},
-            {name: np.concatenate([c[name].valid for c in chips], axis=1) for name in chips[0]},
+
+def _joined(pieces: Sequence[dict[str, Chip]]) -> dict[str, Chip]:
+    """Pieces of the same rows side by side, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return {
+        name: Chip(
+            np.concatenate([piece[name].pixels for piece in pieces], axis=2),
+            np.concatenate([piece[name].valid for piece in pieces], axis=1),
         )
+        for name in pieces[0]
+    }
 
 
 def _nothing(scene: SceneSource, window: Window) -> dict[str, Chip]:
@@ -168,9 +167,11 @@ def _nothing(scene: SceneSource, window: Window) -> dict[str, Chip]:
 class Rows:
     """The chunks that tiles still need. Feeds itself from a pipe."""
 
-    def __init__(self, pipe: Pipe[Chunk], bottom: int) -> None:
+    def __init__(self, pipe: Pipe[Chunk], bottom: int, rule: Known) -> None:
+        """`bottom`: row after the last that the pipe will bring. `rule`: where several modalities have an answer."""
         self._pipe = pipe
-        self._bottom = bottom  # row after the last that the pipe will bring
+        self._bottom = bottom
+        self._rule = rule
         self._chunks: deque[Chunk] = deque()
 
     def until(self, row: int) -> None:
@@ -185,31 +186,24 @@ class Rows:
 
     def bands(self) -> dict[str, int]:
         """{modality: number of bands} of the chunks that have come."""
-        return {name: len(pixels) for name, pixels in self._chunks[0].pixels.items()}
+        return {name: len(chip.pixels) for name, chip in self._chunks[0].chips.items()}
 
     def valid(self, window: Window) -> np.ndarray:
-        """Bool (h, w): valid in every modality; False beyond the scene."""
+        """Bool (h, w): where the modalities have an answer; False beyond the scene."""
         valid = np.zeros(window.shape, dtype=bool)
         for chunk, here, there in self._overlaps(window):
-            valid[here] = np.all([mask[there] for mask in chunk.valid.values()], axis=0)
+            valid[here] = known({n: Chip(c.pixels, c.valid[there]) for n, c in chunk.chips.items()}, self._rule)
         return valid
 
-    def copy(self, window: Window, pixels: dict[str, np.ndarray], valid: dict[str, np.ndarray]) -> None:
-        """Copy a window into arrays of its size, pixels (C, h, w) and valid (h, w); beyond the scene they keep 0."""
+    def copy(self, window: Window, into: Mapping[str, Chip]) -> None:
+        """Copy a window into chips of its size; beyond the scene they keep what they hold."""
         for chunk, here, there in self._overlaps(window):
-            for name in pixels:
-                pixels[name][(slice(None), *here)] = chunk.pixels[name][(slice(None), *there)]
-                valid[name][here] = chunk.valid[name][there]
+            for name, chip in into.items():
+                chip.pixels[(slice(None), *here)] = chunk.chips[name].pixels[(slice(None), *there)]
+                chip.valid[here] = chunk.chips[name].valid[there]
 
-    def _overlaps(self, window: Window) -> list[tuple[Chunk, tuple[slice, slice], tuple[slice, slice]]]:
+    def _overlaps(self, window: Window) -> Iterator[tuple[Chunk, Slices, Slices]]:
         """Chunks that share pixels with a window; where these lie in the window, and in the chunk."""
-        found = []
         for chunk in self._chunks:
-            width = next(iter(chunk.valid.values())).shape[1]
-            top, bottom = max(window.row, chunk.row), min(window.row + window.height, chunk.end)
-            left, right = max(window.col, chunk.left), min(window.col + window.width, chunk.left + width)
-            if top < bottom and left < right:
-                here = (slice(top - window.row, bottom - window.row), slice(left - window.col, right - window.col))
-                there = (slice(top - chunk.row, bottom - chunk.row), slice(left - chunk.left, right - chunk.left))
-                found.append((chunk, here, there))
-        return found
+            if (both := window.shared(chunk.window)) is not None:
+                yield chunk, *both

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vfmseg.inference.contracts import Predictor
+from vfmseg.data.image import Image, Images, known
+from vfmseg.inference.contracts import Predictor, Tiles
 
 VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
     "none": ((0, False),),
@@ -31,17 +33,16 @@ def averaged(vote: Predictor, views: str, scales: Sequence[float]) -> Predictor:
     if chosen == VIEWS["none"] and tuple(scales) == (1.0,):
         return vote
 
-    def predict(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
-        side = next(iter(images.values())).shape[-2:]
+    def predict(tiles: Tiles) -> Tensor:
+        side = next(iter(tiles.images.values())).valid.shape[-2:]
         total: Tensor | None = None
         weights = torch.zeros(())
         for scale in scales:
-            resized = {name: _resize(image, valid[name], scale) for name, image in images.items()}
-            weight = _weight([mask for _, mask in resized.values()])
+            resized = {name: _resize(image, scale) for name, image in tiles.images.items()}
+            weight = _weight(resized)
             for turns, mirror in chosen:
-                seen = {name: _turn(image, turns, mirror) for name, (image, _) in resized.items()}
-                masks = {name: _turn(mask, turns, mirror) for name, (_, mask) in resized.items()}
-                answer = _turn_back(vote(seen, masks), turns, mirror)
+                seen = {name: image.each(partial(_turn, turns=turns, mirror=mirror)) for name, image in resized.items()}
+                answer = _turn_back(vote(Tiles(seen, tiles.windows)), turns, mirror)
                 if answer.shape[-2:] != side:
                     answer = F.interpolate(answer, size=side, mode="bilinear", antialias=scale > 1)
                 answer = answer * weight.to(answer.device)
@@ -53,9 +54,9 @@ def averaged(vote: Predictor, views: str, scales: Sequence[float]) -> Predictor:
     return predict
 
 
-def _weight(masks: Sequence[Tensor]) -> Tensor:
-    """What the answer to each sample counts (B, 1, 1, 1): 1 where any modality (B, h, w) has a valid pixel."""
-    sees = torch.stack([mask.flatten(1).any(dim=1) for mask in masks]).any(dim=0)
+def _weight(images: Images) -> Tensor:
+    """What the answer to each tile counts (B, 1, 1, 1): 1 where any modality has a valid pixel."""
+    sees = known(images, "any").flatten(1).any(dim=1)
     return torch.where(sees, 1.0, BLIND)[:, None, None, None]
 
 
@@ -68,15 +69,16 @@ def _turn_back(x: Tensor, turns: int, mirror: bool) -> Tensor:
     return torch.rot90(x.flip(-1) if mirror else x, -turns, dims=(-2, -1))
 
 
-def _resize(image: Tensor, valid: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Image (B, C, h, w) and mask (B, h, w) at a scale: means of valid pixels, where these are more than a half."""
+def _resize(image: Image, scale: float) -> Image:
+    """An image of (B, C, h, w) pixels at a scale: means of valid pixels, where these are more than a half."""
     if scale == 1:
-        return image, valid
-    sides = [max(1, round(side * scale)) for side in image.shape[-2:]]
+        return image
+    pixels, valid = image.pixels, image.valid
+    sides = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
     # what is invalid may hold NaN, which times 0 is no 0
-    kept = torch.where(valid[:, None], image, 0.0)
+    kept = torch.where(valid[:, None], pixels, 0.0)
     sums, share = (
         F.interpolate(x, size=sides, mode="bilinear", antialias=scale < 1) for x in (kept, valid[:, None].float())
     )
     enough = share > 0.5
-    return torch.where(enough, sums / share, 0.0), enough[:, 0]
+    return Image(torch.where(enough, sums / share, 0.0), enough[:, 0])

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vfmseg.inference.contracts import Predictor
+from vfmseg.data.image import Images
+from vfmseg.inference.contracts import Predictor, Tiles
 
 
 def voter(
-    model: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor],
-    modalities: Sequence[str],
+    model: Callable[[Images], Tensor],
     device: torch.device,
     dtype: torch.dtype,
     logits: bool,
 ) -> Predictor:
-    """A predictor that runs `model` (images, valid -> logits) on `device` in `dtype` and answers in float32.
+    """A predictor that runs `model` (images -> logits) on `device` in `dtype` and answers in float32.
 
     `logits`: it answers with them; else with probabilities.
     """
 
-    def vote(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
-        images = {name: images[name].to(device, non_blocking=True) for name in modalities}
-        valid = {name: valid[name].to(device, non_blocking=True) for name in modalities}
+    def vote(tiles: Tiles) -> Tensor:
+        images = {
+            name: image.each(lambda tensor: tensor.to(device, non_blocking=True))
+            for name, image in tiles.images.items()
+        }
         enabled = dtype is not torch.float32
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            answer = model(images, valid).float()  # (B, K, t, t)
+            answer = model(images).float()  # (B, K, t, t)
             return answer if logits else answer.softmax(dim=1)
 
     return vote
@@ -40,12 +42,14 @@ def filled_up(vote: Predictor, size: int) -> Predictor:
     For compiled models: every further shape would be compiled anew, and answered by another code.
     """
 
-    def predict(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
-        batch = len(next(iter(images.values())))
+    def predict(tiles: Tiles) -> Tensor:
+        batch = len(tiles.windows)
         if batch >= size:
-            return vote(images, valid)
-        images = {name: F.pad(image, (0, 0, 0, 0, 0, 0, 0, size - batch)) for name, image in images.items()}
-        valid = {name: F.pad(mask, (0, 0, 0, 0, 0, size - batch)) for name, mask in valid.items()}
-        return vote(images, valid)[:batch]
+            return vote(tiles)
+        images = {
+            name: image.each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, size - batch)))
+            for name, image in tiles.images.items()
+        }
+        return vote(Tiles(images, tiles.windows + (None,) * (size - batch)))[:batch]
 
     return predict

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
+from vfmseg.data.image import Known
 from vfmseg.data.sample import Batch, collate
 from vfmseg.data.windows import Draw, epoch_order, rank_batches
 from vfmseg.errors import MachineError, RecipeError, VfmsegError
@@ -262,7 +263,7 @@ def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 @torch.no_grad()
 def score_windows(
-    accelerator: Accelerator, model: nn.Module, data: CoverWindows, classes: int, batch_size: int
+    accelerator: Accelerator, model: nn.Module, data: CoverWindows, classes: int, batch_size: int, rule: Known
 ) -> Confusion:
     """One confusion matrix over all windows, each on exactly one process, the same on every process afterwards.
 
@@ -275,8 +276,8 @@ def score_windows(
     for first in range(0, len(mine), batch_size):
         batch = collate([data[i] for i in mine[first : first + batch_size]]).to(accelerator.device)
         with accelerator.autocast():
-            logits = model(batch.images, batch.valid)
-        confusion.update(logits.argmax(dim=1), batch.targets())
+            logits = model(batch.images)
+        confusion.update(logits.argmax(dim=1), batch.targets(rule))
     confusion.matrix = global_sum(confusion.matrix.to(accelerator.device)).cpu()
     model.train(was_training)
     return confusion

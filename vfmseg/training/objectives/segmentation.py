@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vfmseg.data.image import Known
 from vfmseg.data.sample import Batch
 from vfmseg.training.losses import LOSSES, counts
 
@@ -29,20 +30,26 @@ class Segmentation:
     """
 
     def __init__(
-        self, losses: Mapping[str, float], class_weights: tuple[float, ...] | None = None, focal_gamma: float = 2.0
+        self,
+        losses: Mapping[str, float],
+        rule: Known,
+        class_weights: tuple[float, ...] | None = None,
+        focal_gamma: float = 2.0,
     ) -> None:
+        """`rule`: where several modalities have an answer; pixels without one count nowhere."""
+        self.rule = rule
         self.losses = dict(losses)
         self.class_weights = class_weights
         self.focal_gamma = focal_gamma
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted number of valid labelled pixels, and number of samples that have any."""
-        return counts(batch.targets(), self.class_weights)
+        return counts(batch.targets(self.rule), self.class_weights)
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Run the model once and return the sum of each loss."""
-        logits = model(batch.images, batch.valid)  # (B, K, H, W)
-        targets = batch.targets()
+        logits = model(batch.images)  # (B, K, H, W)
+        targets = batch.targets(self.rule)
         out: dict[str, Term] = {}
         for name, weight in self.losses.items():
             loss = LOSSES[name]

@@ -134,14 +134,14 @@ def vfmseg(task: Task, blend: str = "hann") -> Callable[[], None]:
     """The engine that `vfmseg predict` and `Segmenter.predict` stand on, with its own defaults."""
     sys.path.insert(0, str(ROOT))
     from vfmseg.geo.reader import Bands
-    from vfmseg.inference.contracts import Model
+    from vfmseg.inference.contracts import Model, Tiles
     from vfmseg.inference.job import Settings, into_files, prepare
     from vfmseg.inference.products import Products
     from vfmseg.inference.sources import OpenScene
 
-    def vote(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def vote(tiles: Tiles) -> Tensor:
         with torch.inference_mode():
-            return task.net(images["image"]).softmax(dim=1)
+            return task.net(tiles.images["image"].pixels).softmax(dim=1)
 
     def work() -> None:
         scene = OpenScene({"image": str(task.scene)}, {"image": Bands()})

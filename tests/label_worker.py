@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vfmseg.geo.reader import Bands
-from vfmseg.inference.contracts import Model
+from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.job import Settings, into_files, prepare
 from vfmseg.inference.products import Products
 from vfmseg.inference.ranks import joined
@@ -19,10 +18,10 @@ from vfmseg.inference.sources import OpenScene
 torch.set_num_threads(1)
 
 
-def vote(images: Any, valid: Any) -> torch.Tensor:
+def vote(tiles: Tiles) -> torch.Tensor:
     if "--slow" in sys.argv:
         time.sleep(0.01)
-    values = images["x"][:, 0]
+    values = tiles.images["x"].pixels[:, 0]
     return torch.stack([-((values - k) ** 2) for k in range(3)], dim=1).softmax(dim=1)
 
 

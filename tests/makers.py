@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import yaml
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 
+from vfmseg.data.image import Image
 from vfmseg.disk.digests import signed
+from vfmseg.inference.contracts import Tiles
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -184,3 +186,18 @@ def sign(folder: Path) -> None:
     """Make a segmenter folder that a test has changed one whose digests are right again."""
     record = json.loads((folder / "segmenter.json").read_text())
     (folder / "segmenter.json").write_text(json.dumps(signed(record, folder, set(record["files"]))))
+
+
+def apart(tiles: Tiles) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Pixels and masks of tiles, by modality."""
+    return {n: i.pixels for n, i in tiles.images.items()}, {n: i.valid for n, i in tiles.images.items()}
+
+
+def tiles_of(images: Mapping[str, torch.Tensor], valid: Mapping[str, torch.Tensor]) -> Tiles:
+    """Pixels and masks as tiles that lie nowhere."""
+    return Tiles(images_of(images, valid), (None,) * len(next(iter(valid.values()))))
+
+
+def images_of(pixels: Mapping[str, torch.Tensor], valid: Mapping[str, torch.Tensor]) -> dict[str, Image]:
+    """Pixels and masks by modality as images."""
+    return {name: Image(pixels[name], valid[name]) for name in pixels}

@@ -78,9 +78,9 @@ def test_callers_are_held_to_the_bounds_of_the_recipe(tmp_path: Path, how: How, 
 def test_windows_far_larger_than_all_scenes_are_refused() -> None:
     scenes = [ArrayScene(96, 96), ArrayScene(64, 80)]
     with pytest.raises(DataError, match=r"data\.tile = 4096, but the longest side of a training scene is 96 px.*= 96$"):
-        TrainingWindows(scenes, 4096, 0, None)
-    assert len(TrainingWindows(scenes, 256, 0, None)) == 2  # the default tile, and small chips
-    assert len(TrainingWindows([ArrayScene(1100, 8), ArrayScene(8, 8)], 2048, 0, None)) == 2
+        TrainingWindows(scenes, 4096, 0, None, "all")
+    assert len(TrainingWindows(scenes, 256, 0, None, "all")) == 2  # the default tile, and small chips
+    assert len(TrainingWindows([ArrayScene(1100, 8), ArrayScene(8, 8)], 2048, 0, None, "all")) == 2
 
 
 class Vast:
@@ -97,8 +97,8 @@ def test_windows_of_vast_scenes_are_counted_and_not_listed() -> None:
     number, tile = cover.place(len(cover) - 1)
     assert (number, tile.window.row) == (1, 2**31 - 257)
     with pytest.raises(DataError, match=f"more than {MOST_WINDOWS:,}; set data.samples_per_epoch"):
-        TrainingWindows([Vast()], 256, 0, None)  # type: ignore[list-item]
-    windows = TrainingWindows([Vast(), Vast()], 256, 0, None, 100)  # type: ignore[list-item]
+        TrainingWindows([Vast()], 256, 0, None, "all")  # type: ignore[list-item]
+    windows = TrainingWindows([Vast(), Vast()], 256, 0, None, "all", 100)  # type: ignore[list-item]
     slots = {windows._slot(Draw(epoch, index)) for epoch in range(3) for index in range(100)}
     assert len(slots) == 300
     assert max(slots) >= (2**23) ** 2 > min(slots)
@@ -118,7 +118,7 @@ def test_a_small_file_that_claims_billions_of_pixels_is_planned_without_memory(
     )
     scene = OpenScene({"rgb": str(file)}, {"rgb": Bands(indexes=(1,))})
     tracemalloc.start()
-    model = Model(lambda images, valid: images["rgb"], 2)
+    model = Model(lambda tiles: tiles.images["rgb"].pixels, 2)
     job = prepare([scene], scene.stored(), {"rgb": 1}, model, Products((0, 1)), 1, Settings(256))
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()

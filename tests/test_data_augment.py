@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vfmseg.data.augment import Augment, Radiometry
+from vfmseg.data.image import Image
 from vfmseg.data.sample import Sample
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
@@ -34,11 +35,16 @@ def board(height: int = SIZE, width: int = SIZE, cell: int = 12) -> torch.Tensor
 def sample(height: int = SIZE, width: int = SIZE) -> Sample:
     """Both modalities show the labels: optical as 100 times the class in three bands, dem as the class itself."""
     labels = board(height, width)
-    return Sample(
-        images={"optical": labels.expand(3, -1, -1) * 80.0, "dem": labels[None].float()},
-        valid={name: torch.ones(height, width, dtype=torch.bool) for name in ("optical", "dem")},
-        labels=labels,
-    )
+    images = {
+        "optical": Image(labels.expand(3, -1, -1) * 80.0, torch.ones(height, width, dtype=torch.bool)),
+        "dem": Image(labels[None].float(), torch.ones(height, width, dtype=torch.bool)),
+    }
+    return Sample(images, labels)
+
+
+def repaint(one: Sample, name: str, pixels: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+    """Give a modality other pixels, and another mask if one is given."""
+    one.images[name] = Image(pixels, one.images[name].valid if valid is None else valid)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -48,15 +54,15 @@ def test_checkerboards_stay_registered_with_the_labels(name: str) -> None:
     for seed in range(12):
         out = GEOMETRIES[name](sample(), seed)
         changed += not torch.equal(out.labels, sample().labels)
-        for image, unit in ((out.images["optical"], 80.0), (out.images["dem"], 1.0)):
+        for image, unit in ((out.images["optical"].pixels, 80.0), (out.images["dem"].pixels, 1.0)):
             shown = image[0] / unit
-            valid = out.valid["dem"] & (out.labels != IGNORE)
+            valid = out.images["dem"].valid & (out.labels != IGNORE)
             assert valid.float().mean() > 0.3
             # wherever a pixel was not mixed from two cells, it shows its label
             pure = valid & (((shown - 1).abs() < 1e-3) | ((shown - 3).abs() < 1e-3))
             assert pure.sum() > 0.6 * valid.sum()
             assert (shown.round()[pure] == out.labels[pure]).all()
-        assert torch.equal(out.valid["optical"], out.valid["dem"])
+        assert torch.equal(out.images["optical"].valid, out.images["dem"].valid)
     assert changed >= 4
 
 
@@ -65,8 +71,8 @@ def test_pixels_mixed_by_resampling_follow_the_label_within_a_pixel() -> None:
     # a shift of half a pixel between image and labels would make far more than the cell borders disagree
     for seed in range(6):
         out = Augment(scale=(0.8, 1.4), rotate=30.0)(sample(), seed)
-        valid = out.valid["dem"] & (out.labels != IGNORE)
-        agree = (out.images["dem"][0] > 2) == (out.labels == 3)
+        valid = out.images["dem"].valid & (out.labels != IGNORE)
+        agree = (out.images["dem"].pixels[0] > 2) == (out.labels == 3)
         assert agree[valid].float().mean() > 0.985
 
 
@@ -85,7 +91,7 @@ def test_without_quarter_turns_only_mirrors_and_tiles_that_are_not_square_keep_t
         for seed in range(40):
             out = augment(sample(40, 64), seed)
             seen.add(next(i for i, one in enumerate(allowed) if torch.equal(one, out.labels)))
-            assert out.images["optical"].shape == (3, 40, 64)
+            assert out.images["optical"].pixels.shape == (3, 40, 64)
         assert seen == {0, 1, 2, 3}
 
 
@@ -110,8 +116,8 @@ def test_corners_become_ignore_and_invalid_never_class_0() -> None:
         outside = out.labels == IGNORE
         filled += int(outside.sum())
         # validity is resampled too, so that at most the rim of one pixel differs
-        assert (out.valid["dem"] != ~outside).float().mean() < 0.02
-        assert (out.images["optical"][:, ~out.valid["optical"]] == 0).all()
+        assert (out.images["dem"].valid != ~outside).float().mean() < 0.02
+        assert (out.images["optical"].pixels[:, ~out.images["optical"].valid] == 0).all()
         assert outside[0, 0]
     assert filled > 1000
 
@@ -121,16 +127,17 @@ def test_corners_become_ignore_and_invalid_never_class_0() -> None:
 def test_nodata_never_mixes_into_a_valid_pixel(name: str) -> None:
     one = sample()
     hole = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.3
-    one.images["dem"] = torch.where(hole, 0.0, 500.0)[None].clone()
-    one.valid["dem"] = ~hole
+    repaint(one, "dem", torch.where(hole, 0.0, 500.0)[None].clone(), ~hole)
     for seed in range(10):
         out = GEOMETRIES[name](one, seed)
-        valid = out.valid["dem"]
+        valid = out.images["dem"].valid
         assert valid.any()
         assert (~valid).any()
-        assert torch.allclose(out.images["dem"][0][valid], torch.tensor(500.0))  # not darkened by the zeros beside it
-        assert (out.images["dem"][0][~valid] == 0).all()
-        assert out.images["optical"].sum() > 0
+        assert torch.allclose(
+            out.images["dem"].pixels[0][valid], torch.tensor(500.0)
+        )  # not darkened by the zeros beside it
+        assert (out.images["dem"].pixels[0][~valid] == 0).all()
+        assert out.images["optical"].pixels.sum() > 0
 
 
 def test_radiometry_changes_only_its_modality() -> None:
@@ -139,26 +146,32 @@ def test_radiometry_changes_only_its_modality() -> None:
         flip=False, rotate90=False, radiometry={"optical": Radiometry(0.3, 0.3)}, value_range={"optical": 255.0}
     )
     after = augment(before, 3)
-    assert torch.equal(after.images["dem"], before.images["dem"])
+    assert torch.equal(after.images["dem"].pixels, before.images["dem"].pixels)
     assert torch.equal(after.labels, before.labels)
-    assert not torch.equal(after.images["optical"], before.images["optical"])
-    assert torch.equal(before.images["optical"], sample().images["optical"])  # the sample given is not written to
+    assert not torch.equal(after.images["optical"].pixels, before.images["optical"].pixels)
+    assert torch.equal(
+        before.images["optical"].pixels, sample().images["optical"].pixels
+    )  # the sample given is not written to
 
 
 def test_radiometry_of_8_bit_images_stays_in_0_to_255() -> None:
     one = sample()
-    one.images["optical"] = torch.linspace(0, 255, SIZE * SIZE * 3).reshape(3, SIZE, SIZE)
+    repaint(one, "optical", torch.linspace(0, 255, SIZE * SIZE * 3).reshape(3, SIZE, SIZE))
     augment = Augment(radiometry={"optical": Radiometry(0.9, 0.9, 0.9, 0.5)}, value_range={"optical": 255.0})
     highest = 0.0
     for seed in range(20):
-        image = augment(one, seed).images["optical"]
+        image = augment(one, seed).images["optical"].pixels
         assert image.min() >= 0
         assert image.max() <= 255
         highest = max(highest, float(image.max()))
     assert highest == 255
     # where the range is not known, nothing is clipped: 16-bit values and decibels keep their size
-    one.images["optical"] = one.images["optical"] * 100 - 3000
-    free = Augment(flip=False, rotate90=False, radiometry={"optical": Radiometry(0.0, 0.5)})(one, 0).images["optical"]
+    repaint(one, "optical", one.images["optical"].pixels * 100 - 3000)
+    free = (
+        Augment(flip=False, rotate90=False, radiometry={"optical": Radiometry(0.0, 0.5)})(one, 0)
+        .images["optical"]
+        .pixels
+    )
     assert free.max() > 10000
     assert free.min() < -1000
 
@@ -166,12 +179,12 @@ def test_radiometry_of_8_bit_images_stays_in_0_to_255() -> None:
 @pytest.mark.pitfall("P26")
 def test_radiometry_measures_valid_pixels_only_and_leaves_the_others_0() -> None:
     one = sample()
-    one.valid["optical"][:, :48] = False
-    one.images["optical"][:, :, :48] = 0
-    one.images["optical"][:, :, 48:] = 200.0
+    one.images["optical"].valid[:, :48] = False
+    one.images["optical"].pixels[:, :, :48] = 0
+    one.images["optical"].pixels[:, :, 48:] = 200.0
     augment = Augment(flip=False, rotate90=False, radiometry={"optical": Radiometry(contrast=0.9)})
     for seed in range(5):
-        image = augment(one, seed).images["optical"]
+        image = augment(one, seed).images["optical"].pixels
         assert (image[:, :, :48] == 0).all()
         # all valid pixels are alike: contrast about *their* mean changes nothing
         assert torch.allclose(image[:, :, 48:], torch.tensor(200.0))
@@ -179,14 +192,14 @@ def test_radiometry_measures_valid_pixels_only_and_leaves_the_others_0() -> None
 
 def test_colour_changes_do_what_their_names_say() -> None:
     one = sample()
-    one.images["optical"] = torch.stack([torch.full((SIZE, SIZE), v) for v in (200.0, 100.0, 50.0)])
+    repaint(one, "optical", torch.stack([torch.full((SIZE, SIZE), v) for v in (200.0, 100.0, 50.0)]))
     still = {"flip": False, "rotate90": False}
 
     def change(changes: Radiometry, seed: int = 1, top: float = 255.0) -> torch.Tensor:
         augment = Augment(**still, radiometry={"optical": changes}, value_range={"optical": top})
-        return augment(one, seed).images["optical"][:, 0, 0]
+        return augment(one, seed).images["optical"].pixels[:, 0, 0]
 
-    base = one.images["optical"][:, 0, 0]
+    base = one.images["optical"].pixels[:, 0, 0]
     brighter = change(Radiometry(brightness=0.2))
     assert torch.allclose(brighter / base, (brighter / base)[0].expand(3))
     assert not torch.allclose(brighter, base)
@@ -199,7 +212,7 @@ def test_colour_changes_do_what_their_names_say() -> None:
     assert hue.min() == pytest.approx(50, abs=0.1)
     assert not torch.allclose(hue, base, atol=5)
     # the same turn of the colours in other units
-    one.images["optical"] = one.images["optical"] / 255.0
+    repaint(one, "optical", one.images["optical"].pixels / 255.0)
     assert torch.allclose(change(Radiometry(hue=0.5), top=0.0) * 255.0, hue, atol=0.05)
 
 
@@ -218,7 +231,7 @@ def test_the_seed_alone_decides_and_global_states_are_left_alone() -> None:
     assert states[2] == random.getstate()
     torch.rand(7), np.random.rand(7), random.random()
     again, other = augment(sample(), 5), augment(sample(), 6)
-    assert torch.equal(first.images["optical"], again.images["optical"])
+    assert torch.equal(first.images["optical"].pixels, again.images["optical"].pixels)
     assert torch.equal(first.labels, again.labels)
     assert not torch.equal(first.labels, other.labels)
 
@@ -238,6 +251,7 @@ def test_nothing_is_resampled_while_scale_and_rotate_are_off(monkeypatch: pytest
     monkeypatch.setattr(module.tv, "affine", forbidden)
     for seed in range(8):
         out = Augment()(sample(), seed)
-        assert sorted(out.images["dem"].flatten().tolist()) == sorted(sample().images["dem"].flatten().tolist())
+        before, after = (one.images["dem"].pixels.flatten() for one in (sample(), out))
+        assert sorted(after.tolist()) == sorted(before.tolist())
     with pytest.raises(AssertionError, match="resampled"):
         Augment(rotate=5.0)(sample(), 0)

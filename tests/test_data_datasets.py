@@ -345,8 +345,8 @@ def test_rows_travel_to_workers_and_become_samples(tmp_path: Path) -> None:
     check(scenes)
     assert len(pickle.dumps(scenes)) < before + 100  # the decoded pixels stay here, only counts travel
     check(pickle.loads(pickle.dumps(scenes)))
-    sample = TrainingWindows(scenes, 16, 0, None)[Draw(0, 3)]
-    assert sample.images["rgb"].shape == (3, 16, 16)
+    sample = TrainingWindows(scenes, 16, 0, None, "all")[Draw(0, 3)]
+    assert sample.images["rgb"].pixels.shape == (3, 16, 16)
     cover = CoverWindows(scenes, 16)
     counted = sum(int((cover[i].labels != IGNORE).sum()) for i in range(len(cover)))
     assert counted == sum(int((classes(row) != 0).sum()) for row in range(ROWS))

@@ -350,11 +350,11 @@ def test_all_pixels_ignored_is_said_before_training(tmp_path: Path) -> None:
         write_raster(tmp_path / "images" / f"{name}.tif", image(1, (300, 20)))
         write_raster(tmp_path / "labels" / f"{name}.tif", label(255, (300, 20)))
     with pytest.raises(DataError, match=r"data\.train: every pixel of its 2 scenes is ignored"):
-        require_labels(from_globs(tmp_path), "train", 2)
+        require_labels(from_globs(tmp_path), "train", 2, "all")
     labels = label(255, (300, 20))
     labels[299, 19] = 1
     write_raster(tmp_path / "labels" / "b.tif", labels)
-    assert require_labels(from_globs(tmp_path), "train", 2) == [0, 1]
+    assert require_labels(from_globs(tmp_path), "train", 2, "all") == [0, 1]
 
 
 @pytest.mark.pitfall("P26")
@@ -369,10 +369,10 @@ def test_a_split_whose_images_say_nothing_at_its_labels_is_refused(tmp_path: Pat
     with pytest.raises(
         DataError, match=r"data\.val: the images are invalid .* at every labelled pixel of its 2 scenes"
     ):
-        require_labels(from_globs(tmp_path), "val", 2)
+        require_labels(from_globs(tmp_path), "val", 2, "all")
     labels[9] = 0
     write_raster(tmp_path / "labels" / "b.tif", labels)
-    assert require_labels(from_globs(tmp_path), "val", 2) == [20, 2 * 280 * 20]
+    assert require_labels(from_globs(tmp_path), "val", 2, "all") == [20, 2 * 280 * 20]
 
 
 def test_thousands_of_scenes_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ def test_rows_of_a_published_set_leave_traces(tmp_path: Path, kind: str) -> None
         label_map = LabelMap((0, 1), 255)
         scenes = scenes_from_dataset(str(folder), "train", {"rgb": "image"}, "label", {"rgb": Bands()}, label_map)
         traces = Traces()
-        require_labels(scenes, "train", 2, traces)
+        require_labels(scenes, "train", 2, "all", traces)
         traces.split("train", scenes)
         return list(traces.found.values())
 

@@ -17,6 +17,7 @@ from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.dataset import CoverWindows, TrainingWindows, random_window
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
+from vfmseg.data.image import Image
 from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.data.scene import SceneLike
 from vfmseg.data.windows import Draw, Purpose, epoch_order, rank_batches, rng
@@ -63,15 +64,15 @@ class ArrayScene:
 
 def corner(sample: Sample) -> tuple[int, int]:
     """(row, column) of the window that a sample was cut from."""
-    value = int(sample.images["rgb"][0, 0, 0]) - 1
+    value = int(sample.images["rgb"].pixels[0, 0, 0]) - 1
     return value // 1000, value % 1000
 
 
 def equal(one: Sample | Batch, two: Sample | Batch) -> bool:
     return (
         torch.equal(one.labels, two.labels)
-        and all(torch.equal(one.images[k], two.images[k]) for k in one.images)
-        and all(torch.equal(one.valid[k], two.valid[k]) for k in one.valid)
+        and all(torch.equal(one.images[k].pixels, two.images[k].pixels) for k in one.images)
+        and all(torch.equal(one.images[k].valid, two.images[k].valid) for k in one.images)
     )
 
 
@@ -126,48 +127,48 @@ def test_forgetting_the_epoch_is_an_error() -> None:
 
 @pytest.mark.pitfall("C20")
 def test_every_offset_is_reachable_also_the_last_row_and_column() -> None:
-    data = TrainingWindows([ArrayScene(10, 9)], 7, 0, None)
+    data = TrainingWindows([ArrayScene(10, 9)], 7, 0, None, "all")
     seen = {corner(data[Draw(epoch, i)]) for epoch in range(60) for i in range(len(data))}
     assert seen == {(row, col) for row in range(4) for col in range(3)}
 
 
 @pytest.mark.pitfall("C20")
 def test_scene_of_exactly_one_tile_works() -> None:
-    data = TrainingWindows([ArrayScene(8, 8)], 8, 0, None)
+    data = TrainingWindows([ArrayScene(8, 8)], 8, 0, None, "all")
     assert len(data) == 1
     sample = data[Draw(0, 0)]
     assert corner(sample) == (0, 0)
-    assert sample.valid["rgb"].all()
+    assert sample.images["rgb"].valid.all()
     assert (sample.labels != IGNORE).all()
 
 
 def test_scene_smaller_than_the_tile_is_filled_with_invalid_and_ignore() -> None:
     for data, key in (
-        (TrainingWindows([ArrayScene(5, 3)], 8, 0, None), Draw(0, 0)),
+        (TrainingWindows([ArrayScene(5, 3)], 8, 0, None, "all"), Draw(0, 0)),
         (CoverWindows([ArrayScene(5, 3)], 8), 0),
     ):
         sample = data[key]
-        assert sample.images["rgb"].shape == (1, 8, 8)
+        assert sample.images["rgb"].pixels.shape == (1, 8, 8)
         inside = torch.zeros(8, 8, dtype=torch.bool)
         inside[:5, :3] = True
-        assert torch.equal(sample.valid["rgb"], inside)
+        assert torch.equal(sample.images["rgb"].valid, inside)
         assert torch.equal(sample.labels != IGNORE, inside)
-        assert (sample.images["rgb"][0][~inside] == 0).all()
+        assert (sample.images["rgb"].pixels[0][~inside] == 0).all()
 
 
 def test_scenes_are_visited_by_their_area() -> None:
     scenes = [ArrayScene(16, 16), ArrayScene(8, 8), ArrayScene(9, 8)]  # 4, 1 and 2 visits
     for scene in scenes:
         scene.values[:] = scene.grid.height
-    data = TrainingWindows(scenes, 8, 0, None)
-    heights = [int(data[Draw(0, i)].images["rgb"][0, 0, 0]) for i in range(len(data))]
+    data = TrainingWindows(scenes, 8, 0, None, "all")
+    heights = [int(data[Draw(0, i)].images["rgb"].pixels[0, 0, 0]) for i in range(len(data))]
     assert heights == [16] * 4 + [8] + [9] * 2
 
 
 @pytest.mark.pitfall("P57")
 def test_fewer_samples_than_scenes_still_see_every_scene_in_time() -> None:
     scenes = [ArrayScene(4, 4, name=str(i)) for i in range(12)]
-    data = TrainingWindows(scenes, 4, 0, None, samples_per_epoch=5)
+    data = TrainingWindows(scenes, 4, 0, None, "all", samples_per_epoch=5)
     assert len(data) == 5
     for epoch in range(20):
         before = [scene.reads for scene in scenes]
@@ -175,7 +176,7 @@ def test_fewer_samples_than_scenes_still_see_every_scene_in_time() -> None:
             data[Draw(epoch, i)]
         assert sum(s.reads > b for s, b in zip(scenes, before, strict=True)) == 5  # no scene twice in a short epoch
     assert all(scene.reads > 0 for scene in scenes)
-    data = TrainingWindows(scenes, 4, 0, None, samples_per_epoch=30)
+    data = TrainingWindows(scenes, 4, 0, None, "all", samples_per_epoch=30)
     before = [scene.reads for scene in scenes]
     for i in range(30):
         data[Draw(0, i)]
@@ -185,33 +186,33 @@ def test_fewer_samples_than_scenes_still_see_every_scene_in_time() -> None:
 def test_wholly_ignored_windows_are_drawn_again() -> None:
     labels = np.full((64, 64), IGNORE)
     labels[:32] = 1
-    data = TrainingWindows([ArrayScene(64, 64, labels)], 16, 0, None)
+    data = TrainingWindows([ArrayScene(64, 64, labels)], 16, 0, None, "all")
     # a quarter to a half of the windows has no label: without drawing again about 30 of 100 would be empty
     assert all((data[Draw(epoch, 0)].labels != IGNORE).any() for epoch in range(100))
     scene = ArrayScene(64, 64)
     scene.valid[:32] = False  # labels everywhere, imagery in the lower half only
-    data = TrainingWindows([scene], 16, 0, None)
-    assert all(data[Draw(epoch, 0)].valid["rgb"].any() for epoch in range(100))
+    data = TrainingWindows([scene], 16, 0, None, "all")
+    assert all(data[Draw(epoch, 0)].images["rgb"].valid.any() for epoch in range(100))
 
 
 def test_all_pixels_ignored_scene_ends_after_ten_tries() -> None:
     scene = ArrayScene(64, 64, np.full((64, 64), IGNORE))
-    sample = TrainingWindows([scene], 16, 0, None)[Draw(0, 0)]
+    sample = TrainingWindows([scene], 16, 0, None, "all")[Draw(0, 0)]
     assert (sample.labels == IGNORE).all()
     assert (scene.label_reads, scene.reads) == (10, 1)  # the images need not be read to know
-    assert (collate([sample]).targets() == IGNORE).all()
+    assert (collate([sample]).targets("all") == IGNORE).all()
 
 
 @pytest.mark.pitfall("P54")
 def test_labels_of_a_filler_count_nowhere() -> None:
-    data = TrainingWindows([ArrayScene(16, 16)], 8, 0, Augment())
+    data = TrainingWindows([ArrayScene(16, 16)], 8, 0, Augment(), "all")
     assert (data[Draw(0, 1, filler=True)].labels == IGNORE).all()
     assert (data[Draw(0, 1)].labels != IGNORE).all()
 
 
 def test_no_scenes_are_refused() -> None:
     with pytest.raises(DataError, match="no training scenes"):
-        TrainingWindows([], 8, 0, None)
+        TrainingWindows([], 8, 0, None, "all")
 
 
 # --------------------------------------------------------------------------------------------------- randomness
@@ -238,7 +239,7 @@ def file_scenes(folder: Path, count: int = 3) -> list[SceneLike]:
 @pytest.mark.pitfall("P57")
 def test_crops_of_epoch_2_differ_from_those_of_epoch_1_and_reruns_agree() -> None:
     def run(epoch: int, seed: int = 0) -> list[tuple[int, int]]:
-        data = TrainingWindows([ArrayScene(200, 200)], 16, seed, None)
+        data = TrainingWindows([ArrayScene(200, 200)], 16, seed, None, "all")
         return [corner(data[Draw(epoch, i)]) for i in range(20)]
 
     assert run(1) != run(2)
@@ -250,16 +251,18 @@ def test_crops_of_epoch_2_differ_from_those_of_epoch_1_and_reruns_agree() -> Non
 
 @pytest.mark.pitfall("C26")
 def test_augmentation_differs_between_epochs_and_samples() -> None:
-    data = TrainingWindows([ArrayScene(16, 16)], 16, 0, Augment())  # one window only: what differs is the augmentation
+    data = TrainingWindows(
+        [ArrayScene(16, 16)], 16, 0, Augment(), "all"
+    )  # one window only: what differs is the augmentation
     views = {tuple(data[Draw(epoch, 0)].labels.flatten().tolist()) for epoch in range(20)}
-    corners = {float(data[Draw(epoch, 0)].images["rgb"][0, 0, 0]) for epoch in range(20)}
+    corners = {float(data[Draw(epoch, 0)].images["rgb"].pixels[0, 0, 0]) for epoch in range(20)}
     assert len(corners) == 4
     assert len(views) >= 2
 
 
 @pytest.mark.pitfall("P57")
 def test_workers_do_not_change_the_samples(tmp_path: Path) -> None:
-    data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment())
+    data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment(), "all")
     batches = rank_batches(epoch_order(len(data), 5, 1), 4, 0, 1, epoch=1)
 
     def run(workers: int) -> list[Batch]:
@@ -281,7 +284,7 @@ def test_workers_do_not_change_the_samples(tmp_path: Path) -> None:
 
 @pytest.mark.pitfall("C26")
 def test_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
-    data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment())
+    data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment(), "all")
     order = epoch_order(len(data), 5, 2)
     (first, *_), (second, *_) = (rank_batches(order, 3, rank, 2, epoch=2) for rank in range(2))
     (both, *_) = rank_batches(order, 6, 0, 1, epoch=2)
@@ -291,7 +294,7 @@ def test_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
 
 @pytest.mark.pitfall("P57")
 def test_reading_a_sample_leaves_the_global_random_states_alone(tmp_path: Path) -> None:
-    data = TrainingWindows(file_scenes(tmp_path), 16, 0, full_augment(), samples_per_epoch=4)
+    data = TrainingWindows(file_scenes(tmp_path), 16, 0, full_augment(), "all", samples_per_epoch=4)
     states = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     first = data[Draw(0, 1)]
     assert torch.equal(states[0], torch.get_rng_state())
@@ -305,15 +308,20 @@ def test_reading_a_sample_leaves_the_global_random_states_alone(tmp_path: Path) 
 
 @pytest.mark.pitfall("P58")
 def test_batch_of_one_and_a_short_last_batch_keep_their_axes() -> None:
-    data = TrainingWindows([ArrayScene(24, 24)], 8, 0, Augment())
+    data = TrainingWindows([ArrayScene(24, 24)], 8, 0, Augment(), "all")
     for size, lengths in ((1, [1] * 9), (4, [4, 4, 1])):
         loader = DataLoader(data, batch_sampler=rank_batches(range(9), size, 0, 1, epoch=0), collate_fn=collate)
         batches = list(loader)
         assert [len(b) for b in batches] == lengths
         for batch in batches:
-            assert batch.images["rgb"].shape == (len(batch), 1, 8, 8)
-            assert batch.valid["rgb"].shape == batch.labels.shape == batch.targets().shape == (len(batch), 8, 8)
-            assert (batch.images["rgb"].dtype, batch.valid["rgb"].dtype) == (torch.float32, torch.bool)
+            assert batch.images["rgb"].pixels.shape == (len(batch), 1, 8, 8)
+            assert (
+                batch.images["rgb"].valid.shape
+                == batch.labels.shape
+                == batch.targets("all").shape
+                == (len(batch), 8, 8)
+            )
+            assert (batch.images["rgb"].pixels.dtype, batch.images["rgb"].valid.dtype) == (torch.float32, torch.bool)
             assert batch.labels.dtype == torch.int64
 
 
@@ -321,15 +329,15 @@ def test_batch_of_one_and_a_short_last_batch_keep_their_axes() -> None:
 def test_targets_are_ignore_wherever_any_modality_is_invalid() -> None:
     labels = torch.arange(4).reshape(1, 2, 2)
     valid = {"a": torch.tensor([[[True, True], [False, True]]]), "b": torch.tensor([[[True, False], [True, True]]])}
-    batch = Batch({name: torch.ones(1, 1, 2, 2) for name in valid}, valid, labels)
-    assert batch.targets().tolist() == [[[0, IGNORE], [IGNORE, 3]]]
+    batch = Batch({name: Image(torch.ones(1, 1, 2, 2), mask) for name, mask in valid.items()}, labels)
+    assert batch.targets("all").tolist() == [[[0, IGNORE], [IGNORE, 3]]]
     assert batch.labels.tolist() == [[[0, 1], [2, 3]]]
-    assert batch.to("cpu").targets().tolist() == batch.targets().tolist()
+    assert batch.to("cpu").targets("all").tolist() == batch.targets("all").tolist()
 
 
 def test_samples_of_different_bands_are_refused() -> None:
-    one = TrainingWindows([ArrayScene(8, 8)], 8, 0, None)[Draw(0, 0)]
-    two = Sample({"rgb": one.images["rgb"].repeat(3, 1, 1)}, one.valid, one.labels)
+    one = TrainingWindows([ArrayScene(8, 8)], 8, 0, None, "all")[Draw(0, 0)]
+    two = Sample({"rgb": Image(one.images["rgb"].pixels.repeat(3, 1, 1), one.images["rgb"].valid)}, one.labels)
     with pytest.raises(DataError, match=r"rgb \(1, 8, 8\).* and rgb \(3, 8, 8\)"):
         collate([one, two])
 
@@ -351,11 +359,11 @@ def test_the_cover_counts_each_pixel_exactly_once(height: int, width: int, tile:
         sample = cover[i]
         assert sample.labels.shape == (tile, tile)
         counted = (sample.labels != IGNORE).numpy()
-        assert not (counted & ~sample.valid["rgb"].numpy()).any()
+        assert not (counted & ~sample.images["rgb"].valid.numpy()).any()
         if cover.place(i)[0] == 1:
             small += int(counted.sum())
             continue
-        where = sample.images["rgb"][0].numpy()[counted].astype(int) - 1
+        where = sample.images["rgb"].pixels[0].numpy()[counted].astype(int) - 1
         counts[where // 1000, where % 1000] += 1
         assert (sample.labels.numpy()[counted] == (where // 1000 + where % 1000) % 2).all()  # each label at its pixel
     assert (counts == 1).all()
@@ -370,7 +378,7 @@ def test_a_confusion_over_the_cover_is_that_of_the_whole_map(tmp_path: Path) -> 
     scene = ArrayScene(45, 70, labels)
     tiled, whole = Confusion(2), Confusion(2)
     batch = collate([CoverWindows([scene], 32)[i] for i in range(len(CoverWindows([scene], 32)))])
-    tiled.update((batch.images["rgb"][:, 0] % 3 > 1).long(), batch.targets())
+    tiled.update((batch.images["rgb"].pixels[:, 0] % 3 > 1).long(), batch.targets("all"))
     whole.update(torch.from_numpy(scene.values % 3 > 1).long(), torch.from_numpy(labels))
     assert torch.equal(torch.as_tensor(tiled.matrix), torch.as_tensor(whole.matrix))
 
@@ -385,14 +393,14 @@ def test_a_pixel_has_the_same_value_in_every_window_that_shows_it(tmp_path: Path
         LabelMap((0, 1), 255), "x",
     )  # fmt: skip
     expected = torch.from_numpy(ramp[0] * 0.5 - 3.0).float()
-    training = TrainingWindows([scene], 24, 0, None)
+    training = TrainingWindows([scene], 24, 0, None, "all")
     draws = [random_window(scene.grid, 24, rng(Purpose.WINDOW, 0, e, 0)) for e in range(10)]
     for epoch, window in enumerate(draws):
-        got = training[Draw(epoch, 0)].images["dem"][0]
+        got = training[Draw(epoch, 0)].images["dem"].pixels[0]
         assert torch.equal(got, expected[window.rows, window.cols])
     cover = CoverWindows([scene], 24)
     for i, (_, tile) in enumerate(map(cover.place, range(len(cover)))):
-        assert torch.equal(cover[i].images["dem"][0], expected[tile.window.rows, tile.window.cols])
+        assert torch.equal(cover[i].images["dem"].pixels[0], expected[tile.window.rows, tile.window.cols])
 
 
 @pytest.mark.pitfall("C22")
@@ -405,8 +413,8 @@ def test_a_pure_colour_stays_in_its_band(tmp_path: Path) -> None:
         (scene,) = scenes_from_files(
             {"rgb": str(tmp_path / "i.tif")}, str(tmp_path / "l.tif"), {"rgb": bands}, LabelMap((0, 1), 255), "x"
         )
-        data = TrainingWindows([scene], 16, 0, Augment(scale=(0.8, 1.2), rotate=9.0))
-        image = data[Draw(0, 0)].images["rgb"]
+        data = TrainingWindows([scene], 16, 0, Augment(scale=(0.8, 1.2), rotate=9.0), "all")
+        image = data[Draw(0, 0)].images["rgb"].pixels
         return [round(float(v), 2) for v in image[:, 8, 8]]
 
     assert first(Bands()) == [250, 20, 5]
@@ -437,6 +445,6 @@ def test_real_tiles_are_covered_and_drawn() -> None:
     counted = sum(int((cover[i].labels != IGNORE).sum()) for i in range(len(cover)))
     whole = Window(0, 0, 256, 256)
     assert counted == sum(int((scene.read_labels(whole) != IGNORE).sum()) for scene in scenes)
-    batch = collate([TrainingWindows(scenes, 128, 0, full_augment())[Draw(0, i)] for i in range(4)])
-    assert batch.images["rgb"].shape == (4, 3, 128, 128)
-    assert 0 <= batch.images["rgb"].min() < batch.images["rgb"].max() <= 255
+    batch = collate([TrainingWindows(scenes, 128, 0, full_augment(), "all")[Draw(0, i)] for i in range(4)])
+    assert batch.images["rgb"].pixels.shape == (4, 3, 128, 128)
+    assert 0 <= batch.images["rgb"].pixels.min() < batch.images["rgb"].pixels.max() <= 255

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from makers import apart, tiles_of
 from torch import Tensor
 
 from vfmseg.errors import DataError, MachineError
@@ -19,7 +20,7 @@ from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.reader import Bands
 from vfmseg.geo.validity import Chip
 from vfmseg.inference.blend import BLENDS, Band, profile
-from vfmseg.inference.contracts import Area, Finished, Model, Report
+from vfmseg.inference.contracts import Area, Finished, Model, Report, Tiles
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays, Settings, into, prepare
 from vfmseg.inference.plan import Plan, share_of
@@ -30,23 +31,26 @@ from vfmseg.inference.sources import OpenScene
 CLASSES = 3
 
 
-def pointwise(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def pointwise(tiles: Tiles) -> Tensor:
     """A model that looks at one pixel at a time: the class is the value, its probability varies with the value."""
+    images, _ = apart(tiles)
     values = images["x"][:, 0]
     return torch.stack([-((values - k) ** 2) for k in range(CLASSES)], dim=1).softmax(dim=1)
 
 
-def identity(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def identity(tiles: Tiles) -> Tensor:
     """A model that hands its input on, in other words twice more."""
+    images, _ = apart(tiles)
     values = images["x"][:, 0]
     return torch.stack([values, 1 - values, values * 0.5], dim=1)
 
 
-def by_place(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def by_place(tiles: Tiles) -> Tensor:
     """A model that answers differently at each place of a tile, so that overlapping tiles disagree."""
+    images, valid = apart(tiles)
     side = images["x"].shape[-1]
     ramp = torch.linspace(0, 1, side)[:, None] * torch.linspace(0.2, 1, side)
-    return pointwise({"x": images["x"] + ramp}, valid)
+    return pointwise(tiles_of({"x": images["x"] + ramp}, valid))
 
 
 def everything(finished: Finished) -> dict[str, np.ndarray]:
@@ -132,7 +136,8 @@ def test_tiled_labels_equal_whole_scene_labels(
 ) -> None:
     array = random_array(height, width, holes) / 2
     valid = np.isfinite(array[0])
-    whole = identity({"x": torch.from_numpy(np.nan_to_num(array)[None])}, {})[0].numpy()
+    pixels = torch.from_numpy(np.nan_to_num(array)[None])
+    whole = identity(tiles_of({"x": pixels}, {"x": pixels[:, 0] > 0}))[0].numpy()
     sink, _ = label(scene_of(array), identity, Plan(height, width, tile, overlap, blend != "none", batch), blend)
     best = np.sort(whole, axis=0)
     clear = valid & (best[-1] - best[-2] > 1e-5)  # where two classes are equal but for rounding either may win
@@ -201,7 +206,8 @@ def test_any_number_of_readers_with_random_delays_gives_the_same_bytes() -> None
 def test_a_tile_keeps_its_place_in_the_batch_however_the_work_is_cut(height: int, width: int, batch: int) -> None:
     """Libraries may round by place in a batch; a model that answers by place shows whether places move."""
 
-    def places(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def places(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
         values = images["x"]
         slots = torch.arange(len(values)).reshape(-1, 1, 1, 1).expand(-1, CLASSES, *values.shape[-2:])
         return slots.float() / 7 + 0.01 + len(values) / 100
@@ -218,9 +224,10 @@ def test_strips_fill_their_batches_whatever_the_width(tiles_wide: int, batch: in
     """The part of a row that a strip holds must not always begin at the same place of a batch."""
     runs: list[int] = []
 
-    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
         runs.append(len(images["x"]))
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     plan = Plan(240, 8 * tiles_wide, 8, 0.0, False, batch, widest=30 * 8)
     assert len(plan.strips) > 1
@@ -257,7 +264,8 @@ def test_shards_partition_the_scene_and_tiles_are_unique(
 def test_blend_weights_are_a_partition_of_unity(blend: str, size: tuple[int, int]) -> None:
     """A model that always answers 1 gets 1 everywhere, borders and corners included."""
 
-    def ones(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def ones(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
         return torch.ones(len(images["x"]), CLASSES, *images["x"].shape[-2:])
 
     sink, _ = label(scene_of(np.ones((1, *size), np.float32)), ones, Plan(*size, 16, 0.4, blend != "none", 2), blend)
@@ -292,9 +300,10 @@ def test_blended_votes_are_the_weighted_mean() -> None:
 def test_tiles_without_a_valid_pixel_are_never_run() -> None:
     seen: list[int] = []
 
-    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        _, valid = apart(tiles)
         seen.append(int(valid["x"].flatten(1).any(dim=1).sum()))
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     array = np.full((1, 64, 64), np.nan, np.float32)
     array[0, :16, :16] = 1
@@ -321,9 +330,10 @@ def test_an_area_in_one_corner_runs_the_tiles_of_that_corner() -> None:
 def test_batch_shapes_follow_from_the_scene_and_batches_only_round() -> None:
     shapes: set[tuple[int, ...]] = set()
 
-    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
         shapes.add(tuple(images["x"].shape))
-        return by_place(images, valid)
+        return by_place(tiles)
 
     scene = scene_of(random_array(50, 70, True))
     plan = Plan(50, 70, 16, 0.5, True, 5)
@@ -342,10 +352,11 @@ def test_full_batches_where_nothing_is_left_out() -> None:
     """No place of a batch stays empty, also not in the last one: empty places cost as much as full ones."""
     filled: list[int] = []
 
-    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        images, valid = apart(tiles)
         assert valid["x"].flatten(1).any(dim=1).all()
         filled.append(len(images["x"]))
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     plan = Plan(100, 132, 16, 0.25, True, 5)
     tiles = len(plan.rows) * len(plan.cols)
@@ -356,9 +367,9 @@ def test_full_batches_where_nothing_is_left_out() -> None:
 
 
 def test_time_spent_waiting_for_the_model_is_no_work_of_another_stage() -> None:
-    def slow(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def slow(tiles: Tiles) -> Tensor:
         time.sleep(0.02)
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     _, report = label(scene_of(np.ones((1, 64, 400), np.float32)), slow, Plan(64, 400, 16, 0.25, True, 4), "hann")
     assert report.stages["model"] > 0.02 * report.tiles / 4
@@ -458,9 +469,10 @@ def test_a_tile_is_no_larger_than_the_scene() -> None:
     """Beyond it there is only padding, which costs as much as ground."""
     sides: set[tuple[int, ...]] = set()
 
-    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
         sides.add(tuple(images["x"].shape))
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     job = prepare([Endless(30, 50)], Stored(), {"x": 1}, Model(spy, 3), everything, 20, Settings(4000))
     into(job, Forgets())
@@ -481,7 +493,7 @@ class Fails:
         return {"x": Chip(np.ones((1, *window.shape), np.float32), np.ones(window.shape, bool))}
 
 
-def broken(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def broken(tiles: Tiles) -> Tensor:
     raise ArithmeticError("the model broke")
 
 
@@ -522,7 +534,7 @@ def test_the_first_error_of_any_stage_ends_all_of_them(
 
 @pytest.mark.pitfall("P62")
 def test_an_interruption_of_the_model_ends_the_threads() -> None:
-    def interrupted(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def interrupted(tiles: Tiles) -> Tensor:
         raise KeyboardInterrupt
 
     before = threading.active_count()
@@ -551,8 +563,9 @@ def test_an_answer_that_is_no_number_is_an_error_never_class_0(value: float) -> 
     array = np.ones((1, 100, 64), dtype=np.float32)
     array[0, 70, 40] = 3e36  # what no nodata value names
 
-    def overflows(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
-        answer = pointwise(images, valid)
+    def overflows(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
+        answer = pointwise(tiles)
         answer[(images["x"] > 1e36).any(dim=1)[:, None].expand(answer.shape)] = value
         return answer
 

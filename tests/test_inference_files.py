@@ -16,14 +16,14 @@ import numpy as np
 import psutil
 import pytest
 import rasterio
-from makers import write_raster
+from makers import apart, write_raster
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo import writer as writer_module
 from vfmseg.geo.grid import Window
 from vfmseg.geo.reader import Bands
 from vfmseg.inference import shards as shards_module
-from vfmseg.inference.contracts import Model
+from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.job import Job, Settings, into_files, prepare, targets_of
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
@@ -36,7 +36,8 @@ PRODUCTS = Products((0, 1, 2), ("confidence",))
 LAYERS = PRODUCTS.layers(("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), {"vfmseg_recipe": "toy"})
 
 
-def pointwise(images: Any, valid: Any) -> Any:
+def pointwise(tiles: Tiles) -> Any:
+    images, _ = apart(tiles)
     import torch
 
     values = images["x"][:, 0]
@@ -49,11 +50,11 @@ class Breaks:
     def __init__(self, at: int, error: BaseException) -> None:
         self.at, self.error, self.calls = at, error, 0
 
-    def __call__(self, images: Any, valid: Any) -> Any:
+    def __call__(self, tiles: Tiles) -> Any:
         self.calls += 1
         if self.calls == self.at:
             raise self.error
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def test_full_disk_in_a_piece_or_at_the_end_leaves_no_target(
     assert not target.exists()
     monkeypatch.setattr(writer_module.MapWriter, "_flush", honest)
 
-    def fails(images: Any, valid: Any) -> Any:
+    def fails(tiles: Tiles) -> Any:
         raise AssertionError("everything was labelled already")
 
     files = label(scene, target, vote=fails, resume=True)
@@ -272,7 +273,7 @@ def test_what_killed_processes_have_left_goes_when_the_target_is_complete(scene:
 
 
 def test_an_error_before_the_first_piece_leaves_nothing(scene: Path, tmp_path: Path) -> None:
-    def breaks(images: Any, valid: Any) -> Any:
+    def breaks(tiles: Tiles) -> Any:
         raise ArithmeticError("broke")
 
     with pytest.raises(ArithmeticError):
@@ -351,10 +352,10 @@ def interrupted(scene: Path, target: Path, fingerprint: dict[str, Any]) -> Parts
     job = job_of(scene)
     parts = Parts(target, job.plan, job.grid, LAYERS, fingerprint)
 
-    def fails(images: Any, valid: Any) -> Any:
+    def fails(tiles: Tiles) -> Any:
         if len(parts.finished()) >= 3:
             raise ArithmeticError
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     with pytest.raises(ArithmeticError):
         label(scene, target, fingerprint, vote=fails)
@@ -404,20 +405,20 @@ def test_a_piece_of_other_work_never_reaches_the_map(scene: Path, tmp_path: Path
     parts = Parts(target, job.plan, job.grid, LAYERS, {"checkpoint": "A"})
     first = job.plan.shards[0]
 
-    def with_another_run(images: Any, valid: Any) -> Any:
+    def with_another_run(tiles: Tiles) -> Any:
         if len(parts.finished()) >= 5 and not seen:
             os.replace(foreign.path("labels", first), parts.path("labels", first))
             seen.append(True)
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     seen: list[bool] = []
     with pytest.raises(DataError, match=r"labels_000_00000\.tif: is of other work: another run has written there"):
         label(scene, target, {"checkpoint": "A"}, vote=with_another_run)
     assert not target.exists()
 
-    def without_a_piece(images: Any, valid: Any) -> Any:
+    def without_a_piece(tiles: Tiles) -> Any:
         parts.path("labels", job.plan.shards[3]).unlink(missing_ok=True)
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     with pytest.raises(DataError, match=r"labels_000_\d+\.tif: is gone: removed meanwhile by hand, or by another run"):
         label(scene, target, {"checkpoint": "A"}, vote=without_a_piece, resume=True)
@@ -426,10 +427,10 @@ def test_a_piece_of_other_work_never_reaches_the_map(scene: Path, tmp_path: Path
 
 @pytest.mark.pitfall("F1")
 def test_a_temporary_file_that_another_run_removes_is_not_blamed_on_the_disk(scene: Path, tmp_path: Path) -> None:
-    def swept(images: Any, valid: Any) -> Any:
+    def swept(tiles: Tiles) -> Any:
         for file in (tmp_path / ".labels.tif.parts").glob(".*.partial"):
             file.unlink()
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
     with pytest.raises(MachineError, match="its temporary file was removed meanwhile, by hand or by another run"):
         label(scene, tmp_path / "labels.tif", vote=swept)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from makers import apart
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.validity import Chip
 from vfmseg.inference import job as job_module
-from vfmseg.inference.contracts import Finished, Model
+from vfmseg.inference.contracts import Finished, Model, Tiles
 from vfmseg.inference.job import Arrays, Settings, into, into_files, prepare
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import EXTRAS, Products
@@ -65,8 +66,9 @@ class Endless:
         return {"x": Chip(np.ones((1, *window.shape), np.float32), np.ones(window.shape, bool))}
 
 
-def even(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def even(tiles: Tiles) -> Tensor:
     """A model that gives every class the same share, and takes no memory but for its answer."""
+    images, _ = apart(tiles)
     batch, _, height, width = images["x"].shape
     return torch.full((batch, CLASSES, height, width), 1 / CLASSES)
 
@@ -137,7 +139,8 @@ def test_what_a_strip_has_freed_goes_back_to_the_system(tmp_path: Path, monkeypa
     assert len(calls) == len(job.plan.strips)
 
 
-def two(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def two(tiles: Tiles) -> Tensor:
     """A model of two classes."""
+    images, _ = apart(tiles)
     batch, _, height, width = images["x"].shape
     return torch.full((batch, 2, height, width), 0.5)

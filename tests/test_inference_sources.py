@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from makers import DATA
+from makers import DATA, apart
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
@@ -34,7 +34,7 @@ from vfmseg.geo.rasterfile import _damage
 from vfmseg.geo.reader import Bands, Raster
 from vfmseg.geo.validity import Chip
 from vfmseg.geo.writer import MapWriter
-from vfmseg.inference.contracts import Area, Model
+from vfmseg.inference.contracts import Area, Model, Tiles
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
@@ -413,8 +413,9 @@ def test_real_multispectral_image_follows_its_panchromatic_one() -> None:
 SCENE = Grid("EPSG:32633", (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 600, 4096)
 
 
-def pointwise(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def pointwise(tiles: Tiles) -> Tensor:
     """A model that looks at one pixel at a time: dark, middle or bright."""
+    images, _ = apart(tiles)
     values = images["x"][:, 0] / 255
     return torch.stack([-((values - k / 2) ** 2) for k in range(3)], dim=1).softmax(dim=1)
 
@@ -556,7 +557,8 @@ def test_of_a_file_behind_a_server_only_the_area_is_fetched(server: str, plain: 
 def test_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_far_outside_of_it() -> None:
     """The area is one pixel wide and lies beside the edges of what is read at a time."""
 
-    def above_the_mean(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def above_the_mean(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
         higher = (images["x"] - images["x"].mean(dim=(2, 3), keepdim=True)).sigmoid()
         return torch.cat([higher, 1 - higher], dim=1)
 

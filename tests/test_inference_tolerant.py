@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from makers import apart
 from rasterio.transform import Affine
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
 from vfmseg.geo.reader import Bands
 from vfmseg.geo.validity import Chip
-from vfmseg.inference.contracts import Model, Report
+from vfmseg.inference.contracts import Model, Report, Tiles
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
@@ -71,7 +72,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(whole), str(hurt)
 
 
-def pointwise(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def pointwise(tiles: Tiles) -> Tensor:
+    images, _ = apart(tiles)
     values = images["x"][:, 0] / 255
     return torch.stack([-((values - k / 2) ** 2) for k in range(3)], dim=1).softmax(dim=1)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from makers import apart, tiles_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from vfmseg.geo.grid import Window
 from vfmseg.geo.reader import Bands
-from vfmseg.inference.contracts import Model
+from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
@@ -21,15 +22,17 @@ from vfmseg.inference.views import VIEWS, averaged
 from vfmseg.inference.votes import filled_up
 
 
-def pointwise(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def pointwise(tiles: Tiles) -> Tensor:
     """A model that looks at one pixel, of both modalities, at a time; it hides what is invalid."""
+    images, valid = apart(tiles)
     x, y = images["x"], images["y"]
     votes = torch.cat([x, y.sum(dim=1, keepdim=True), x - y[:, :1]], dim=1)
     return votes.softmax(dim=1) * valid["x"][:, None] + 0.5 * valid["y"][:, None]
 
 
-def directed(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+def directed(tiles: Tiles) -> Tensor:
     """A model that looks to the right and a little up, and answers by place as well."""
+    images, valid = apart(tiles)
     x = images["x"] * valid["x"][:, None]
     shifted = x.roll(-1, dims=-1) + 0.3 * x.roll(2, dims=-2)
     height, width = x.shape[-2:]
@@ -37,22 +40,22 @@ def directed(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
     return torch.cat([shifted, x * place], dim=1)
 
 
-def tiles(side: int = 12, count: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def drawn(side: int = 12, count: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     images = {"x": torch.rand(count, 1, side, side), "y": torch.rand(count, 2, side, side)}
     return images, {name: torch.rand(count, side, side) > 0.2 for name in images}
 
 
 @pytest.mark.parametrize("views", ["flips", "d4"])
 def test_views_of_a_model_without_direction_change_nothing(views: str) -> None:
-    images, valid = tiles()
-    plain = pointwise(images, valid)
-    torch.testing.assert_close(averaged(pointwise, views, (1.0,))(images, valid), plain, atol=1e-6, rtol=0)
+    images, valid = drawn()
+    plain = pointwise(tiles_of(images, valid))
+    torch.testing.assert_close(averaged(pointwise, views, (1.0,))(tiles_of(images, valid)), plain, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("views", "count"), [("flips", 4), ("d4", 8)])
 def test_votes_are_the_mean_over_the_orbit(views: str, count: int) -> None:
     """Against all symmetries of the square written as index arithmetic."""
-    images, valid = tiles()
+    images, valid = drawn()
     side = 12
     i, j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     last = side - 1
@@ -64,24 +67,27 @@ def test_votes_are_the_mean_over_the_orbit(views: str, count: int) -> None:
     for rows, cols in orbit:
         seen = {name: image[:, :, rows, cols] for name, image in images.items()}
         masks = {name: mask[:, rows, cols] for name, mask in valid.items()}
-        answer = directed(seen, masks)
+        answer = directed(tiles_of(seen, masks))
         back = torch.empty_like(answer)
         back[:, :, rows, cols] = answer
         total += back
-    torch.testing.assert_close(averaged(directed, views, (1.0,))(images, valid), total / count, atol=1e-6, rtol=0)
-    assert (directed(images, valid) - total / count).abs().max() > 0.1
+    torch.testing.assert_close(
+        averaged(directed, views, (1.0,))(tiles_of(images, valid)), total / count, atol=1e-6, rtol=0
+    )
+    assert (directed(tiles_of(images, valid)) - total / count).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("views", ["flips", "d4"])
 @pytest.mark.pitfall("P26")
 def test_masks_move_with_the_pixels(views: str) -> None:
     """In no view does a valid pixel hold the mark of an invalid one, or the other way round."""
-    images, valid = tiles()
+    images, valid = drawn()
     for name, mask in valid.items():
         images[name] = torch.where(mask[:, None], 1.0, -1.0).expand_as(images[name]).clone()
     seen = 0
 
-    def spy(turned: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        turned, masks = apart(tiles)
         nonlocal seen
         seen += 1
         for name, mask in masks.items():
@@ -89,7 +95,7 @@ def test_masks_move_with_the_pixels(views: str) -> None:
             assert torch.equal(turned[name][:, 0] > 0, mask)
         return turned["x"]
 
-    averaged(spy, views, (1.0,))(images, valid)
+    averaged(spy, views, (1.0,))(tiles_of(images, valid))
     assert seen == len(VIEWS[views])
 
 
@@ -104,18 +110,19 @@ def test_no_views_give_the_predictor_itself() -> None:
 
 @pytest.mark.parametrize("views", ["none", "d4"])
 def test_scales_of_an_even_image_change_nothing(views: str) -> None:
-    images, valid = tiles(count=1)
+    images, valid = drawn(count=1)
     images = {name: torch.full_like(image, 0.3) for name, image in images.items()}
     valid = {name: torch.ones_like(mask) for name, mask in valid.items()}
     shapes: list[tuple[int, ...]] = []
 
-    def spy(seen: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        seen, masks = apart(tiles)
         shapes.append((*seen["x"].shape[2:], *masks["x"].shape[1:]))
         assert all(mask.all() for mask in masks.values())
-        return pointwise(seen, masks)
+        return pointwise(tiles)
 
-    answer = averaged(spy, views, (0.5, 1.0, 1.5))(images, valid)
-    torch.testing.assert_close(answer, pointwise(images, valid), atol=1e-6, rtol=0)
+    answer = averaged(spy, views, (0.5, 1.0, 1.5))(tiles_of(images, valid))
+    torch.testing.assert_close(answer, pointwise(tiles_of(images, valid)), atol=1e-6, rtol=0)
     assert set(shapes) == {(6,) * 4, (12,) * 4, (18,) * 4}
 
 
@@ -126,18 +133,18 @@ def test_scales_do_not_move_the_answer(scale: float) -> None:
     slope = torch.arange(24.0).expand(24, 24) + 3 * torch.arange(24.0)[:, None]
     images = {"x": slope[None, None]}
     valid = {"x": torch.ones(1, 24, 24, dtype=torch.bool)}
-    answer = averaged(lambda seen, _: seen["x"], "none", (scale,))(images, valid)
+    answer = averaged(lambda tiles: tiles.images["x"].pixels, "none", (scale,))(tiles_of(images, valid))
     torch.testing.assert_close(answer[0, 0, 4:-4, 4:-4], slope[4:-4, 4:-4], atol=1e-4, rtol=0)
 
 
 def test_votes_are_the_mean_over_views_and_scales() -> None:
-    images, valid = tiles()
+    images, valid = drawn()
     valid = {name: torch.ones_like(mask) for name, mask in valid.items()}
     small = {name: F.interpolate(image, size=6, mode="bilinear", antialias=True) for name, image in images.items()}
     whole = {name: torch.ones(3, 6, 6, dtype=torch.bool) for name in images}
-    one = averaged(directed, "d4", (1.0,))(images, valid)
-    half = F.interpolate(averaged(directed, "d4", (1.0,))(small, whole), size=12, mode="bilinear")
-    torch.testing.assert_close(averaged(directed, "d4", (1.0, 0.5))(images, valid), (one + half) / 2)
+    one = averaged(directed, "d4", (1.0,))(tiles_of(images, valid))
+    half = F.interpolate(averaged(directed, "d4", (1.0,))(tiles_of(small, whole)), size=12, mode="bilinear")
+    torch.testing.assert_close(averaged(directed, "d4", (1.0, 0.5))(tiles_of(images, valid)), (one + half) / 2)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.5, 2.0])
@@ -149,12 +156,13 @@ def test_a_resized_pixel_holds_nothing_of_a_hole(scale: float, fill: float) -> N
     valid["x"][0, 5:9, 9:12] = False
     images = {"x": torch.where(valid["x"][:, None], 1.0, fill)}
 
-    def spy(seen: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        seen, masks = apart(tiles)
         assert 0 < int((~masks["x"]).sum()) < masks["x"].numel() / 10
         torch.testing.assert_close(seen["x"], masks["x"][:, None].float())
         return seen["x"]
 
-    averaged(spy, "none", (scale,))(images, valid)
+    averaged(spy, "none", (scale,))(tiles_of(images, valid))
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 2.0])
@@ -166,12 +174,13 @@ def test_stripes_of_nodata_leave_a_reduced_tile_to_look_at(scale: float) -> None
     images = {"x": torch.where(valid["x"][:, None], 7.0, 0.0)}
     share = []
 
-    def spy(seen: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        seen, masks = apart(tiles)
         share.append(masks["x"].float().mean().item())
         assert torch.equal(seen["x"][:, 0] > 6.9, masks["x"])
         return seen["x"]
 
-    averaged(spy, "none", (scale,))(images, valid)
+    averaged(spy, "none", (scale,))(tiles_of(images, valid))
     assert min(share) > 0.7
 
 
@@ -184,11 +193,12 @@ def test_a_view_that_shows_nothing_has_no_vote_beside_others() -> None:
         mask[0, ::4, ::4] = True
     images = {name: torch.ones(2, 1, 8, 8) for name in valid}
 
-    def by_size(seen: dict[str, Tensor], _: dict[str, Tensor]) -> Tensor:
+    def by_size(tiles: Tiles) -> Tensor:
+        seen, _ = apart(tiles)
         return torch.full_like(seen["x"], float(seen["x"].shape[-1]))
 
     def mean(scales: tuple[float, ...]) -> list[float]:
-        answer = averaged(by_size, "flips", scales)(images, valid)
+        answer = averaged(by_size, "flips", scales)(tiles_of(images, valid))
         torch.testing.assert_close(answer, answer[:, :, :1, :1].expand_as(answer))
         return answer[:, 0, 0, 0].tolist()
 
@@ -203,7 +213,8 @@ def test_the_engine_labels_through_views() -> None:
     array = np.random.default_rng(0).uniform(0, 1, (1, 50, 70)).astype(np.float32)
     array[0, 10:20, 30:40] = np.nan
 
-    def vote(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def vote(tiles: Tiles) -> Tensor:
+        images, _ = apart(tiles)
         return torch.cat([images["x"], 1 - images["x"]], dim=1)
 
     labels = []
@@ -223,11 +234,12 @@ def test_the_engine_labels_through_views() -> None:
 def test_a_compiled_model_sees_one_batch_size() -> None:
     seen: list[tuple[int, int]] = []
 
-    def spy(images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def spy(tiles: Tiles) -> Tensor:
+        images, valid = apart(tiles)
         seen.append((len(images["x"]), int(valid["y"].flatten(1).any(dim=1).sum())))
-        return pointwise(images, valid)
+        return pointwise(tiles)
 
-    short, full = tiles(count=3), tiles(count=5)
-    torch.testing.assert_close(filled_up(spy, 5)(*short), pointwise(*short), atol=0, rtol=0)
-    torch.testing.assert_close(filled_up(spy, 5)(*full), pointwise(*full), atol=0, rtol=0)
+    short, full = drawn(count=3), drawn(count=5)
+    torch.testing.assert_close(filled_up(spy, 5)(tiles_of(*short)), pointwise(tiles_of(*short)), atol=0, rtol=0)
+    torch.testing.assert_close(filled_up(spy, 5)(tiles_of(*full)), pointwise(tiles_of(*full)), atol=0, rtol=0)
     assert seen == [(5, 3), (5, 5)]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from encoder_models import picture, save_all, upstream
-from makers import recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from makers import images_of, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.build.model import InputFacts, build_model, normalization
+from vfmseg.data.image import Image
 from vfmseg.data.sample import Sample
 from vfmseg.decoders.build import DECODERS, WITH_WIDTH, build_decoder
 from vfmseg.encoders.build import ENCODERS, build_encoder
@@ -92,7 +93,9 @@ def test_every_pixel_keeps_its_place(
         return Features((centres.expand(1, 1, rows, cols).clone(),), (stride,))
 
     monkeypatch.setattr(model.encoder, "forward", ramp)
-    out = model({"rgb": torch.zeros(1, 3, height, width)}, {"rgb": torch.ones(1, height, width, dtype=torch.bool)})
+    out = model(
+        images_of({"rgb": torch.zeros(1, 3, height, width)}, {"rgb": torch.ones(1, height, width, dtype=torch.bool)})
+    )
     assert out.shape == (1, 1, height, width)
     columns = torch.arange(width) + 0.5
     inner = (columns > stride / 2) & (columns < width - stride)
@@ -109,7 +112,7 @@ def test_logits_have_the_size_of_the_image(families: dict[str, Path], name: str,
     for height, width in ((113, 57), (225, 1), (87, 129)):
         images, valid = picture(height, width)
         with torch.no_grad():
-            assert model({"rgb": images}, {"rgb": valid[:, 0]}).shape == (1, 2, height, width)
+            assert model(images_of({"rgb": images}, {"rgb": valid[:, 0]})).shape == (1, 2, height, width)
 
 
 @pytest.mark.parametrize("decoder", list(DECODERS))
@@ -123,7 +126,7 @@ def test_everything_that_may_learn_gets_a_gradient(
     model = wired(families, name, adapter, decoder, bands=4).train()
     images, valid = picture(70, 50, bands=4, batch=2)
     labels = torch.zeros(2, 70, 50, dtype=torch.int64)
-    cross_entropy(model({"rgb": images}, {"rgb": valid[:, 0]}), labels).backward()
+    cross_entropy(model(images_of({"rgb": images}, {"rgb": valid[:, 0]})), labels).backward()
     assert [n for n, p in model.trainable().items() if p.grad is None] == []
     assert [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None] == []
     parts = {n.split(".")[1] if n.startswith("encoder.") else n.split(".")[0] for n in model.trainable()}
@@ -172,17 +175,17 @@ def test_scores_are_those_of_the_native_grid(families: dict[str, Path], upscale:
     images, valid = picture(45, 61, batch=3)
     valid[1, :, 10:20] = False
     with torch.no_grad():  # as many answers of one class as of the other
-        logits = model({"rgb": images}, {"rgb": valid[:, 0]})
+        logits = model(images_of({"rgb": images}, {"rgb": valid[:, 0]}))
         margins = (logits[:, 0] - logits[:, 1]).flatten().sort().values
         middle = margins[len(margins) * 2 // 5 : len(margins) * 3 // 5]
         gap = middle.diff().argmax()  # no pixel near a tie, which batches of other sizes may round otherwise
         model.decoder.classify[0].bias[1] += (middle[gap] + middle[gap + 1]) / 2  # type: ignore[index,union-attr]
     labels = torch.randint(0, 2, (3, 45, 61))
     labels[2, 30:] = IGNORE
-    samples = [Sample({"rgb": i}, {"rgb": v[0]}, y) for i, v, y in zip(images, valid, labels, strict=True)]
-    found: Any = score_windows(Accelerator(cpu=True), model, samples, 2, batch_size=2)  # type: ignore[arg-type]
+    samples = [Sample({"rgb": Image(i, v[0])}, y) for i, v, y in zip(images, valid, labels, strict=True)]
+    found: Any = score_windows(Accelerator(cpu=True), model, samples, 2, batch_size=2, rule="all")  # type: ignore[arg-type]
     with torch.no_grad():
-        answers = model({"rgb": images}, {"rgb": valid[:, 0]}).argmax(1)
+        answers = model(images_of({"rgb": images}, {"rgb": valid[:, 0]})).argmax(1)
     counted = valid[:, 0] & (labels != IGNORE)
     pairs = [[int(((labels == t) & (answers == p) & counted).sum()) for p in (0, 1)] for t in (0, 1)]
     assert found.matrix.tolist() == pairs
@@ -274,7 +277,9 @@ def test_what_lies_under_an_invalid_pixel_does_not_matter(tmp_path: Path, encode
     valid[:, 10:20, 5:30] = False
     changed = images.clone()
     changed[:, :, 10:20, 5:30] = 9999.0
-    torch.testing.assert_close(model({"rgb": images}, {"rgb": valid}), model({"rgb": changed}, {"rgb": valid}))
+    torch.testing.assert_close(
+        model(images_of({"rgb": images}, {"rgb": valid})), model(images_of({"rgb": changed}, {"rgb": valid}))
+    )
 
 
 @pytest.mark.pitfall("C9")
@@ -301,11 +306,13 @@ def test_stacked_modalities_have_their_own_statistics_and_masks(tmp_path: Path, 
         torch.nn.init.ones_(parameter)
     images = {"rgb": torch.rand(1, 3, 28, 28) * 255, "ir": torch.rand(1, 1, 28, 28) * 100 + 450}
     valid = {name: torch.ones(1, 28, 28, dtype=torch.bool) for name in images}
-    there = model(images, valid)
-    gone = model(images, valid | {"ir": torch.zeros(1, 28, 28, dtype=torch.bool)})
+    there = model(images_of(images, valid))
+    gone = model(images_of(images, valid | {"ir": torch.zeros(1, 28, 28, dtype=torch.bool)}))
     assert not torch.allclose(there, gone)
     nonsense = images | {"ir": torch.full((1, 1, 28, 28), 1e6)}
-    torch.testing.assert_close(gone, model(nonsense, valid | {"ir": torch.zeros(1, 28, 28, dtype=torch.bool)}))
+    torch.testing.assert_close(
+        gone, model(images_of(nonsense, valid | {"ir": torch.zeros(1, 28, 28, dtype=torch.bool)}))
+    )
 
 
 @pytest.mark.pitfall("P21")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from makers import images_of
 from torch import Tensor, nn
 
+from vfmseg.data.image import Images
 from vfmseg.data.sample import Batch
 from vfmseg.training.losses import IGNORE, LOSSES, counts, focal
 from vfmseg.training.objectives.segmentation import Segmentation, Term, class_weight_tuple, total
@@ -21,9 +23,9 @@ class Bands(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
         self.calls = 0
 
-    def forward(self, images: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
+    def forward(self, images: Images) -> Tensor:
         self.calls += 1
-        return self.gain * torch.where(valid["rgb"][:, None], images["rgb"], 0.0)
+        return self.gain * torch.where(images["rgb"].valid[:, None], images["rgb"].pixels, 0.0)
 
 
 def make_batch(samples: int = 4) -> Batch:
@@ -32,18 +34,20 @@ def make_batch(samples: int = 4) -> Batch:
     labels[:, 0] = IGNORE
     valid = {name: torch.rand(samples, 6, 7) > 0.2 for name in ("rgb", "ir")}
     images = {"rgb": torch.randn(samples, 3, 6, 7), "ir": torch.randn(samples, 1, 6, 7)}
-    return Batch(images, valid, labels)
+    return Batch(images_of(images, valid), labels)
 
 
 def part(batch: Batch, samples: slice) -> Batch:
-    images, valid = ({n: t[samples] for n, t in tensors.items()} for tensors in (batch.images, batch.valid))
-    return Batch(images, valid, batch.labels[samples])
+    return Batch(
+        {name: image.each(lambda tensor: tensor[samples]) for name, image in batch.images.items()},
+        batch.labels[samples],
+    )
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @pytest.mark.pitfall("P38")
 def test_every_loss_runs_alone_with_default_settings(name: str) -> None:
-    model, batch, objective = Bands(), make_batch(), Segmentation({name: 1.0})
+    model, batch, objective = Bands(), make_batch(), Segmentation({name: 1.0}, "all")
     value = total(objective.terms(model, batch), objective.counts(batch))
     value.backward()
     assert value.isfinite()
@@ -55,21 +59,21 @@ def test_every_loss_runs_alone_with_default_settings(name: str) -> None:
 @pytest.mark.parametrize("weights", [None, CLASS_WEIGHTS])
 def test_terms_are_the_losses_of_the_targets_and_the_model_runs_once(weights: tuple[float, ...] | None) -> None:
     model, batch = Bands(), make_batch()
-    found = Segmentation({name: i + 1.0 for i, name in enumerate(LOSSES)}, weights, 1.5).terms(model, batch)
+    found = Segmentation({name: i + 1.0 for i, name in enumerate(LOSSES)}, "all", weights, 1.5).terms(model, batch)
     assert model.calls == 1
-    logits = model(batch.images, batch.valid)
+    logits = model(batch.images)
     for i, (name, loss) in enumerate(LOSSES.items()):
-        assert torch.equal(found[name].sum, loss.sum(logits, batch.targets(), weights, 1.5))
+        assert torch.equal(found[name].sum, loss.sum(logits, batch.targets("all"), weights, 1.5))
         assert (found[name].weight, found[name].count) == (i + 1.0, loss.count)
-    assert not torch.equal(found["focal"].sum, focal(logits, batch.targets(), weights, 2.0))
+    assert not torch.equal(found["focal"].sum, focal(logits, batch.targets("all"), weights, 2.0))
 
 
 @pytest.mark.parametrize("weights", [None, CLASS_WEIGHTS])
 @pytest.mark.pitfall("P26")
 def test_nodata_of_any_modality_is_no_target(weights: tuple[float, ...] | None) -> None:
-    batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0), weights)
-    seen = batch.valid["rgb"] & batch.valid["ir"]
-    unlabelled = Batch(batch.images, batch.valid, torch.where(seen, batch.labels, IGNORE))
+    batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0), "all", weights)
+    seen = batch.images["rgb"].valid & batch.images["ir"].valid
+    unlabelled = Batch(batch.images, torch.where(seen, batch.labels, IGNORE))
     assert not torch.equal(unlabelled.labels, batch.labels)
     counted = objective.counts(batch)
     assert counted == objective.counts(unlabelled) == counts(unlabelled.labels, weights)
@@ -79,7 +83,7 @@ def test_nodata_of_any_modality_is_no_target(weights: tuple[float, ...] | None) 
 
 @pytest.mark.pitfall("P49")
 def test_parts_of_a_batch_divided_by_the_counts_of_all_add_up_to_the_whole() -> None:
-    batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 0.7), CLASS_WEIGHTS)
+    batch, objective = make_batch(), Segmentation(dict.fromkeys(LOSSES, 0.7), "all", CLASS_WEIGHTS)
     batch.labels[1, :5] = IGNORE
     divisors = objective.counts(batch)
     pieces = [part(batch, slice(0, 2)), part(batch, slice(2, 3)), part(batch, slice(3, 4))]
@@ -96,8 +100,8 @@ def test_total_divides_each_sum_by_its_own_count_and_weighs_it() -> None:
 
 @pytest.mark.pitfall("P41")
 def test_nothing_valid_gives_zero_and_a_zero_gradient() -> None:
-    model, batch, objective = Bands(), make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0))
-    batch.valid["ir"][:] = False
+    model, batch, objective = Bands(), make_batch(), Segmentation(dict.fromkeys(LOSSES, 1.0), "all")
+    batch.images["ir"].valid[:] = False
     value = total(objective.terms(model, batch), objective.counts(batch))
     value.backward()
     assert value == 0

@@ -16,6 +16,7 @@ from makers import recipe_dict, save_encoder, sign, toy_folder, toy_scene, write
 from safetensors.torch import load_file, save_file
 
 from vfmseg.checkpoint.folder import load_segmenter
+from vfmseg.data.image import Image
 from vfmseg.disk.lock import LOCK, held
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
@@ -114,9 +115,8 @@ def test_the_folder_is_all_that_is_needed(place: Path, tmp_path: Path) -> None:
 @pytest.mark.pitfall("C13")
 def test_merged_and_separate_adapter_are_one_function(place: Path) -> None:
     image, _ = toy_scene(3)
-    x = {"rgb": torch.from_numpy(image[None].astype(np.float32))}
-    valid = {"rgb": torch.ones(1, 64, 64, dtype=torch.bool)}
-    outputs = [load_segmenter(place / "run" / "best", merge=merge).model(x, valid) for merge in (True, False)]
+    x = {"rgb": Image(torch.from_numpy(image[None].astype(np.float32)), torch.ones(1, 64, 64, dtype=torch.bool))}
+    outputs = [load_segmenter(place / "run" / "best", merge=merge).model(x) for merge in (True, False)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
 
 

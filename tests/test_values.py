@@ -171,7 +171,7 @@ def test_a_filling_without_a_tag(tmp_path: Path, fill: int) -> None:
         {"dem": Raster(write_raster(tmp_path / "a.tif", array))},
         LabelRaster(write_raster(tmp_path / "l.tif", np.zeros((200, 200), dtype=np.uint8)), LabelMap((0, 1), 255)),
     )
-    (found,) = survey([scene], 2).fills
+    (found,) = survey([scene], 2, "all").fills
     assert (found.modality, found.band, found.value) == ("dem", 1, fill)
     assert found.share == pytest.approx(0.02, rel=0.2)
     assert found.low > 1000
@@ -183,7 +183,7 @@ def test_what_is_far_from_a_filling_is_not_told(tmp_path: Path) -> None:
     flags = (noise(1, height=64, width=64) > 100).astype(np.uint8) * 255
     for array in (toy_scene(1)[0], flags, np.zeros((1, 64, 64), dtype=np.uint8)):
         scene = FileScene("a", {"rgb": Raster(write_raster(tmp_path / "a.tif", array))}, label)
-        assert survey([scene], 2).fills == []
+        assert survey([scene], 2, "all").fills == []
 
 
 @pytest.mark.pitfall("F13")
@@ -207,7 +207,7 @@ def test_a_class_that_validity_hides_is_counted(tmp_path: Path) -> None:
     scene = FileScene(
         "a", {"rgb": Raster(path)}, LabelRaster(write_raster(tmp_path / "l.tif", labels), LabelMap((0, 1), 255))
     )
-    found = survey([scene], 2)
+    found = survey([scene], 2, "all")
     assert found.visible.tolist() == [found.labelled[0], 0]
     assert found.labelled[1] == (labels == 1).sum() > 0
     assert set(found.hidden["rgb"].causes) == {"mask"}

@@ -131,11 +131,11 @@ class DatasetScene:
 
 def _part(array: np.ndarray, window: Window, beyond: float) -> np.ndarray:
     """The window (C, h, w) of an array (C, H, W), filled with `beyond` outside of it."""
-    inside = window.clip(array.shape[1], array.shape[2])
     out = np.full((len(array), *window.shape), beyond, dtype=array.dtype)
-    row, col = inside.row - window.row, inside.col - window.col
-    if inside.height and inside.width:
-        out[:, row : row + inside.height, col : col + inside.width] = array[:, inside.rows, inside.cols]
+    shared = window.shared(Window(0, 0, *array.shape[1:]))
+    if shared is not None:
+        here, there = shared
+        out[(slice(None), *here)] = array[(slice(None), *there)]
     return out
 
 

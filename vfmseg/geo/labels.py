@@ -41,8 +41,9 @@ class LabelRaster:
         index = np.full(window.shape, IGNORE, dtype=np.int64)
         bands = self._bands()
         inside = window.clip(self._file.info.grid.height, self._file.info.grid.width)
-        if inside.height and inside.width:
-            within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
+        shared = window.shared(inside)
+        if shared is not None:
+            here, _ = shared
             stored, *twins = self._file.read(bands, inside)
             hidden = np.zeros(stored.shape, dtype=bool)
             for by_it in self._file.read_hidden(bands, inside).values():
@@ -56,7 +57,7 @@ class LabelRaster:
             if stored.dtype.kind == "f":
                 hidden |= no_numbers(stored)
             place = f"{self.path} ({inside})"
-            index[within.rows, within.cols] = self.label_map.to_index(stored, place, hidden)
+            index[here] = self.label_map.to_index(stored, place, hidden)
         return index
 
     def close(self) -> None:

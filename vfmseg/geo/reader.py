@@ -165,14 +165,14 @@ class Raster:
             return Chip(*self._read_inside(inside, kind))
         pixels = np.zeros((len(layers), *window.shape), dtype=kind)
         valid = np.zeros(window.shape, dtype=bool)
-        if inside.height and inside.width:
-            within = Window(inside.row - window.row, inside.col - window.col, *inside.shape)
+        shared = window.shared(inside)
+        if shared is not None:
+            here, _ = shared
             if self._warp is None:
                 values, good = self._read_inside(inside, kind)
             else:
                 values, good = self._warp.read(inside, len(layers), self._read_inside)
-            pixels[:, within.rows, within.cols] = values
-            valid[within.rows, within.cols] = good
+            pixels[(slice(None), *here)], valid[here] = values, good
         return Chip(pixels, valid)
 
     def close(self) -> None:

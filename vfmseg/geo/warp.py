@@ -94,13 +94,12 @@ class Warp:
         row, col, height, width = window.row, window.col, window.height, window.width
         if height > width:
             half = height // 2
-            parts = [Window(row, col, half, width), Window(row + half, col, height - half, width)]
+            self._fill(Window(row, col, half, width), read, values[:, :half], valid[:half])
+            self._fill(Window(row + half, col, height - half, width), read, values[:, half:], valid[half:])
         else:
             half = width // 2
-            parts = [Window(row, col, height, half), Window(row, col + half, height, width - half)]
-        for part in parts:
-            inside = Window(part.row - row, part.col - col, *part.shape)
-            self._fill(part, read, values[:, inside.rows, inside.cols], valid[inside.rows, inside.cols])
+            self._fill(Window(row, col, height, half), read, values[:, :, :half], valid[:, :half])
+            self._fill(Window(row, col + half, height, width - half), read, values[:, :, half:], valid[:, half:])
 
 
 def _parts(first: int, count: int, parts: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfmseg.geo.grid import Tile
+from vfmseg.geo.grid import Tile, Window
 
 BLENDS = ("hann", "gaussian", "average", "none")
 
@@ -62,20 +62,17 @@ class Band:
 
     def add(self, tile: Tile, votes: Tensor) -> None:
         """Add the votes (K, tile, tile) of one tile; unblended tiles count in their core alone."""
-        counted = tile.window if self.blended else tile.core
-        top, bottom = max(counted.row, self.top), counted.row + counted.height
-        left = max(counted.col, self.left)
-        right = min(counted.col + counted.width, self.left + self.width)
-        bottom = min(bottom, self.top + self.sums.shape[1])
-        if bottom <= top or right <= left:
+        window, weights = tile.window, self.tile_weights
+        if not self.blended:
+            window = tile.core
+            core = np.s_[window.row - tile.window.row :, window.col - tile.window.col :]
+            votes, weights = votes[(slice(None), *core)], weights[core]
+        shared = Window(self.top, self.left, *self.weights.shape).shared(window)
+        if shared is None:
             return
-        here = (slice(top - self.top, bottom - self.top), slice(left - self.left, right - self.left))
-        of_tile = (
-            slice(top - tile.window.row, bottom - tile.window.row),
-            slice(left - tile.window.col, right - tile.window.col),
-        )
-        weights = self.tile_weights[of_tile]
-        self.sums[(slice(None), *here)].addcmul_(votes[(slice(None), *of_tile)].to(weights.dtype), weights)
+        here, there = shared
+        weights = weights[there]
+        self.sums[(slice(None), *here)].addcmul_(votes[(slice(None), *there)].to(weights.dtype), weights)
         self.weights[here] += weights
 
     def finished(self, rows: int) -> tuple[Tensor, Tensor]:

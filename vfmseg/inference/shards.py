@@ -152,13 +152,11 @@ class Parts:
 
     def _joined(self, name: str, window: Window) -> np.ndarray:
         """Stored numbers (bands, h, w) of a window that is as high as shards or lower."""
-        right = window.col + window.width
         pieces = []
         for shard in self.plan.across(window):  # every strip is cut at the same rows
             place = shard.window
-            first, last = max(window.col, place.col), min(right, place.col + place.width)
-            part = Window(window.row - place.row, first - place.col, window.height, last - first)
-            pieces.append(self._piece(name, shard, part))
+            seen = Window(window.row - place.row, window.col - place.col, *window.shape)  # counted from the piece
+            pieces.append(self._piece(name, shard, seen.clip(*place.shape)))
         return np.concatenate(pieces, axis=2)
 
     def _piece(self, name: str, shard: Shard, part: Window) -> np.ndarray:

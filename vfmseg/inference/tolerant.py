@@ -115,12 +115,8 @@ def _cropped(chips: dict[str, Chip], place: Window, window: Window) -> dict[str,
 
 def _copy(chip: Chip, place: Window, into: Chip, window: Window) -> None:
     """Copy what a chip that lies at `place` shares with `window` into the chip of that."""
-    top, left = max(place.row, window.row), max(place.col, window.col)
-    bottom = min(place.row + place.height, window.row + window.height)
-    right = min(place.col + place.width, window.col + window.width)
-    if bottom <= top or right <= left:
-        return
-    here = (slice(top - window.row, bottom - window.row), slice(left - window.col, right - window.col))
-    there = (slice(top - place.row, bottom - place.row), slice(left - place.col, right - place.col))
-    into.pixels[(slice(None), *here)] = chip.pixels[(slice(None), *there)]
-    into.valid[here] = chip.valid[there]
+    shared = window.shared(place)
+    if shared is not None:
+        here, there = shared
+        into.pixels[(slice(None), *here)] = chip.pixels[(slice(None), *there)]
+        into.valid[here] = chip.valid[there]

@@ -51,7 +51,7 @@ class Polygons:
             placed = [_off_centres(np.stack(grid.pixel(*ring.T), axis=1)) for ring in rings]
             self._boxes[i] = [*placed[0].min(axis=0), *placed[0].max(axis=0)]
             self._placed.append(placed)
-        if not any(block.any() for _, _, block in self._blocks(Window(0, 0, grid.height, grid.width))):
+        if not any(burnt.any() for _, burnt in self._squares(Window(0, 0, grid.height, grid.width))):
             raise OutsideError(
                 f"{name}: none of its polygons holds the centre of a pixel of the scene; check the area's place, size "
                 "and coordinate reference system"
@@ -60,40 +60,37 @@ class Polygons:
     def mask(self, window: Window) -> np.ndarray:
         """Bool (h, w): True inside. A pixel's answer is the same in every window; beyond the scene it is False."""
         inside = np.zeros(window.shape, dtype=bool)
-        seen = window.clip(self._grid.height, self._grid.width)
-        top, left = seen.row // _BLOCK * _BLOCK, seen.col // _BLOCK * _BLOCK
-        blocks = np.zeros((seen.row + seen.height + _BLOCK - top, seen.col + seen.width + _BLOCK - left), dtype=bool)
-        for row, col, block in self._blocks(seen):
-            place = Window(row - top, col - left, *block.shape)
-            blocks[place.rows, place.cols] = block
-        within = Window(seen.row - window.row, seen.col - window.col, *seen.shape)
-        origin = Window(seen.row - top, seen.col - left, *seen.shape)
-        inside[within.rows, within.cols] = blocks[origin.rows, origin.cols]
+        for square, burnt in self._squares(window):
+            shared = window.shared(square)
+            if shared is not None:
+                here, there = shared
+                inside[here] = burnt[there]
         return inside
 
     def touches(self, window: Window) -> bool:
         """Whether any pixel of a window lies inside."""
-        seen = window.clip(self._grid.height, self._grid.width)
-        for row, col, block in self._blocks(seen):
-            shared = Window(seen.row - row, seen.col - col, *seen.shape).clip(*block.shape)
-            if block[shared.rows, shared.cols].any():
+        for square, burnt in self._squares(window):
+            shared = window.shared(square)
+            if shared is not None and burnt[shared[1]].any():
                 return True
         return False
 
-    def _blocks(self, window: Window) -> Iterator[tuple[int, int, np.ndarray]]:
-        """First row and column and mask, cropped to the scene, of the squares that meet a window and a polygon's box.
+    def _squares(self, window: Window) -> Iterator[tuple[Window, np.ndarray]]:
+        """Place and mask, cropped to the scene, of the squares that meet a window and the box of a polygon.
 
         GDAL's answer for a centre that lies on an edge hangs on rounding, and so on where the raster begins: burnt
         window by window, the area would have flaws along the windows' seams.
         """
         top, left, bottom, right = self._boxes.T
+        window = window.clip(self._grid.height, self._grid.width)
         for row in range(window.row // _BLOCK * _BLOCK, window.row + window.height, _BLOCK):
             level = (top < row + _BLOCK) & (bottom > row)
             for col in range(window.col // _BLOCK * _BLOCK, window.col + window.width, _BLOCK) if level.any() else ():
                 near = np.flatnonzero(level & (left < col + _BLOCK) & (right > col))
                 if near.size:
-                    block = self._burnt(row, col, tuple(near.tolist()))
-                    yield row, col, block[: self._grid.height - row, : self._grid.width - col]
+                    burnt = self._burnt(row, col, tuple(near.tolist()))
+                    burnt = burnt[: self._grid.height - row, : self._grid.width - col]
+                    yield Window(row, col, *burnt.shape), burnt
 
     def _burn(self, row: int, col: int, near: tuple[int, ...]) -> np.ndarray:
         """One square. GDAL looks at every point it is given, so it gets those that matter here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -424,7 +425,7 @@ def test_errors_of_the_disk_are_ours(tmp_path: Path, old: Path, monkeypatch: pyt
     if where == "write":
         monkeypatch.setattr(pyogrio.raw, "write", fail)
     elif where == "sync":
-        monkeypatch.setattr(module.os, "fsync", fail)
+        monkeypatch.setattr(os, "fsync", fail)
     else:
         monkeypatch.setattr(pyogrio, "read_info", lambda *_, **__: {"features": 2})
         expected = "2 of 3 polygons arrived"

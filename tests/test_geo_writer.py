@@ -20,6 +20,7 @@ from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
+from vfmseg.disk import files as files_module
 from vfmseg.errors import DataError, MachineError, RecipeError, VfmsegError
 from vfmseg.geo import compression as compression_module
 from vfmseg.geo import writer as writer_module
@@ -349,14 +350,14 @@ class _Failing:
 
 @pytest.mark.pitfall("P37")
 def test_what_the_disk_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = writer_module._sync
+    honest = files_module.flush
 
     def damage(path: Path) -> None:
         with rasterio.open(path, "r+") as target:
             target.write(np.full((1, 1, 1), 30, dtype=np.uint8), window=rasterio.windows.Window(399, 299, 1, 1))
         honest(path)
 
-    monkeypatch.setattr(writer_module, "_sync", damage)
+    monkeypatch.setattr(files_module, "flush", damage)
     with pytest.raises(MachineError, match="differs from what was written"):
         save(tmp_path / "a.tif", np.zeros((300, 400), dtype=np.int64))
     assert names_in(tmp_path) == []

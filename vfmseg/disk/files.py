@@ -1,12 +1,21 @@
-"""Writing so that nothing is half there: aside, flushed, renamed."""
+"""Writing so that nothing is half there: into a temporary file beside the target, flushed, checked, then renamed.
+
+    .labels.tif.4711.partial   what process 4711 is writing: a file, or a folder to make the file in
+    labels.tif                 complete whenever it is there: `publish` renames the other one last
+
+A rename is all or nothing on one disk, so whoever reads the target finds the old content or the new one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +26,64 @@ _ASIDE = 30
 """Bytes by which the names of temporary files beside a file are longer than its own (.NAME.PID.partial.ovr.tmp)."""
 
 
-def _flush(path: Path) -> None:
-    with path.open("r+b") as file:  # some systems flush no file that is open for reading only
-        os.fsync(file.fileno())
+def aside_of(target: Path) -> Path:
+    """The temporary name beside a target, `.NAME.PID.partial`: on the same disk, and of this process alone."""
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or what a folder says of the names in it, is on the disk; OSError for what failed late.
+
+    A full or broken disk may take every write and say so only here (quotas, network disks).
+    """
+    is_folder = path.is_dir()
+    if is_folder and os.name != "posix":  # Windows opens no folder
+        return
+    # a folder can only be opened for reading, and some systems flush no file that is
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (is_folder and error.errno == errno.EINVAL):  # some disks have no such thing for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def publish(aside: Path, target: Path, check: Callable[[], None] | None = None, stale: Collection[str] = ()) -> None:
+    """Give a finished file its target's name, as the last of all; what had that name is replaced.
+
+    check: reads the flushed file back, and raises if it is not what was written. stale: endings of the names of what
+    stands beside an older target and must not be read with the new one (labels.tif.ovr); it is removed.
+    """
+    flush(aside)
+    if check is not None:
+        check()
+    for ending in stale:
+        target.with_name(target.name + ending).unlink(missing_ok=True)
+    os.replace(aside, target)
+    flush(target.parent)  # else a power failure may take the new name back
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the temporary files and folders that killed processes have left beside a target.
+
+    Whoever calls it answers for nobody else writing that target just now.
+    """
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial*"):
+        # GDAL's own beside them (.cog.ovr.tmp, .aux.xml) are named after them
+        if re.fullmatch(r"\d+\.partial(\..+)?", path.name[len(target.name) + 2 :]):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def not_created(target: Path, error: OSError) -> DataError:
+    """The error for a target whose folder or temporary file cannot be made."""
+    return DataError(
+        f"{target}: cannot be created ({error.strerror}: {error.filename}); choose a folder where you may write"
+    )
 
 
 def _umask() -> int:
@@ -120,23 +184,24 @@ def whole_folder(target: Path, own: Collection[str] | None = None) -> Iterator[P
     own: names of what is ours in a folder that it replaces; what else a person has put there stays. None: all of it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    aside = aside_of(target)
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
         readable = 0o666 & ~_umask()
-        for path in aside.rglob("*"):
+        for path in (*aside.rglob("*"), aside):
             if path.is_file():
                 path.chmod(readable)  # safetensors makes files that nobody else may read
-                _flush(path)
+            flush(path)
         if target.exists():
             if own is not None:
                 new = {*own, *(path.name for path in aside.iterdir())}
                 _carry_over([path for path in target.iterdir() if path.name not in new], aside)
             target.rename(old)
         aside.rename(target)
+        flush(target.parent)
     except BaseException as error:
         if old.exists() and not target.exists():
             old.rename(target)
@@ -168,18 +233,35 @@ def _link(path: str | Path, twin: str | Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """The same for one file."""
+    """A file to write that takes the target's name only when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    aside = aside_of(target)
     try:
         yield aside
-        _flush(aside)
-        os.replace(aside, target)
+        publish(aside, target)
     except OSError as error:
         error.filename = error.filename or str(target)
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """An empty folder beside a target to make it in, for `publish`; gone afterwards whatever happens.
+
+    For a file of which GDAL makes several on the way. DataError if the folder cannot be made.
+    """
+    folder = aside_of(target)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise not_created(target, error) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(target: Path, content: Any) -> None:

@@ -26,6 +26,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from vfmseg.disk.files import not_created
 from vfmseg.errors import BusyError, DataError
 
 LOCK = ".lock"
@@ -119,9 +120,7 @@ def _take(lock: Path, target: Path, doing: str, shared: bool) -> int:
                     f"{target}: whether another run is writing it cannot be told ({error.strerror}: {lock}); remove "
                     "that file if no run is, or choose another output"
                 ) from error
-            raise DataError(
-                f"{target}: cannot be created ({error.strerror}: {error.filename}); choose a folder where you may write"
-            ) from error
+            raise not_created(target, error) from error
         try:
             if _taken(lock, target, handle, doing, shared):
                 return handle

@@ -8,9 +8,7 @@ take the target's name; any error or interruption removes it.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ import numpy as np
 import rasterio.shutil
 from rasterio.transform import Affine
 
+from vfmseg.disk.files import aside_of, not_created, publish
 from vfmseg.disk.paths import SIDECARS, elsewhere
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.compression import check_compression, cog_options, geotiff_options
@@ -64,7 +63,7 @@ class MapWriter:
         self._level = level
         self._cog = cog
         self._last = last
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._partial = aside_of(self.path)
         self._rows = np.empty((len(layer.names), BLOCK, 0), dtype=layer.dtype)  # of the strip that is written
         self._col = 0  # first column of that strip
         self._next = grid.height  # first row that is still to come
@@ -180,14 +179,7 @@ class MapWriter:
                     self._optimise()
             if self._last is not None:
                 self._last(self._partial)
-            _sync(self._partial)
-            self._check()
-            for suffix in SIDECARS:
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-            os.replace(self._partial, self.path)
-            self._made = False
-            if os.name == "posix":
-                _sync(self.path.parent)
+            publish(self._partial, self.path, self._check, stale=SIDECARS)
 
     def _optimise(self) -> None:
         """Put a cloud-optimised copy in the place of the temporary file."""
@@ -211,6 +203,7 @@ class MapWriter:
                 complete = complete and zlib.crc32(rows.data) == expected
         if not complete:
             raise MachineError(self._lost("what the disk holds differs from what was written"))
+        self._made = False  # what follows is the rename
 
     def _discard(self) -> None:
         dataset, self._dataset = self._dataset, None
@@ -227,10 +220,7 @@ class MapWriter:
         try:
             yield
         except (FileExistsError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
-            raise DataError(
-                f"{self.path}: cannot be created ({error.strerror}: {error.filename}); choose a folder where "
-                "you may write"
-            ) from error
+            raise not_created(self.path, error) from error
         except (*GDAL_ERRORS, OSError) as error:
             raise MachineError(self._lost(str(error.__cause__ or error))) from error
 
@@ -247,21 +237,3 @@ class MapWriter:
             f"{self.path}: could not be written ({reason}); free space there: {free}; nothing half "
             "written was left behind: make room or choose another disk, then run again"
         )
-
-
-def remove_leftovers(target: Path) -> None:
-    """Remove the temporary files that killed processes have left beside a target; to be called when it is complete."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial*"):
-        # GDAL's own beside them (.cog.ovr.tmp, .aux.xml) are named after them
-        if re.fullmatch(r"\d+\.partial(\..+)?", path.name[len(target.name) + 2 :]):
-            path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk; delayed errors (quota, network disk) are raised here."""
-    # a folder can only be opened for reading, and some systems flush no file that is
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

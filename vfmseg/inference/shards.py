@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from vfmseg.disk.files import whole_file, write_json
+from vfmseg.disk.files import not_created, remove_leftovers, whole_file, write_json
 from vfmseg.disk.jsonfile import read_json
 from vfmseg.disk.seal import is_intact, mark_of_seal, seal
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
-from vfmseg.geo.writer import BLOCK, MapWriter, remove_leftovers
+from vfmseg.geo.writer import BLOCK, MapWriter
 from vfmseg.inference.plan import Plan, Run, Shard
 
 PLAN = "plan.json"
@@ -90,10 +90,7 @@ class Parts:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            raise DataError(
-                f"{self.target}: cannot be created ({error.strerror}: {error.filename}); choose a folder where you may "
-                "write"
-            ) from error
+            raise not_created(self.target, error) from error
         write_json(known, self.fingerprint)
 
     def _same_work(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

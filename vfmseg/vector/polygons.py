@@ -6,10 +6,7 @@ Only what is complete is placed on the ground and written, so that the scene may
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 import re
-import shutil
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +18,7 @@ import numpy as np
 from rasterio.crs import CRS
 from rasterio.warp import transform
 
+from vfmseg.disk.files import folder_aside, publish, remove_leftovers
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.crs import short_name
 from vfmseg.geo.dateline import near_zero
@@ -82,9 +80,8 @@ def write_polygons(
     to_degrees = check_place(target, source.grid, labels)
     # GDAL cuts GeoJSON at 180 and -180 degrees, but loses what lies beyond 360
     grid = near_zero(source.grid) if target.suffix.lower() == ".geojson" else source.grid
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):  # of processes that were killed
-        shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.closing(source.file), _aside(target) as folder, _unsynced():
+    remove_leftovers(target)
+    with contextlib.closing(source.file), folder_aside(target) as folder, _unsynced():
         package = folder / "polygons.gpkg"
         count = 0
         for pieces in chain([_NOTHING], _batches(trace(source.bands(rows), source.grid.width))):
@@ -259,23 +256,6 @@ def _converted(package: Path, target: Path, crs: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A folder beside the target to make the file in, gone afterwards whatever happens."""
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(
-            f"{target}: cannot be created ({error.strerror}: {error.filename}); choose a folder where you may write"
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
 def _unsynced() -> Iterator[None]:
     """SQLite does not wait for the disk at every batch: the file counts only once `_publish` has waited for it."""
     import pyogrio
@@ -292,17 +272,15 @@ def _publish(finished: Path, target: Path, count: int) -> None:
     """Give a file the target's name once it is on the disk and holds what it should."""
     import pyogrio
 
-    with _machine(target):
-        with open(finished, "r+b") as stored:  # some systems flush no file that is open for reading only
-            os.fsync(stored.fileno())
+    def check() -> None:
         held = pyogrio.read_info(finished, layer=_LAYER, force_feature_count=True)["features"]
         if held != count:
             raise OSError(f"{held} of {count} polygons arrived")
         if finished.suffix.lower() == ".gpkg":
             _require_closed(finished, count)
-        for suffix in _JOURNALS:
-            target.with_name(target.name + suffix).unlink(missing_ok=True)
-        os.replace(finished, target)
+
+    with _machine(target):
+        publish(finished, target, check, stale=_JOURNALS)
 
 
 def _require_closed(package: Path, count: int) -> None:

@@ -133,6 +133,7 @@ def edges(axis: Sequence[int], tile: int) -> list[int]:
 def vfmseg(task: Task, blend: str = "hann") -> Callable[[], None]:
     """The engine that `vfmseg predict` and `Segmenter.predict` stand on, with its own defaults."""
     sys.path.insert(0, str(ROOT))
+    from vfmseg.geo.bands import Bands
     from vfmseg.geo.reader import Bands
     from vfmseg.inference.contracts import Model, Tiles
     from vfmseg.inference.job import Settings, into_files, prepare

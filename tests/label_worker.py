@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.reader import Bands
 from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.job import Settings, into_files, prepare

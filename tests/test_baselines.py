@@ -185,8 +185,8 @@ def test_the_command_scores_the_test_split_of_a_recipe(
 
 def test_large_scenes_are_cut_into_tiles_that_cover_each_pixel_once(tmp_path: Path) -> None:
     from vfmseg.data.from_files import scenes_from_files
+    from vfmseg.geo.bands import Bands
     from vfmseg.geo.classes import LabelMap
-    from vfmseg.geo.reader import Bands
 
     labels = np.random.default_rng(0).integers(0, 2, (530, 70)).astype(np.uint8)
     write_raster(tmp_path / "images" / "a.tif", np.stack([labels, labels]))

@@ -12,8 +12,8 @@ from test_recipe_errors import SMALL, complaint
 from vfmseg.data.dataset import MOST_WINDOWS, CoverWindows, TrainingWindows
 from vfmseg.data.windows import Draw
 from vfmseg.errors import DataError, RecipeError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Grid
-from vfmseg.geo.reader import Bands
 from vfmseg.inference.contracts import Model
 from vfmseg.inference.how import How, settle
 from vfmseg.inference.job import Settings, prepare

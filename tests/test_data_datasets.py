@@ -19,9 +19,9 @@ from vfmseg.data.from_datasets import scenes_from_dataset
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.windows import Draw
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import Window
-from vfmseg.geo.reader import Bands
 
 datasets = pytest.importorskip("datasets")
 

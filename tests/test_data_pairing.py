@@ -18,10 +18,11 @@ from vfmseg.data.opened import Opened
 from vfmseg.data.pairing import find
 from vfmseg.data.scene import FileScene
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import LabelRaster
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 
 LABELS = LabelMap((0, 1, 2), 255)
 NAMES = ("tile_1", "tile_2", "tile_10", "tile_11", "a", "b")

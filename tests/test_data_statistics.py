@@ -13,9 +13,9 @@ from makers import write_raster
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.reader import Bands
 from vfmseg.geo.validity import Chip
 
 

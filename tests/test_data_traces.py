@@ -20,8 +20,8 @@ from vfmseg.build.data import open_training
 from vfmseg.data.traces import Traces, bytes_trace
 from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.finetune import finetune
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
-from vfmseg.geo.reader import Bands
 from vfmseg.recipe import load_recipe
 from vfmseg.terminal import guarded
 

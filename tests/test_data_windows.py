@@ -22,9 +22,9 @@ from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.data.scene import SceneLike
 from vfmseg.data.windows import Draw, Purpose, epoch_order, rank_batches, rng
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.reader import Bands
 from vfmseg.geo.validity import Chip
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Window
 from vfmseg.geo.memory import ArrayRaster
-from vfmseg.geo.reader import Bands
 
 TYPES = ["bool", "uint8", "int8", "uint16", ">u2", "int16", "uint32", "int32", "uint64", "int64"]
 

@@ -26,9 +26,10 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Window
 from vfmseg.geo.rasterfile import RasterFile
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 
 PLACE: dict[str, Any] = {"crs": "EPSG:32633", "transform": Affine(10, 0, 500000, 0, -10, 5000000)}
 

@@ -16,8 +16,8 @@ from makers import apart, tiles_of
 from torch import Tensor
 
 from vfmseg.errors import DataError, MachineError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Grid, Window
-from vfmseg.geo.reader import Bands
 from vfmseg.geo.validity import Chip
 from vfmseg.inference.blend import BLENDS, Band, profile
 from vfmseg.inference.contracts import Area, Finished, Model, Report, Tiles

@@ -20,8 +20,8 @@ from makers import apart, write_raster
 
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo import writer as writer_module
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Window
-from vfmseg.geo.reader import Bands
 from vfmseg.inference import shards as shards_module
 from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.job import Job, Settings, into_files, prepare, targets_of

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo import warp as warp_module
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic, read_map
 from vfmseg.geo.rasterfile import _damage
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 from vfmseg.geo.validity import Chip
 from vfmseg.geo.writer import MapWriter
 from vfmseg.inference.contracts import Area, Model, Tiles

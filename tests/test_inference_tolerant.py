@@ -16,10 +16,10 @@ from rasterio.transform import Affine
 from torch import Tensor
 
 from vfmseg.errors import DamagedError, DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
-from vfmseg.geo.reader import Bands
 from vfmseg.geo.validity import Chip
 from vfmseg.inference.contracts import Model, Report, Tiles
 from vfmseg.inference.engine import label_run

@@ -9,6 +9,7 @@ from makers import apart, tiles_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Window
 from vfmseg.geo.reader import Bands
 from vfmseg.inference.contracts import Model, Tiles

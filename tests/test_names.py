@@ -16,10 +16,10 @@ from vfmseg.data.pairing import find, pair
 from vfmseg.disk.files import unfit_name
 from vfmseg.disk.paths import readings
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.rasterfile import RasterFile
-from vfmseg.geo.reader import Bands
 from vfmseg.inference.how import How
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.predict import Wanted, predict

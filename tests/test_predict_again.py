@@ -24,10 +24,11 @@ from vfmseg import cli
 from vfmseg.checkpoint import folder as checkpoint
 from vfmseg.checkpoint.folder import fingerprint_of
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 from vfmseg.inference.how import How
 from vfmseg.inference.shards import RunSink
 from vfmseg.inference.sources import OpenScene

@@ -16,12 +16,13 @@ from rasterio.enums import ColorInterp
 
 from vfmseg.data.scene import FileScene
 from vfmseg.data.survey import survey
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import LabelRaster
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.notes import notes_of
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 from vfmseg.geo.said import BandSaid
 from vfmseg.vector.area import read_area
 

@@ -16,8 +16,8 @@ from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.survey import survey
 from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, RecipeError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
-from vfmseg.geo.reader import Bands
 from vfmseg.geo.said import BandSaid, places_by_name
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once

@@ -13,10 +13,10 @@ import numpy as np
 
 from vfmseg.data.cells import Header, Rows
 from vfmseg.errors import DataError, nearest
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.memory import ArrayRaster
-from vfmseg.geo.reader import Bands
 from vfmseg.geo.said import BandSaid
 from vfmseg.geo.validity import Chip, Hidden
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from vfmseg.data.pairing import find, pair
 from vfmseg.data.scene import FileScene, SceneLike
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.labels import LabelRaster
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 
 
 def scenes_from_files(

@@ -12,9 +12,10 @@ from string import Formatter
 from vfmseg.data.scene import FileScene, SceneLike
 from vfmseg.disk.paths import elsewhere, files_behind, made_absolute, require_file
 from vfmseg.errors import DataError, nearest
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.labels import LabelRaster
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 
 
 def scenes_from_table(

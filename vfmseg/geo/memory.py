@@ -9,9 +9,10 @@ import numpy as np
 from rasterio.io import MemoryFile
 
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.fileinfo import FileInfo
 from vfmseg.geo.opening import gdal, open_dataset
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 
 # types that GDAL has no like of -> the next one that holds them
 _STORED = {"bool": "uint8", "float16": "float32"}

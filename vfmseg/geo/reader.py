@@ -7,59 +7,23 @@ infinite, and beyond the edge of the scene. Invalid pixels carry 0.0, so that no
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
 
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands, ReadBand, chosen_bands, places_in
 from vfmseg.geo.crs import short_name
 from vfmseg.geo.fileinfo import FileInfo
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.rasterfile import RasterFile
-from vfmseg.geo.said import BandSaid, places_by_name
-from vfmseg.geo.validity import Chip, Hidden, as_stored, equals, hides_alone, no_numbers
+from vfmseg.geo.said import BandSaid
+from vfmseg.geo.validity import Chip, Hidden, equals, no_numbers
 from vfmseg.geo.warp import Warp
 
-
-@dataclass(frozen=True)
-class Bands:
-    """Which bands of a modality are read, and how stored numbers become values.
-
-    indexes: 1-based, in the order wanted; None = all but alpha. Value = stored * scale + offset; where both are None,
-    those that each file says of its bands. nodata: a stored number that means "nothing here", beside the one that the
-    file itself may name.
-    like: what the bands of the training files say of themselves. A file that says where these bands are is read in
-    their order, unless `chosen`; and it is scaled as it says if they were, else not.
-    """
-
-    indexes: tuple[int, ...] | None = None
-    scale: float | None = None
-    offset: float | None = None
-    nodata: float | None = None
-    like: tuple[BandSaid, ...] | None = None
-    chosen: bool = False  # indexes are meant for this very file
-
-
 _FLOAT = np.dtype(np.float32)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One band to read: which file, which band of it, and how its numbers are taken.
-
-    any_of: stored numbers that hide the pixel if this band holds one. all_of: {who says so, the recipe or the file:
-    stored number} that hides the pixel if all bands hold theirs.
-    """
-
-    file: int
-    band: int
-    dtype: np.dtype
-    any_of: tuple[np.generic, ...]
-    all_of: Mapping[str, np.generic]
-    scale: float
-    offset: float
 
 
 class Raster:
@@ -82,7 +46,7 @@ class Raster:
         self.paths: tuple[str, ...] = tuple(os.fspath(one) for one in several)
         self.bands = bands if bands is not None else Bands()
         self._files = [RasterFile(one) for one in self.paths]
-        self._layers: tuple[_Layer, ...] = ()
+        self._chosen: tuple[ReadBand, ...] = ()
         self._onto = onto
         self._warp: Warp | None = None  # only where the files lie on another grid
         self.hidden = Hidden()
@@ -100,19 +64,19 @@ class Raster:
     @property
     def palette(self) -> bool:
         """Whether a band that is read holds numbers of colours."""
-        return any(layer.band in self._files[layer.file].info.palette for layer in self._plan())
+        return any(read.band in self._files[read.file].info.palette for read in self._plan())
 
     @property
     def places(self) -> tuple[int, ...]:
         """1-based numbers of the bands that are read, counted through the files."""
-        there = [(number, band) for number, file in enumerate(self._files) for band in _numbers(file)]
-        return tuple(there.index((layer.file, layer.band)) + 1 for layer in self._plan())
+        there = places_in(self._files)
+        return tuple(there.index((read.file, read.band)) + 1 for read in self._plan())
 
     @property
     def said(self) -> tuple[BandSaid, ...]:
         """What the files say of the bands that are read, with the scale and offset by which they are read."""
-        told = [(self._files[layer.file].info.bands[layer.band - 1], layer) for layer in self._plan()]
-        return tuple(replace(band, scale=layer.scale, offset=layer.offset) for band, layer in told)
+        told = [(self._files[read.file].info.bands[read.band - 1], read) for read in self._plan()]
+        return tuple(replace(band, scale=read.scale, offset=read.offset) for band, read in told)
 
     @property
     def control_points(self) -> int:
@@ -137,7 +101,7 @@ class Raster:
     @property
     def dtype(self) -> str:
         """The stored type of the bands read, such as "uint16"; for mixed types the one that holds them all."""
-        return str(np.result_type(*(layer.dtype for layer in self._plan())))
+        return str(np.result_type(*(read.dtype for read in self._plan())))
 
     @property
     def block(self) -> tuple[int, int]:
@@ -149,7 +113,7 @@ class Raster:
     def compact(self) -> np.dtype:
         """A type that holds every value that `read` returns without loss: that of the file where it is a small one."""
         stored = self.dtype
-        plain = all((layer.scale, layer.offset) == (1.0, 0.0) for layer in self._plan()) and self._warp is None
+        plain = all((read.scale, read.offset) == (1.0, 0.0) for read in self._plan()) and self._warp is None
         return np.dtype(stored if plain and stored in ("uint8", "uint16", "int16") else "float32")
 
     def read(self, window: Window, compact: bool = False) -> Chip:
@@ -158,12 +122,12 @@ class Raster:
         Values are float32, or with `compact` of the type `compact`, which takes less memory on the way as well.
         DataError names the file, and the window if its part of the file is damaged.
         """
-        layers = self._plan()
+        count = len(self._plan())
         kind = self.compact if compact else _FLOAT
         inside = window.clip(self.grid.height, self.grid.width)
         if inside == window and self._warp is None and inside.height and inside.width:
             return Chip(*self._read_inside(inside, kind))
-        pixels = np.zeros((len(layers), *window.shape), dtype=kind)
+        pixels = np.zeros((count, *window.shape), dtype=kind)
         valid = np.zeros(window.shape, dtype=bool)
         shared = window.shared(inside)
         if shared is not None:
@@ -171,7 +135,7 @@ class Raster:
             if self._warp is None:
                 values, good = self._read_inside(inside, kind)
             else:
-                values, good = self._warp.read(inside, len(layers), self._read_inside)
+                values, good = self._warp.read(inside, count, self._read_inside)
             pixels[(slice(None), *here)], valid[here] = values, good
         return Chip(pixels, valid)
 
@@ -191,17 +155,17 @@ class Raster:
     def follow(self, like: Sequence[BandSaid] | None) -> None:
         """Read from now on as the training files were: the same bands where this file names them, in their order."""
         self.bands = replace(self.bands, like=None if like is None else tuple(like))
-        self._layers, self._warp = (), None
+        self._chosen, self._warp = (), None
 
-    def _plan(self) -> tuple[_Layer, ...]:
+    def _plan(self) -> tuple[ReadBand, ...]:
         """The bands to read; made once, when the files are first opened."""
-        if not self._layers:
+        if not self._chosen:
             self._check_grids()
             own = self._files[0].info.grid
             if self._onto is not None and not self._onto.same_place(own):
                 self._warp = Warp(self._name, own, self._onto)
-            self._layers = tuple(self._choose())
-        return self._layers
+            self._chosen = chosen_bands(self.bands, self._files, self._name)
+        return self._chosen
 
     def _check_grids(self) -> None:
         first = self._files[0].info.grid
@@ -214,75 +178,9 @@ class Raster:
                     "one grid or make them two modalities"
                 )
 
-    def _choose(self) -> list[_Layer]:
-        there = [(number, band) for number, file in enumerate(self._files) for band in _numbers(file)]
-        indexes = self._places(there)
-        if indexes is None:
-            chosen = [(f, b) for f, b in there if b not in self._files[f].info.alpha]
-        else:
-            for index in indexes:
-                if not 1 <= index <= len(there):
-                    raise DataError(
-                        f"{self._name}: band {index} is asked for, but there "
-                        f"{'is 1 band' if len(there) == 1 else f'are {len(there)} bands'}; "
-                        f"choose from 1 to {len(there)}"
-                    )
-            chosen = [there[index - 1] for index in indexes]
-        if not chosen:
-            raise DataError(f"{self._name}: no band to read; expected at least one that is not alpha")
-        return [self._layer(number, band) for number, band in chosen]
-
-    def _places(self, there: Sequence[tuple[int, int]]) -> tuple[int, ...] | None:
-        """Which bands are read, counted through the files: as the files themselves say, else as the recipe does."""
-        wanted = self.bands.indexes
-        if self.bands.chosen or self.bands.like is None:
-            return wanted
-        found = places_by_name(self.bands.like, [self._files[f].info.bands[b - 1] for f, b in there])
-        if found is not None:
-            return found
-        # the number of bands that the model was trained on tells whether one that is marked as alpha is among them
-        marked = [b in (*self._files[f].info.alpha, *self._files[f].info.not_alpha) for f, b in there]
-        for places in (range(1, len(there) + 1), [i for i, is_marked in enumerate(marked, 1) if not is_marked]):
-            if wanted is None and len(places) == len(self.bands.like):
-                return tuple(places)
-        return wanted
-
-    def _layer(self, number: int, band: int) -> _Layer:
-        info = self._files[number].info
-        dtype = info.dtypes[band - 1]
-        if dtype.startswith("complex"):
-            raise DataError(
-                f"{self.paths[number]}: band {band} holds complex numbers ({dtype}); expected real ones: "
-                "write amplitude or intensity to a file and use that"
-            )
-        stored = np.dtype(dtype)
-        any_of: list[np.generic] = []
-        all_of: dict[str, np.generic] = {}
-        ours = self.bands.nodata
-        theirs = None if set(info.nodata) <= {None, ours} else info.nodata[band - 1]  # the file says nothing else
-        for source, value in (("recipe", ours), ("file", theirs)):
-            mark = None if value is None else as_stored(value, stored)
-            if value is None or mark is None:
-                continue
-            if hides_alone(value, stored, of_file=source == "file"):
-                any_of.append(mark)
-            else:
-                all_of[source] = mark
-        return _Layer(number, band, stored, tuple(any_of), all_of, *self._scaling(info.bands[band - 1]))
-
-    def _scaling(self, said: BandSaid) -> tuple[float, float]:
-        """Scale and offset of a band: the recipe's, else the file's where the training files were scaled by theirs."""
-        ours = self.bands
-        if ours.scale is not None or ours.offset is not None:
-            return (1.0 if ours.scale is None else ours.scale), ours.offset or 0.0
-        if ours.like is not None and not any(band.scaled for band in ours.like):
-            return 1.0, 0.0
-        return said.scale or 1.0, said.offset or 0.0
-
     def _read_inside(self, window: Window, kind: np.dtype = _FLOAT) -> tuple[np.ndarray, np.ndarray]:
         """Values and validity of a window inside the files, on their own grid, in a type that holds them."""
-        layers = self._layers
-        values = np.empty((len(layers), *window.shape), dtype=kind)
+        values = np.empty((len(self._chosen), *window.shape), dtype=kind)
         empty: dict[str, np.ndarray] = {}  # where all bands so far hold their number of this source
         hidden: dict[str, np.ndarray] = {}  # where any band so far says so, by cause
 
@@ -290,24 +188,24 @@ class Raster:
             hidden[cause] = hidden[cause] | hit if cause in hidden else hit
 
         for number, file in enumerate(self._files):
-            slots = [slot for slot, layer in enumerate(layers) if layer.file == number]
+            slots = [slot for slot, read in enumerate(self._chosen) if read.file == number]
             if not slots:
                 continue
-            bands = [layers[slot].band for slot in slots]
+            bands = [self._chosen[slot].band for slot in slots]
             for cause, hit in file.read_hidden(bands, window).items():
                 hide(cause, hit)
             for slot, stored in zip(slots, file.read(bands, window), strict=True):
-                layer = layers[slot]
-                for mark in layer.any_of:
+                read = self._chosen[slot]
+                for mark in read.any_of:
                     hide(f"nodata {mark:g}", equals(stored, mark))
-                for source, mark in layer.all_of.items():
+                for source, mark in read.all_of.items():
                     hit = equals(stored, mark)
                     empty[source] = empty[source] & hit if source in empty else hit
-                values[slot] = _scaled(stored, layer.scale, layer.offset) if kind.kind == "f" else stored
-                if stored.dtype.kind == "f" or (layer.scale, layer.offset) != (1.0, 0.0):
+                values[slot] = _scaled(stored, read.scale, read.offset) if kind.kind == "f" else stored
+                if stored.dtype.kind == "f" or (read.scale, read.offset) != (1.0, 0.0):
                     hide("no number", no_numbers(values[slot]))
         for source, hit in empty.items():
-            marks = sorted({f"{layer.all_of[source]:g}" for layer in layers if source in layer.all_of})
+            marks = sorted({f"{read.all_of[source]:g}" for read in self._chosen if source in read.all_of})
             hide(f"nodata {' and '.join(marks)} in all bands", hit)
         bad = np.zeros(window.shape, dtype=bool)
         for cause, hit in hidden.items():
@@ -324,10 +222,6 @@ def _scaled(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:
         if (scale, offset) == (1.0, 0.0):
             return stored.astype(np.float32)
         return (stored.astype(exact) * scale + offset).astype(np.float32)
-
-
-def _numbers(file: RasterFile) -> range:
-    return range(1, file.info.count + 1)
 
 
 def _grid_text(grid: Grid) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from vfmseg.errors import DataError
+from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.notes import notes_of
-from vfmseg.geo.reader import Bands, Raster
+from vfmseg.geo.reader import Raster
 from vfmseg.geo.validity import Chip, Hidden
 from vfmseg.inference.reading import Stored
 from vfmseg.terminal import say_once

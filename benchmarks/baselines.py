@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.build.data import open_split
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.scene import Scene
 from vfmseg.errors import DataError, VfmsegError
 from vfmseg.geo.grid import Window, cut
 from vfmseg.metrics import Confusion
@@ -62,7 +62,7 @@ class Tile:
         return np.where(self.valid, self.labels, IGNORE)
 
 
-def read_tiles(scenes: Sequence[SceneLike], tile: int) -> list[Tile]:
+def read_tiles(scenes: Sequence[Scene], tile: int) -> list[Tile]:
     """Every scene as tiles: whole up to LARGEST pixels a side, else cut without overlap into at most `tile` pixels."""
     tiles: list[Tile] = []
     for scene in scenes:

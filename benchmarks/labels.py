@@ -126,7 +126,7 @@ def floor(segmenter: Segmenter, scene: np.ndarray) -> Callable[[], None]:
     settings = settle(How(), segmenter.recipe).settings
     tile, size = settings.tile, settings.batch_size
     plan = Plan(*scene.shape[1:], tile, settings.overlap, True, size)
-    (name,) = segmenter.facts.bands
+    (name,) = (one.name for one in segmenter.inputs)
     batch = torch.from_numpy(np.nan_to_num(np.stack([scene[:, :tile, :tile]] * size)))
     valid = torch.ones(size, tile, tile, dtype=torch.bool)
     full, left = divmod(len(plan.rows) * len(plan.cols), size)

@@ -133,24 +133,24 @@ def edges(axis: Sequence[int], tile: int) -> list[int]:
 def vfmseg(task: Task, blend: str = "hann") -> Callable[[], None]:
     """The engine that `vfmseg predict` and `Segmenter.predict` stand on, with its own defaults."""
     sys.path.insert(0, str(ROOT))
+    from vfmseg.data.given import open_scene
     from vfmseg.geo.bands import Bands
-    from vfmseg.geo.reader import Bands
     from vfmseg.inference.contracts import Model, Tiles
     from vfmseg.inference.job import Settings, into_files, prepare
     from vfmseg.inference.products import Products
-    from vfmseg.inference.sources import OpenScene
+    from vfmseg.inference.reading import stored_as
 
     def vote(tiles: Tiles) -> Tensor:
         with torch.inference_mode():
             return task.net(tiles.images["image"].pixels).softmax(dim=1)
 
     def work() -> None:
-        scene = OpenScene({"image": str(task.scene)}, {"image": Bands()})
+        scene = open_scene({"image": str(task.scene)}, {"image": Bands()})
         ids = tuple(range(CLASSES))
         products = Products(ids)
         layers = products.layers([str(i) for i in ids], [(25 * i, 25 * i, 25 * i) for i in ids], {})
         settings = Settings(task.tile, (task.overlap + 0.5) / task.tile, blend, task.batch)
-        job = prepare([scene], scene.stored(), scene.bands(), Model(vote, CLASSES), products, 1, settings)
+        job = prepare([scene], stored_as(scene), scene.bands(), Model(vote, CLASSES), products, 1, settings)
         into_files(job, task.labels, layers, {}, overwrite=True)
         scene.close()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from vfmseg.data.given import open_scene
 from vfmseg.geo.bands import Bands
-from vfmseg.geo.reader import Bands
 from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.job import Settings, into_files, prepare
 from vfmseg.inference.products import Products
 from vfmseg.inference.ranks import joined
-from vfmseg.inference.sources import OpenScene
+from vfmseg.inference.reading import stored_as
 
 torch.set_num_threads(1)
 
@@ -27,10 +27,10 @@ def vote(tiles: Tiles) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    opened = OpenScene({"x": sys.argv[1]}, {"x": Bands()})
+    opened = open_scene({"x": sys.argv[1]}, {"x": Bands()})
     products = Products((0, 1, 2), ("confidence",))
     layers = products.layers(("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), {"vfmseg_recipe": "toy"})
-    job = prepare([opened], opened.stored(), {"x": 1}, Model(vote, 3), products, 2, Settings(32, 0.25, "hann", 4))
+    job = prepare([opened], stored_as(opened), {"x": 1}, Model(vote, 3), products, 2, Settings(32, 0.25, "hann", 4))
     with joined() as (rank, ranks):
         report = into_files(job, Path(sys.argv[2]), layers, {}, rank=rank, ranks=ranks, resume="--resume" in sys.argv)
     # unbuffered, as torchrun starts it, `print` writes a line and its end apart: lines of two processes would mix

@@ -18,8 +18,11 @@ import yaml
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 
+from vfmseg.catalog import IMAGENET
 from vfmseg.data.image import Image
+from vfmseg.data.inputs import Input
 from vfmseg.disk.digests import signed
+from vfmseg.geo.bands import Bands
 from vfmseg.inference.contracts import Tiles
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -186,6 +189,14 @@ def sign(folder: Path) -> None:
     """Make a segmenter folder that a test has changed one whose digests are right again."""
     record = json.loads((folder / "segmenter.json").read_text())
     (folder / "segmenter.json").write_text(json.dumps(signed(record, folder, set(record["files"]))))
+
+
+def an_input(name: str = "rgb", count: int = 3, dtype: str = "uint8", mean: float = 0.0, std: float = 0.0) -> Input:
+    """A modality as a model takes it; without mean and std those of ImageNet, for three 8-bit bands."""
+    if std:
+        return Input(name, Bands(), count, dtype, "dataset", (mean,) * count, (std,) * count)
+    means, stds = ((255 * one for one in values) for values in IMAGENET)
+    return Input(name, Bands(), count, dtype, "encoder", tuple(means), tuple(stds))
 
 
 def apart(tiles: Tiles) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

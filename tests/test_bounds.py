@@ -10,6 +10,7 @@ from test_data_windows import ArrayScene
 from test_recipe_errors import SMALL, complaint
 
 from vfmseg.data.dataset import MOST_WINDOWS, CoverWindows, TrainingWindows
+from vfmseg.data.given import open_scene
 from vfmseg.data.windows import Draw
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.bands import Bands
@@ -18,7 +19,7 @@ from vfmseg.inference.contracts import Model
 from vfmseg.inference.how import How, settle
 from vfmseg.inference.job import Settings, prepare
 from vfmseg.inference.products import Products
-from vfmseg.inference.sources import OpenScene
+from vfmseg.inference.reading import stored_as
 from vfmseg.recipe import load_recipe
 
 ABSURD = {
@@ -116,10 +117,10 @@ def test_a_small_file_that_claims_billions_of_pixels_is_planned_without_memory(
         f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">'
         '<VRTRasterBand dataType="Byte" band="1"/></VRTDataset>'
     )
-    scene = OpenScene({"rgb": str(file)}, {"rgb": Bands(indexes=(1,))})
+    scene = open_scene({"rgb": str(file)}, {"rgb": Bands(indexes=(1,))})
     tracemalloc.start()
     model = Model(lambda tiles: tiles.images["rgb"].pixels, 2)
-    job = prepare([scene], scene.stored(), {"rgb": 1}, model, Products((0, 1)), 1, Settings(256))
+    job = prepare([scene], stored_as(scene), {"rgb": 1}, model, Products((0, 1)), 1, Settings(256))
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
     scene.close()

@@ -16,7 +16,7 @@ from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.opened import Opened
 from vfmseg.data.pairing import find
-from vfmseg.data.scene import FileScene
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.errors import DataError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
@@ -43,7 +43,7 @@ def twins(folder: Path, pattern: str = "{}.tif", labels: str = "{}.tif", names: 
         write_raster(folder / "labels" / labels.format(name), label(number % 3))
 
 
-def pairs_are_right(scenes: list[FileScene]) -> bool:
+def pairs_are_right(scenes: list[RasterScene]) -> bool:
     window = Window(0, 0, 8, 8)
     return all(
         int(s.read_labels(window)[0, 0]) == (int(s.read(window)["rgb"].pixels[0, 0, 0]) - 10) % 3 for s in scenes
@@ -377,7 +377,7 @@ def test_a_split_whose_images_say_nothing_at_its_labels_is_refused(tmp_path: Pat
 
 
 def test_thousands_of_scenes_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vfmseg.data.scene as scene_module
+    import vfmseg.data.raster_scene as scene_module
 
     monkeypatch.setattr(scene_module, "OPENED", Opened(limit=5))
     for number in range(20):
@@ -409,7 +409,7 @@ def test_scenes_travel_to_workers_without_open_files(tmp_path: Path) -> None:
 
 def test_file_scene_reads_beyond_the_edge_as_invalid(tmp_path: Path) -> None:
     rasters = {"rgb": Raster(str(write_raster(tmp_path / "i.tif", image(9))), Bands())}
-    scene = FileScene("i", rasters, LabelRaster(str(write_raster(tmp_path / "l.tif", label(1))), LABELS))
+    scene = RasterScene("i", rasters, LabelRaster(str(write_raster(tmp_path / "l.tif", label(1))), LABELS))
     chip = scene.read(Window(4, 4, 8, 8))["rgb"]
     assert chip.valid.sum() == 16
     assert (chip.pixels[0] == 9 * chip.valid).all()

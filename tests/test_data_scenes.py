@@ -12,10 +12,10 @@ from makers import recipe_dict, toy_folder, write_raster
 
 from vfmseg import terminal
 from vfmseg.build.data import bands_of, label_map_of, open_split, open_training
-from vfmseg.build.model import InputFacts, normalization
+from vfmseg.build.model import normalized_by
+from vfmseg.data.given import open_scene
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import Window
-from vfmseg.inference.sources import OpenScene
 from vfmseg.recipe import Recipe, parse_recipe
 
 
@@ -87,7 +87,7 @@ def test_a_palette_image_is_told(
         with rasterio.open(path, "r+") as image:
             image.write_colormap(1, {1: (255, 0, 0)})
     open_training(toy_recipe(tmp_path))
-    assert capsys.readouterr().err.count("rgb: holds a colour table") == 1
+    assert capsys.readouterr().err.count("holds a colour table") == 1
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -156,7 +156,7 @@ def test_a_modality_on_another_grid_is_seen_in_training_as_in_prediction(
     assert capsys.readouterr().err.count("heights: lies on another grid than rgb") == 1
     files = {m: str(tmp_path / "train" / folder / "s1_train.tif") for m, folder in
              {"rgb": "images", "heights": "heights"}.items()}  # fmt: skip
-    predicted = OpenScene(files, bands_of(recipe))
+    predicted = open_scene(files, bands_of(recipe))
     assert scene.grid == predicted.grid
     for window in (Window(0, 0, 64, 64), Window(-5, 11, 40, 60)):
         ours, theirs = pickle.loads(pickle.dumps(scene)).read(window), predicted.read(window)
@@ -231,7 +231,7 @@ def test_the_encoders_statistics_for_other_types_are_told(
     content["data"]["modalities"]["rgb"] = {"normalize": "encoder"}
     recipe = parse_recipe(content, tmp_path, "toy.yaml")
     monkeypatch.setattr(terminal, "_said", set())
-    assert normalization(recipe, InputFacts({"rgb": 3}, {"rgb": "uint8"}, {})) == {"rgb": "encoder"}
+    assert normalized_by(recipe, "rgb", 3, "uint8", plain=True) == "encoder"
     assert capsys.readouterr().err == ""
-    assert normalization(recipe, InputFacts({"rgb": 3}, {"rgb": "uint16"}, {})) == {"rgb": "encoder"}
+    assert normalized_by(recipe, "rgb", 3, "uint16", plain=True) == "encoder"
     assert "rgb.normalize = encoder takes values as 0 to 255, but the files hold uint16" in capsys.readouterr().err

@@ -145,10 +145,10 @@ def test_who_goes_on_with_other_images_normalises_them_as_before(place: Path) ->
     content["data"]["modalities"]["rgb"] = {"normalize": "dataset"}
     with stopped_in_the_second_epoch():
         run(place, content)
-    then = torch.load(place / "run" / "state.pt", weights_only=True)["origin"]["inputs"]["statistics"]
+    then = torch.load(place / "run" / "state.pt", weights_only=True)["origin"]["inputs"]["rgb"]
     other_image(place / "data" / "train" / "images" / "s1_train.tif")
     run(place, content, resume=True, accept_changed_data=True)
-    now = torch.load(place / "run" / "state.pt", weights_only=True)["origin"]["inputs"]["statistics"]
+    now = torch.load(place / "run" / "state.pt", weights_only=True)["origin"]["inputs"]["rgb"]
     assert now == then
     with pytest.raises(CheckpointError, match="mean and std"):  # of what there is now they are others
         run(place, content, resume=True)

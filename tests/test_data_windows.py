@@ -19,7 +19,7 @@ from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.image import Image
 from vfmseg.data.sample import Batch, Sample, collate
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.scene import Scene
 from vfmseg.data.windows import Draw, Purpose, epoch_order, rank_batches, rng
 from vfmseg.errors import DataError
 from vfmseg.geo.bands import Bands
@@ -222,7 +222,7 @@ def full_augment() -> Augment:
     return Augment(scale=(0.8, 1.25), rotate=10.0, radiometry={"rgb": Radiometry(0.2, 0.2)}, value_range={"rgb": 255.0})
 
 
-def file_scenes(folder: Path, count: int = 3) -> list[SceneLike]:
+def file_scenes(folder: Path, count: int = 3) -> list[Scene]:
     for i in range(count):
         noise = np.random.default_rng(i)
         write_raster(folder / "images" / f"s{i}.tif", noise.integers(1, 255, (3, 40, 48)).astype(np.uint8))

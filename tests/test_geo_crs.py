@@ -10,7 +10,7 @@ import pytest
 from makers import write_raster
 from rasterio.crs import CRS
 
-from vfmseg.data.scene import FileScene
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.crs import same_ground, short_name
@@ -52,9 +52,9 @@ def test_an_image_with_heights_and_labels_without_are_one_scene(tmp_path: Path) 
     kept = RasterFile(image).info.grid.crs
     assert kept is not None
     assert kept.startswith("COMP")  # a map of this scene keeps its system
-    FileScene("s", {"rgb": Raster(image)}, LabelRaster(labels, LABELS)).read(Window(0, 0, 8, 8))
+    RasterScene("s", {"rgb": Raster(image)}, LabelRaster(labels, LABELS)).read(Window(0, 0, 8, 8))
     with pytest.raises(DataError, match=r"zone 33N \+ EGM96 height at .*zone 34N \+ EGM96 height at") as error:
-        FileScene("s", {"rgb": Raster(image)}, LabelRaster(other, LABELS))
+        RasterScene("s", {"rgb": Raster(image)}, LabelRaster(other, LABELS))
     assert len(str(error.value).replace(str(tmp_path), "")) < 400
     with pytest.raises(DataError, match=r"in EPSG:32633 does not lie .* in WGS 84 / UTM zone 33N \+ EGM96 height"):
         Raster([image, write_raster(tmp_path / "d.tif", np.ones((8, 8), np.uint8), origin=(0, 0))]).read(

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from makers import apart, tiles_of
 from torch import Tensor
 
+from vfmseg.data.given import open_scene
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Grid, Window
@@ -26,7 +28,6 @@ from vfmseg.inference.job import Arrays, Settings, into, prepare
 from vfmseg.inference.plan import Plan, share_of
 from vfmseg.inference.products import Products
 from vfmseg.inference.reading import SceneSource, Stored
-from vfmseg.inference.sources import OpenScene
 
 CLASSES = 3
 
@@ -103,8 +104,8 @@ def label(
     return sink, report
 
 
-def scene_of(array: np.ndarray) -> OpenScene:
-    return OpenScene({"x": array}, {"x": Bands()})
+def scene_of(array: np.ndarray) -> RasterScene:
+    return open_scene({"x": array}, {"x": Bands()})
 
 
 def random_array(height: int, width: int, holes: bool) -> np.ndarray:
@@ -183,7 +184,7 @@ def test_any_number_of_readers_with_random_delays_gives_the_same_bytes() -> None
     class Slow:
         """A scene whose reads take random times."""
 
-        def __init__(self, scene: OpenScene) -> None:
+        def __init__(self, scene: RasterScene) -> None:
             self.scene = scene
             self.grid = scene.grid
             self.random = np.random.default_rng(0)

@@ -18,6 +18,7 @@ import pytest
 import rasterio
 from makers import apart, write_raster
 
+from vfmseg.data.given import open_scene
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo import writer as writer_module
 from vfmseg.geo.bands import Bands
@@ -27,8 +28,8 @@ from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.job import Job, Settings, into_files, prepare, targets_of
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
+from vfmseg.inference.reading import stored_as
 from vfmseg.inference.shards import Parts
-from vfmseg.inference.sources import OpenScene
 from vfmseg.inference.views import averaged
 
 WORKER = Path(__file__).with_name("label_worker.py")
@@ -66,10 +67,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_of(scene: Path, **changes: Any) -> Job:
-    opened = OpenScene({"x": str(scene)}, {"x": Bands()})
+    opened = open_scene({"x": str(scene)}, {"x": Bands()})
     settings = Settings(32, 0.25, changes.get("blend", "hann"), 4)
     vote = averaged(changes.get("vote", pointwise), "none", (1.0,))
-    return prepare([opened], opened.stored(), {"x": 1}, Model(vote, 3), PRODUCTS, 2, settings)
+    return prepare([opened], stored_as(opened), {"x": 1}, Model(vote, 3), PRODUCTS, 2, settings)
 
 
 def label(scene: Path, target: Path, fingerprint: dict[str, Any] | None = None, **how: Any) -> dict[str, Path]:

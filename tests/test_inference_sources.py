@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from makers import DATA, apart
+from makers import DATA, an_input, apart
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
@@ -25,6 +25,8 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform
 from torch import Tensor
 
+from vfmseg.data.given import open_scene, open_scenes
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo import warp as warp_module
 from vfmseg.geo.bands import Bands
@@ -40,8 +42,7 @@ from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
-from vfmseg.inference.reading import Stored
-from vfmseg.inference.sources import OpenScene, open_scenes
+from vfmseg.inference.reading import Stored, stored_as
 
 OPTICAL = Grid("EPSG:32633", (0.1, 0.0, 500010.0, 0.0, -0.1, 4999990.0), 150, 210)
 """21 x 15 m at 0.1 m."""
@@ -66,11 +67,11 @@ def optical(folder: Path, grid: Grid = OPTICAL) -> Path:
     return write(folder / "optical.tif", rows, grid)
 
 
-def pair(folder: Path, dsm: Path, grid: Grid = OPTICAL, bands: Bands | None = None) -> OpenScene:
-    return OpenScene({"rgb": str(optical(folder, grid)), "dsm": str(dsm)}, {"rgb": Bands(), "dsm": bands or Bands()})
+def pair(folder: Path, dsm: Path, grid: Grid = OPTICAL, bands: Bands | None = None) -> RasterScene:
+    return open_scene({"rgb": str(optical(folder, grid)), "dsm": str(dsm)}, {"rgb": Bands(), "dsm": bands or Bands()})
 
 
-def dsm_of(scene: OpenScene) -> Chip:
+def dsm_of(scene: RasterScene) -> Chip:
     chip = scene.read(Window(0, 0, scene.grid.height, scene.grid.width))["dsm"]
     assert chip.pixels.shape[1:] == chip.valid.shape == (scene.grid.height, scene.grid.width)
     assert not chip.pixels[:, ~chip.valid].any()
@@ -168,7 +169,7 @@ def test_whole_metres_do_not_become_steps(tmp_path: Path) -> None:
     rising = np.broadcast_to(np.arange(DSM.width, dtype=np.int16), (1, DSM.height, DSM.width))
     scene = pair(tmp_path, write(tmp_path / "dsm.tif", rising, DSM))
     assert len(np.unique(np.diff(dsm_of(scene).pixels[0, 0]).round(4))) == 1
-    assert scene.stored().types == {"rgb": np.dtype("uint8"), "dsm": np.dtype("float32")}
+    assert stored_as(scene).types == {"rgb": np.dtype("uint8"), "dsm": np.dtype("float32")}
 
 
 @pytest.mark.pitfall("P34")
@@ -352,13 +353,13 @@ def test_what_cannot_be_laid_on_each_other_is_one_clear_error(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DataError, match=message):
-            OpenScene({"rgb": str(first), "dsm": str(dsm)}, {"rgb": Bands(), "dsm": Bands()})
+            open_scene({"rgb": str(first), "dsm": str(dsm)}, {"rgb": Bands(), "dsm": Bands()})
 
 
 @pytest.mark.pitfall("P34")
 def test_arrays_of_two_sizes_are_refused() -> None:
     with pytest.raises(DataError, match="array for 'dsm' has 4 x 6 px, that for 'rgb' 5 x 6; expected one size"):
-        OpenScene({"rgb": np.ones((3, 5, 6)), "dsm": np.ones((1, 4, 6))}, {"rgb": Bands(), "dsm": Bands()})
+        open_scene({"rgb": np.ones((3, 5, 6)), "dsm": np.ones((1, 4, 6))}, {"rgb": Bands(), "dsm": Bands()})
 
 
 def test_files_of_one_size_without_a_place_are_stacked_pixel_by_pixel(tmp_path: Path) -> None:
@@ -376,7 +377,7 @@ FORMATS = DATA / "formats"
 def test_real_elevation_model_in_another_reference_system_lies_below_its_image() -> None:
     """Landsat in SIRGAS 2000 zone 25S, elevation in another system: water, dark in the infrared, is low and flat."""
     files = {"image": FORMATS / "dem_other_grid" / "optical_l7.tif", "dem": FORMATS / "dem_other_grid" / "dem.tif"}
-    scene = OpenScene(files, {"image": Bands((4,)), "dem": Bands()})
+    scene = open_scene(files, {"image": Bands((4,)), "dem": Bands()})
     chips = scene.read(Window(0, 0, scene.grid.height, scene.grid.width))
     both = chips["image"].valid & chips["dem"].valid
     assert both.mean() > 0.9
@@ -396,7 +397,7 @@ def test_real_elevation_model_in_another_reference_system_lies_below_its_image()
 @pytest.mark.skipif(not (FORMATS / "pan_ms_pair").is_dir(), reason="the real data sets are not beside the project")
 def test_real_multispectral_image_follows_its_panchromatic_one() -> None:
     files = {"pan": FORMATS / "pan_ms_pair" / "pan.tif", "ms": FORMATS / "pan_ms_pair" / "ms.tif"}
-    scene = OpenScene(files, {"pan": Bands(), "ms": Bands()})
+    scene = open_scene(files, {"pan": Bands(), "ms": Bands()})
     chips = scene.read(Window(0, 0, scene.grid.height, scene.grid.width))
     both = chips["pan"].valid & chips["ms"].valid
     assert both.mean() > 0.9
@@ -422,12 +423,12 @@ def pointwise(tiles: Tiles) -> Tensor:
 
 
 def labels_of(path: str, area: Area | None = None) -> np.ndarray:
-    scene = OpenScene({"x": path}, {"x": Bands()})
+    scene = open_scene({"x": path}, {"x": Bands()})
     sink = Arrays(scene.grid.height, scene.grid.width)
     plan = Plan(scene.grid.height, scene.grid.width, 128, 0.25, True, 4)
     for run in plan.runs(plan.shards):
         label_run(
-            [scene, OpenScene({"x": path}, {"x": Bands()})], scene.stored(), plan, run, Model(pointwise, 3), "hann",
+            [scene, open_scene({"x": path}, {"x": Bands()})], stored_as(scene), plan, run, Model(pointwise, 3), "hann",
             Products((1, 2, 3)), sink, area=area,
         )  # fmt: skip
     return sink.kept["labels"][0]
@@ -564,7 +565,7 @@ def test_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_far_o
         return torch.cat([higher, 1 - higher], dim=1)
 
     rows, cols = np.mgrid[:200, :2200]
-    scene = OpenScene({"x": ((rows * 7 + cols) % 91 + 1.0)[None]}, {"x": Bands()})
+    scene = open_scene({"x": ((rows * 7 + cols) % 91 + 1.0)[None]}, {"x": Bands()})
     mask = np.zeros((200, 2200), bool)
     mask[64:128:63, 1000:1100] = mask[100, 1024] = True
     plan, answers = Plan(200, 2200, 64, 0.5, True, 4), []
@@ -596,7 +597,7 @@ def test_ground_control_points_are_not_used_and_that_is_said(
         path, "w", driver="GTiff", count=1, height=8, width=8, dtype="uint8", gcps=points, crs="EPSG:4326"
     ) as target:
         target.write(np.ones((1, 8, 8), dtype=np.uint8))
-    open_scenes(str(path), {"image": Bands()}, {"image": 1}, {"image": "uint8"}, 1)
+    open_scenes(str(path), (an_input("image", 1),), 1)
     said = capsys.readouterr().err
     assert said.count("no CRS") == 1
     assert "4 ground control points" in said

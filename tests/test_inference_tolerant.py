@@ -15,6 +15,8 @@ from makers import apart
 from rasterio.transform import Affine
 from torch import Tensor
 
+from vfmseg.data.given import open_scene
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.errors import DamagedError, DataError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Grid, Window
@@ -26,8 +28,7 @@ from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
-from vfmseg.inference.reading import SceneSource
-from vfmseg.inference.sources import OpenScene
+from vfmseg.inference.reading import SceneSource, stored_as
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 
 HEIGHT, WIDTH, BLOCK = 500, 700, 64
@@ -78,13 +79,13 @@ def pointwise(tiles: Tiles) -> Tensor:
     return torch.stack([-((values - k / 2) ** 2) for k in range(3)], dim=1).softmax(dim=1)
 
 
-def opened(path: str) -> OpenScene:
-    return OpenScene({"x": path}, {"x": Bands()})
+def opened(path: str) -> RasterScene:
+    return open_scene({"x": path}, {"x": Bands()})
 
 
 def label(path: str, unreadable: Unreadable | None, blend: str = "hann", readers: int = 2) -> tuple[np.ndarray, Report]:
     scenes = [opened(path) for _ in range(readers)]
-    stored = scenes[0].stored()
+    stored = stored_as(scenes[0])
     sources: list[SceneSource] = list(scenes)
     if unreadable is not None:
         sources = [Tolerant(scene, scene.bands(), stored.block, unreadable) for scene in scenes]
@@ -157,7 +158,7 @@ def test_a_whole_scene_loses_nothing_by_leave(files: tuple[str, str]) -> None:
 def test_windows_of_any_position_are_put_together_right(files: tuple[str, str], window: Window) -> None:
     whole = opened(files[0]).read(window)["x"]
     scene = opened(files[1])
-    tolerant = Tolerant(scene, scene.bands(), scene.stored().block, Unreadable())
+    tolerant = Tolerant(scene, scene.bands(), stored_as(scene).block, Unreadable())
     chip = tolerant.read(window)["x"]
     rows, cols = np.arange(window.row, window.row + window.height), np.arange(window.col, window.col + window.width)
     hit = ((rows >= 192) & (rows < 256))[:, None] & ((cols >= 256) & (cols < 320))
@@ -187,9 +188,9 @@ def test_damage_in_a_modality_on_another_grid_hides_the_ground_below_it(tmp_path
     heights = np.random.default_rng(1).uniform(0, 9, (1, HEIGHT // 2, WIDTH // 2)).astype(np.float32)
     dsm = write(tmp_path / "dsm.tif", heights, 2.0, **TILED)
     garble(dsm, 1, 2)  # rows 64 to 127, columns 128 to 191: twice that on the image's grid
-    scene = OpenScene({"x": str(image), "dsm": str(dsm)}, {"x": Bands(), "dsm": Bands()})
+    scene = open_scene({"x": str(image), "dsm": str(dsm)}, {"x": Bands(), "dsm": Bands()})
     unreadable = Unreadable()
-    chips = Tolerant(scene, scene.bands(), scene.stored().block, unreadable).read(Window(0, 0, HEIGHT, WIDTH))
+    chips = Tolerant(scene, scene.bands(), stored_as(scene).block, unreadable).read(Window(0, 0, HEIGHT, WIDTH))
     assert not chips["dsm"].valid[128:256, 256:384].any()
     assert chips["dsm"].valid.mean() > 0.8
     assert all("dsm.tif: rows" in message for message in unreadable.messages)

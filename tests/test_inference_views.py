@@ -9,16 +9,15 @@ from makers import apart, tiles_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from vfmseg.data.given import open_scene
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Window
-from vfmseg.geo.reader import Bands
 from vfmseg.inference.contracts import Model, Tiles
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
 from vfmseg.inference.reading import Stored
-from vfmseg.inference.sources import OpenScene
 from vfmseg.inference.views import VIEWS, averaged
 from vfmseg.inference.votes import filled_up
 
@@ -221,7 +220,7 @@ def test_the_engine_labels_through_views() -> None:
     labels = []
     for views in ("none", "d4"):
         sink, plan = Arrays(50, 70), Plan(50, 70, 16, 0.25, True, 2)
-        scene = OpenScene({"x": array}, {"x": Bands()})
+        scene = open_scene({"x": array}, {"x": Bands()})
         for run in plan.runs(plan.shards):
             model = Model(averaged(vote, views, (1.0,)), 2)
             label_run([scene], Stored((16, 16)), plan, run, model, "hann", Products((0, 1)), sink)

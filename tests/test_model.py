@@ -10,25 +10,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 from encoder_models import picture, save_all, upstream
-from makers import images_of, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from makers import an_input, images_of, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
 from vfmseg.adapters.attach import ADAPTERS
-from vfmseg.build.model import InputFacts, build_model, normalization
+from vfmseg.build.model import build_model, normalized_by
 from vfmseg.data.image import Image
+from vfmseg.data.inputs import Inputs
 from vfmseg.data.sample import Sample
 from vfmseg.decoders.build import DECODERS, WITH_WIDTH, build_decoder
 from vfmseg.encoders.build import ENCODERS, build_encoder
 from vfmseg.encoders.stem import Project
 from vfmseg.errors import RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.geo.said import BandSaid
 from vfmseg.model import SegmentationModel
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 from vfmseg.training.loop import Schedule, parameter_groups, score_windows
 from vfmseg.training.losses import IGNORE, cross_entropy
 
-RGB = InputFacts({"rgb": 3}, {"rgb": "uint8"}, {})
+RGB = (an_input(),)
 
 
 @pytest.fixture(scope="session")
@@ -57,14 +57,14 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_encoder(tmp_path_factory.mktemp("model") / "encoder", "dinov2")
 
 
-def model_of(tmp_path: Path, folder: Path, facts: InputFacts = RGB, **parts: Any) -> SegmentationModel:
+def model_of(tmp_path: Path, folder: Path, inputs: Inputs = RGB, **parts: Any) -> SegmentationModel:
     content = recipe_dict(tmp_path, folder, tmp_path / "run")
     content["model"] |= parts
-    if len(facts.bands) > 1:
-        content["data"]["modalities"] = {name: {} for name in facts.bands}
+    if len(inputs) > 1:
+        content["data"]["modalities"] = {one.name: {} for one in inputs}
         for split in ("train", "val", "test"):
-            content["data"][split] |= dict.fromkeys(facts.bands, f"{tmp_path}/{split}/*.tif")
-    return build_model(load_recipe(write_recipe(tmp_path / "r.yaml", content)), facts)
+            content["data"][split] |= dict.fromkeys((one.name for one in inputs), f"{tmp_path}/{split}/*.tif")
+    return build_model(load_recipe(write_recipe(tmp_path / "r.yaml", content)), inputs)
 
 
 class Shining(torch.nn.Module):
@@ -224,7 +224,7 @@ def test_the_recipe_reaches_every_part(tmp_path: Path, encoder: Path) -> None:
     content["model"]["decoder"] = {"name": "fpn", "channels": 24}
     content["train"]["gradient_checkpointing"] = True
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
-    model = build_model(recipe, InputFacts({"rgb": 4}, {"rgb": "uint8"}, {"rgb": ((9.0,) * 4, (5.0,) * 4)}))
+    model = build_model(recipe, (an_input(count=4, mean=9.0, std=5.0),))
     assert (model.encoder.layers, model.encoder.upscale) == ((1, 3), 1.5)
     assert isinstance(model.encoder.stem, Project)
     assert model.encoder.gradient_checkpointing
@@ -259,8 +259,7 @@ def test_published_statistics_are_for_plain_8_bit_rgb_unless_asked_for(tmp_path:
         content = recipe_dict(tmp_path, encoder, tmp_path / "run")
         content["data"]["modalities"] = {"rgb": section}
         recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
-        said = BandSaid(scale=section.get("scale", 1.0), offset=section.get("offset", 0.0))
-        return normalization(recipe, InputFacts({"rgb": bands}, {"rgb": dtype}, {}, {"rgb": (said,)}))["rgb"]
+        return normalized_by(recipe, "rgb", bands, dtype, plain=not {"scale", "offset"} & set(section))
 
     assert chosen(3, "uint8") == "encoder"
     assert chosen(3, "uint16") == chosen(3, "float32") == chosen(4, "uint8") == chosen(1, "uint8") == "dataset"
@@ -298,8 +297,7 @@ def test_train_returns_self_and_frozen_parts_stay_in_evaluation(tmp_path: Path, 
 
 @pytest.mark.pitfall("C43")
 def test_stacked_modalities_have_their_own_statistics_and_masks(tmp_path: Path, encoder: Path) -> None:
-    facts = InputFacts({"rgb": 3, "ir": 1}, {"rgb": "uint8", "ir": "uint16"}, {"ir": ((500.0,), (50.0,))})
-    model = model_of(tmp_path, encoder, facts)
+    model = model_of(tmp_path, encoder, (an_input(), an_input("ir", 1, "uint16", 500.0, 50.0)))
     assert model.encoder.mean[3] == 500.0
     assert model.encoder.mean[0] == pytest.approx(0.485 * 255)
     for parameter in model.encoder.stem.parameters():  # they start at zero, where the band would change nothing
@@ -321,7 +319,7 @@ def test_published_statistics_need_three_bands(tmp_path: Path, encoder: Path) ->
     content["data"]["modalities"] = {"rgb": {"normalize": "encoder"}}
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
     with pytest.raises(RecipeError, match="needs 3 bands"):
-        build_model(recipe, InputFacts({"rgb": 4}, {"rgb": "uint8"}, {}))
+        normalized_by(recipe, "rgb", 4, "uint8", plain=True)
 
 
 @pytest.mark.pitfall("P24")

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from vfmseg import cli
 from vfmseg.checkpoint import folder as checkpoint
 from vfmseg.checkpoint.folder import fingerprint_of
+from vfmseg.data.given import open_scene
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Grid, Window
@@ -30,8 +31,8 @@ from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
 from vfmseg.geo.reader import Raster
 from vfmseg.inference.how import How
+from vfmseg.inference.reading import stored_as
 from vfmseg.inference.shards import RunSink
-from vfmseg.inference.sources import OpenScene
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.predict import Wanted, predict
 from vfmseg.segmenter import Segmenter
@@ -384,9 +385,9 @@ def test_blocks_that_are_lost_are_told_by_the_process_that_lost_them(
 @pytest.mark.pitfall("P62")
 def test_a_scene_that_vanishes_is_no_damage(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
-    scene = OpenScene({"rgb": str(path)}, {"rgb": Bands()})
+    scene = open_scene({"rgb": str(path)}, {"rgb": Bands()})
     unreadable = Unreadable()
-    tolerant = Tolerant(scene, {"rgb": 3}, scene.stored().block, unreadable)
+    tolerant = Tolerant(scene, {"rgb": 3}, stored_as(scene).block, unreadable)
     tolerant.read(Window(0, 0, 10, 10))
     scene.close()
     path.unlink()

@@ -12,7 +12,7 @@ from makers import recipe_dict, toy_scene, write_raster
 from rasterio.enums import ColorInterp
 
 from vfmseg import terminal
-from vfmseg.build.data import input_facts, open_training, said_by
+from vfmseg.build.data import inputs_of, open_training, said_by
 from vfmseg.build.remarks import tell_implausible
 from vfmseg.geo.grid import Window
 from vfmseg.recipe.load import parse_recipe
@@ -37,7 +37,7 @@ def told(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     content = recipe_dict(folder, None, folder / "run")
     del content["data"]["test"]
     recipe = parse_recipe(content, folder, "toy.yaml")
-    input_facts(recipe, open_training(recipe)["train"])
+    inputs_of(recipe, open_training(recipe)["train"])
     return capsys.readouterr().err
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from makers import recipe_dict, save_encoder, write_recipe
+from makers import an_input, recipe_dict, save_encoder, write_recipe
 from safetensors.torch import load_file, save_file
 
-from vfmseg.build.model import InputFacts, build_model
+from vfmseg.build.model import build_model
 from vfmseg.catalog import published_statistics
 from vfmseg.checkpoint import folder as checkpoint
 from vfmseg.checkpoint.folder import load_segmenter, save_segmenter
@@ -35,9 +35,8 @@ def make(root: Path, adapter: dict[str, Any], normalize: str) -> Path:
     recipe["model"]["adapter"] = adapter
     recipe["data"]["modalities"] = {"rgb": {"bands": [1, 2, 3], "normalize": normalize}}
     loaded = load_recipe(write_recipe(root / "r.yaml", recipe))
-    statistics = {"rgb": ((100.0, 90.0, 80.0), (50.0, 40.0, 30.0))} if normalize == "dataset" else {}
-    facts = InputFacts({"rgb": 3}, {"rgb": "uint8"}, statistics)
-    save_segmenter(root / adapter["name"], build_model(loaded, facts), loaded, facts, {"epoch": 1})
+    inputs = (an_input(mean=90.0, std=40.0) if normalize == "dataset" else an_input(),)
+    save_segmenter(root / adapter["name"], build_model(loaded, inputs), loaded, inputs, {"epoch": 1})
     return root / adapter["name"]
 
 
@@ -53,8 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _encoder_once(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the base encoder takes most of the time of loading, and is tested elsewhere."""
     record = load_recipe(made["lora"] / "recipe.yaml")
-    facts = InputFacts({"rgb": 3}, {"rgb": "uint8"}, {"rgb": ((100.0, 90.0, 80.0), (50.0, 40.0, 30.0))})
-    once = checkpoint.published_encoder(record, facts)
+    once = checkpoint.published_encoder(record, (an_input(mean=90.0, std=40.0),))
     monkeypatch.setattr(checkpoint, "published_encoder", lambda *_, **__: copy.deepcopy(once))
 
 
@@ -219,7 +217,7 @@ def test_the_head_holds_no_negative_std(made: dict[str, Path], tmp_path: Path) -
 
 @pytest.mark.pitfall("F11")
 def test_the_order_of_modalities_in_the_record_means_nothing(tmp_path: Path) -> None:
-    from vfmseg.checkpoint.record import facts_of
+    from vfmseg.checkpoint.record import inputs_in
 
     recipe = recipe_dict(tmp_path, tmp_path, tmp_path / "run")
     recipe["data"]["modalities"] = {"rgb": {"bands": [1, 2, 3]}, "dem": {"bands": [1]}}
@@ -228,8 +226,8 @@ def test_the_order_of_modalities_in_the_record_means_nothing(tmp_path: Path) -> 
     loaded = load_recipe(write_recipe(tmp_path / "r.yaml", recipe))
     one = {"bands": 1, "dtype": "float32", "normalize": "dataset", "statistics": [[5], [2]]}
     three = {"bands": 3, "dtype": "uint8", "normalize": "encoder", "statistics": None}
-    facts = facts_of(tmp_path / "segmenter.json", {"input": {"dem": one, "rgb": three}}, loaded)
-    assert list(facts.bands) == ["rgb", "dem"]
+    inputs = inputs_in(tmp_path / "segmenter.json", {"input": {"dem": one, "rgb": three}}, loaded)
+    assert [one.name for one in inputs] == ["rgb", "dem"]
 
 
 @pytest.mark.parametrize(

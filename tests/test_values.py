@@ -14,7 +14,7 @@ from makers import toy_scene, write_raster
 from PIL import Image
 from rasterio.enums import ColorInterp
 
-from vfmseg.data.scene import FileScene
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.data.survey import survey
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
@@ -167,7 +167,7 @@ def test_no_numbers(tmp_path: Path) -> None:
 def test_a_filling_without_a_tag(tmp_path: Path, fill: int) -> None:
     array = noise(1, dtype="int16", height=200, width=200) + 1000
     array[:, :4] = fill
-    scene = FileScene(
+    scene = RasterScene(
         "a",
         {"dem": Raster(write_raster(tmp_path / "a.tif", array))},
         LabelRaster(write_raster(tmp_path / "l.tif", np.zeros((200, 200), dtype=np.uint8)), LabelMap((0, 1), 255)),
@@ -183,7 +183,7 @@ def test_what_is_far_from_a_filling_is_not_told(tmp_path: Path) -> None:
     label = LabelRaster(write_raster(tmp_path / "l.tif", np.zeros((64, 64), dtype=np.uint8)), LabelMap((0, 1), 255))
     flags = (noise(1, height=64, width=64) > 100).astype(np.uint8) * 255
     for array in (toy_scene(1)[0], flags, np.zeros((1, 64, 64), dtype=np.uint8)):
-        scene = FileScene("a", {"rgb": Raster(write_raster(tmp_path / "a.tif", array))}, label)
+        scene = RasterScene("a", {"rgb": Raster(write_raster(tmp_path / "a.tif", array))}, label)
         assert survey([scene], 2, "all").fills == []
 
 
@@ -205,7 +205,7 @@ def test_a_class_that_validity_hides_is_counted(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "a.tif", array)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as dataset:
         dataset.write_mask(mask)
-    scene = FileScene(
+    scene = RasterScene(
         "a", {"rgb": Raster(path)}, LabelRaster(write_raster(tmp_path / "l.tif", labels), LabelMap((0, 1), 255))
     )
     found = survey([scene], 2, "all")

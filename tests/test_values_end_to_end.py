@@ -62,8 +62,8 @@ def picture() -> np.ndarray:
 def test_a_segmenter_knows_what_its_training_files_said(segmenter: Segmenter, place: Path) -> None:
     written = json.loads((place / "run" / "best" / "segmenter.json").read_text())["input"]["rgb"]["said"]
     assert [(band["color"], band["scale"]) for band in written] == [("red", 1e-4), ("green", 1e-4), ("blue", 1e-4)]
-    assert [band.meaning for band in segmenter.facts.said["rgb"]] == ["red", "green", "blue"]
-    assert segmenter.facts.statistics["rgb"][0][1] < 0.4  # of values, not of stored numbers
+    assert [band.meaning for band in segmenter.inputs[0].said] == ["red", "green", "blue"]
+    assert segmenter.inputs[0].mean[1] < 0.4  # of values, not of stored numbers
 
 
 @pytest.mark.pitfall("F16")
@@ -141,8 +141,8 @@ def test_a_recipe_that_names_a_scale_is_read_as_before(place: Path, tmp_path: Pa
     folder = tmp_path / "run" / "best"
     record = json.loads((folder / "segmenter.json").read_text())
     now = Segmenter.from_pretrained(folder)
-    assert now.facts.plain("rgb")
-    assert now.facts.statistics["rgb"][0][1] > 100
+    assert now.inputs[0].plain
+    assert now.inputs[0].mean[1] > 100
     scene = stored(tmp_path / "a.tif", picture(), 1e-4)
     labels = now.predict(scene)
     del record["input"]["rgb"]["said"], record["files"], record["sha256"]  # a segmenter of before

@@ -147,7 +147,7 @@ def predict(
         chosen = {"confidence": confidence, "uncertainty": uncertainty, "probabilities": probabilities}
         how = How(
             tile, overlap, blend, batch_size, average, tta, _numbers("--scales", scales), readers, memory_limit,
-            _bands(bands or [], next(iter(segmenter.facts.bands))),
+            _bands(bands or [], segmenter.inputs[0].name),
         )  # fmt: skip
         wanted = Wanted(
             extras=tuple(name for name, on in chosen.items() if on),

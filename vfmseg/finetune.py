@@ -14,7 +14,6 @@ import json
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vfmseg.disk.files import whole_file, write_json
@@ -73,7 +72,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
     if not is_main_process():  # which has come as far, and so has the folder
         stack.enter_context(with_the_others(output, recipe.name))
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-    from vfmseg.build.data import input_facts, open_training, value_ranges
+    from vfmseg.build.data import inputs_of, open_training, value_ranges
     from vfmseg.build.model import build_model, rule_of
     from vfmseg.checkpoint.folder import save_segmenter, saved_epoch
     from vfmseg.data.augment import Augment, Radiometry
@@ -82,16 +81,15 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
     from vfmseg.metrics import mean_text
     from vfmseg.training.loop import Loop, Schedule, StepReport, score_windows
     from vfmseg.training.objectives.segmentation import Segmentation, class_weight_tuple
-    from vfmseg.training.resume import Origin, inputs_of, load_run, save_run
+    from vfmseg.training.resume import Origin, as_then, load_run, noted, save_run
 
     known = resume and (output / STATE_FILE).is_file()
     traces = Traces()
     scenes = open_training(recipe, traces)
-    facts = input_facts(recipe, scenes["train"])
+    inputs = inputs_of(recipe, scenes["train"])
     if known and accept_changed_data:  # the weights were learned from values that were normalised as they were then
-        then = inputs_of(output / STATE_FILE).get("statistics", {})
-        facts = replace(facts, statistics={name: then.get(name, now) for name, now in facts.statistics.items()})
-    model = build_model(recipe, facts)
+        inputs = as_then(inputs, output / STATE_FILE)
+    model = build_model(recipe, inputs)
     say(_parameter_lines(model))
     section = recipe.train
     augment = Augment(
@@ -103,7 +101,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
             name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue)
             for name, r in section.augment.radiometry.items()
         },
-        value_range=value_ranges(facts),
+        value_range=value_ranges(inputs),
     )
     ids = tuple(sorted(recipe.data.classes))
     names = [recipe.data.classes[i].name for i in ids]
@@ -119,7 +117,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
 
     def save(name: str, state: RunState) -> None:
         metrics = {"epoch": state.epoch, "validation": state.records[-1].get("validation")}
-        save_segmenter(output / name, model, recipe, facts, metrics)
+        save_segmenter(output / name, model, recipe, inputs, metrics)
 
     def keep(state: RunState) -> None:
         save("last", state)
@@ -173,7 +171,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
         on_epoch,
     )
     origin = Origin(
-        _what_decides(recipe), model.encoder.base.sha256, asdict(facts), accelerator.num_processes, traces.found
+        _what_decides(recipe), model.encoder.base.sha256, noted(inputs), accelerator.num_processes, traces.found
     )
     if known:
         load_run(output / STATE_FILE, loop, origin, accept_changed_data)

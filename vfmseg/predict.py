@@ -64,7 +64,7 @@ def predict(
         raise DataError(
             f"{output}: is a folder; expected the name of a GeoTIFF to write, or of a new folder for a list"
         )
-    first = next(iter(segmenter.facts.bands))
+    first = segmenter.inputs[0].name
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
     if isinstance(scene, str):

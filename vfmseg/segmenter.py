@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vfmseg.checkpoint.folder import Loaded, fingerprint_of, load_segmenter, segmenter_folder, versions
 from vfmseg.checkpoint.hub import local_segmenter
+from vfmseg.data.given import GivenScene, hidden_by, open_scenes, tell_types
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.disk.files import check_label_file, local_path, never_an_input, require_new
 from vfmseg.disk.lock import LOCK, held, lock_beside
 from vfmseg.errors import CheckpointError, DataError, RecipeError
@@ -26,10 +28,9 @@ from vfmseg.inference.job import Arrays, Job, into, into_files, prepare, targets
 from vfmseg.inference.products import EXTRAS, Products
 from vfmseg.inference.provenance import finished_before, mark_of, work_of
 from vfmseg.inference.ranks import alone, own_device, usable_device
-from vfmseg.inference.reading import SceneSource, Stored
+from vfmseg.inference.reading import SceneSource, Stored, stored_as
 from vfmseg.inference.scoring import Scores, class_indexes
 from vfmseg.inference.shards import tidy
-from vfmseg.inference.sources import Input, OpenScene, hidden_by, open_scenes, tell_types
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
@@ -69,7 +70,7 @@ class Segmenter:
         self.folder = folder
         self.recipe = loaded.recipe
         self.record = loaded.record
-        self.facts = loaded.facts
+        self.inputs = loaded.inputs
         self.fingerprint = loaded.fingerprint  # a training run may replace the folder at any time
         self.device = device
         self.dtype = dtype
@@ -114,7 +115,7 @@ class Segmenter:
 
     def predict(
         self,
-        scene: Input,
+        scene: GivenScene,
         output: str | Path | None = None,
         *,
         tile: int | None = None,
@@ -142,7 +143,7 @@ class Segmenter:
             return self.label(scene, output, how, overwrite=overwrite, progress=progress).files["labels"]
         return self._arrays(scene, how, Products(self.ids), progress)["labels"][0]
 
-    def probabilities(self, scene: Input, how: How | None = None) -> np.ndarray:
+    def probabilities(self, scene: GivenScene, how: How | None = None) -> np.ndarray:
         """Class probabilities float32 (K, H, W) of a scene that fits in memory, classes in the order of their ids."""
         how = how or How()
         products = Products(self.ids, logits=settle(how, self.recipe).logits)
@@ -154,7 +155,7 @@ class Segmenter:
 
     def label(
         self,
-        scene: Input,
+        scene: GivenScene,
         output: str | Path,
         how: How | None = None,
         *,
@@ -193,7 +194,9 @@ class Segmenter:
             files = targets_of(target, ("labels", *extras))
             for file in files.values():
                 check_label_file(file)
-            never_an_input(files.values(), [*scenes[0].files(), *([str(area)] if isinstance(area, str | Path) else [])])
+            never_an_input(
+                files.values(), [*scenes[0].read_from(), *([str(area)] if isinstance(area, str | Path) else [])]
+            )
             unreadable = Unreadable()
             products = Products(self.ids, tuple(extras), settled.logits)
             job = self._file_job(scenes, settled, products, unreadable if skip_unreadable else None, area)
@@ -237,14 +240,14 @@ class Segmenter:
             recipe = load_recipe(recipe)
         require_same_task(recipe, self.recipe)
         confusion = Confusion(len(self.ids))
-        scenes = open_split(recipe, split, self.facts.said, self.recipe)
-        tell_types(scenes[0].dtypes(), self.facts.dtypes)
+        scenes = open_split(recipe, split, {one.name: one.said for one in self.inputs}, self.recipe)
+        tell_types(scenes[0].dtypes(), self.inputs)
         # the tile of the training, unless it is asked for: what is in a tile changes what the model says
         settled = settle(How(tile=recipe.predict.tile or self.recipe.predict.tile or self.recipe.data.tile), recipe)
         for number, scene in enumerate(scenes, start=1):
-            if scene.bands() != self.facts.bands:
+            if scene.bands() != self._counts:
                 raise DataError(
-                    f"{scene.name}: has bands {scene.bands()}, but the segmenter was trained on {self.facts.bands}; "
+                    f"{scene.name}: has bands {scene.bands()}, but the segmenter was trained on {self._counts}; "
                     "choose the same with data.modalities.NAME.bands"
                 )
             into(self._job([scene], Stored(), settled, class_indexes, 8), Scores(scene, confusion))
@@ -272,23 +275,29 @@ class Segmenter:
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _open(self, scene: Input, settled: Settled) -> list[OpenScene]:
-        from vfmseg.build.data import bands_of
+    def _open(self, scene: GivenScene, settled: Settled) -> list[RasterScene]:
+        inputs = tuple(
+            replace(one, bands=replace(one.bands, indexes=settled.bands[one.name], chosen=True))
+            if one.name in settled.bands
+            else one
+            for one in self.inputs
+        )
+        return open_scenes(scene, inputs, settled.readers)
 
-        bands = {name: replace(one, like=self.facts.said[name]) for name, one in bands_of(self.recipe).items()}
-        for name, numbers in settled.bands.items():
-            bands[name] = replace(bands[name], indexes=numbers, chosen=True)
-        return open_scenes(scene, bands, self.facts.bands, self.facts.dtypes, settled.readers)
+    @property
+    def _counts(self) -> dict[str, int]:
+        """{modality: number of its bands}."""
+        return {one.name: one.count for one in self.inputs}
 
     def _arrays(
-        self, scene: Input, how: How, product: Product, progress: Callable[[Tick], None] | None = None
+        self, scene: GivenScene, how: How, product: Product, progress: Callable[[Tick], None] | None = None
     ) -> dict[str, np.ndarray]:
         """Label a scene into memory: {product: (bands, H, W)}."""
         settled = settle(how, self.recipe)
         scenes = self._open(scene, settled)
         try:
             kept = Arrays(scenes[0].grid.height, scenes[0].grid.width)
-            into(self._job(list(scenes), scenes[0].stored(), settled, product, 4), kept, progress)
+            into(self._job(list(scenes), stored_as(scenes[0]), settled, product, 4), kept, progress)
         finally:
             for one in scenes:
                 one.close()
@@ -296,16 +305,16 @@ class Segmenter:
 
     def _file_job(
         self,
-        scenes: Sequence[OpenScene],
+        scenes: Sequence[RasterScene],
         settled: Settled,
         products: Products,
         unreadable: Unreadable | None,
         area: str | Path | Sequence[float] | None,
     ) -> Job:
-        stored = scenes[0].stored()
+        stored = stored_as(scenes[0])
         sources: list[SceneSource] = list(scenes)
         if unreadable is not None:
-            sources = [Tolerant(scene, self.facts.bands, stored.block, unreadable) for scene in scenes]
+            sources = [Tolerant(scene, self._counts, stored.block, unreadable) for scene in scenes]
         polygons = None if area is None else read_area(area, scenes[0].grid)
         wanted = None if polygons is None else Area(polygons.touches, polygons.mask)
         return self._job(sources, stored, settled, products, products.bytes_a_pixel, wanted)
@@ -320,7 +329,7 @@ class Segmenter:
         area: Area | None = None,
     ) -> Job:
         model = Model(self._predictor(settled), len(self.ids), str(self.device))
-        return prepare(scenes, stored, self.facts.bands, model, product, product_bytes, settled.settings, area)
+        return prepare(scenes, stored, self._counts, model, product, product_bytes, settled.settings, area)
 
     def _predictor(self, settled: Settled) -> Predictor:
         vote = voter(self._run, self.device, self.dtype, settled.logits)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from vfmseg.build.model import InputFacts, normalization, rule_of
+from vfmseg.build.model import normalized_by, published_in_image_units, rule_of
 from vfmseg.build.remarks import tell_absent, tell_implausible, tell_notes, tell_shared_ground, tell_survey
 from vfmseg.data.checks import disjoint, require_labels
 from vfmseg.data.from_datasets import scenes_from_dataset
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.inputs import Input, Inputs
+from vfmseg.data.scene import Scene
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.survey import survey
 from vfmseg.data.traces import Traces
@@ -48,7 +49,7 @@ def open_split(
     split: str,
     like: Mapping[str, Sequence[BandSaid]] | None = None,
     trained: Recipe | None = None,
-) -> list[SceneLike]:
+) -> list[Scene]:
     """Open the scenes of `train`, `val` or `test`; nothing of their pixels is read yet.
 
     `like` {modality: what the training files say of their bands}: bands are found by it; left out, by what these say.
@@ -85,7 +86,7 @@ def open_split(
     return scenes
 
 
-def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, list[SceneLike]]:
+def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, list[Scene]]:
     """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file.
 
     `traces` is told of all of them.
@@ -97,7 +98,7 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, lis
     tell_shared_ground(splits)
     for name, scenes in splits.items():
         _check_alike([splits["train"][0], *scenes], name)
-    training: dict[str, list[SceneLike]] = {name: splits[name] for name in ("train", "val") if name in splits}
+    training: dict[str, list[Scene]] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
         counts = require_labels(scenes, name, len(ids), rule_of(recipe), traces)
@@ -109,20 +110,33 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, lis
     return training
 
 
-def input_facts(recipe: Recipe, train: Sequence[SceneLike]) -> InputFacts:
-    """Bands, stored types and (where the recipe normalises by them) statistics of the training scenes."""
-    facts = InputFacts(train[0].bands(), train[0].dtypes(), {}, said_by(train))
-    chosen = normalization(recipe, facts)
-    by_dataset = [name for name, how in chosen.items() if how == "dataset"]
+def inputs_of(recipe: Recipe, train: Sequence[Scene]) -> Inputs:
+    """What the model will take, as the training scenes are: bands, stored types, and mean and std of each modality."""
+    counts, dtypes, said = train[0].bands(), train[0].dtypes(), said_by(train)
+    chosen = {
+        name: normalized_by(recipe, name, counts[name], dtypes[name], not any(band.scaled for band in said[name]))
+        for name in counts
+    }
+    by_dataset = [name for name, whose in chosen.items() if whose == "dataset"]
     statistics = stream_statistics(train) if by_dataset else {}
     tell_implausible({name: statistics[name] for name in by_dataset})
-    for name, count in facts.bands.items():
+    for name, count in counts.items():
         source = "the encoder's own" if chosen[name] == "encoder" else "the training split's"
-        say_once(f"{name}: {count} bands ({facts.dtypes[name]}), normalised by {source} mean and std")
-    return replace(facts, statistics={name: statistics[name] for name in by_dataset})
+        say_once(f"{name}: {count} bands ({dtypes[name]}), normalised by {source} mean and std")
+    return tuple(
+        Input(
+            name,
+            replace(bands, like=said[name]),
+            counts[name],
+            dtypes[name],
+            chosen[name],
+            *(statistics[name] if chosen[name] == "dataset" else published_in_image_units(recipe)),
+        )
+        for name, bands in bands_of(recipe).items()
+    )
 
 
-def _first_said(scenes: Sequence[SceneLike]) -> dict[str, tuple[BandSaid, ...]]:
+def _first_said(scenes: Sequence[Scene]) -> dict[str, tuple[BandSaid, ...]]:
     """{modality: what the first scene that names its bands says of them, else the first one}."""
     found = dict(scenes[0].said())
     for name, bands in found.items():
@@ -131,7 +145,7 @@ def _first_said(scenes: Sequence[SceneLike]) -> dict[str, tuple[BandSaid, ...]]:
     return found
 
 
-def said_by(scenes: Sequence[SceneLike]) -> dict[str, tuple[BandSaid, ...]]:
+def said_by(scenes: Sequence[Scene]) -> dict[str, tuple[BandSaid, ...]]:
     """{modality: what the files of scenes say of the bands}: names of the first that has some; None: scales differ."""
     merged = _first_said(scenes)
     for said in (scene.said() for scene in scenes):
@@ -173,12 +187,12 @@ def _shown(value: object) -> object:
     return "the files' own" if value is None else value
 
 
-def value_ranges(facts: InputFacts) -> dict[str, float]:
+def value_ranges(inputs: Inputs) -> dict[str, float]:
     """255 for modalities that hold 8-bit values as stored, 0 (unknown) for the others."""
-    return {name: 255.0 if dtype == "uint8" and facts.plain(name) else 0.0 for name, dtype in facts.dtypes.items()}
+    return {one.name: 255.0 if one.dtype == "uint8" and one.plain else 0.0 for one in inputs}
 
 
-def _check_alike(scenes: Sequence[SceneLike], split: str) -> None:
+def _check_alike(scenes: Sequence[Scene], split: str) -> None:
     first = scenes[0]
     for scene in scenes:
         for what, found, expected in (

@@ -1,65 +1,52 @@
-"""Where a recipe meets the model: its encoder, adapter and decoder, built from the recipe and facts of the data."""
+"""Where a recipe meets the model: its encoder, adapter and decoder, built from recipe and data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from vfmseg.adapters.attach import ADAPTERS, Attached
 from vfmseg.catalog import published_statistics
 from vfmseg.data.image import Known
+from vfmseg.data.inputs import Inputs
+from vfmseg.data.statistics import BandStatistics
 from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.base import Encoder
 from vfmseg.encoders.build import build_encoder
 from vfmseg.errors import RecipeError
-from vfmseg.geo.said import BandSaid
 from vfmseg.model import SegmentationModel
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once
 
-# mean and standard deviation of each band of one modality, in the units of the images
-BandStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 
+def normalized_by(recipe: Recipe, name: str, count: int, dtype: str, plain: bool) -> Literal["encoder", "dataset"]:
+    """Whose mean and std normalise a modality: as the recipe says, else `encoder` for 8-bit RGB alone.
 
-@dataclass(frozen=True)
-class InputFacts:
-    """What the training data tells the model: bands, stored type and statistics of each modality."""
-
-    bands: dict[str, int]
-    dtypes: dict[str, str]
-    statistics: dict[str, BandStatistics]  # only for modalities that are normalised by the data set
-    said: dict[str, tuple[BandSaid, ...]] = field(default_factory=dict)  # what the files say of their bands
-
-    def __post_init__(self) -> None:
-        for name, count in self.bands.items():  # what nobody said
-            self.said.setdefault(name, (BandSaid(),) * count)
-
-    def plain(self, name: str) -> bool:
-        """Whether the values of a modality are the numbers that its files store."""
-        return not any(band.scaled for band in self.said[name])
-
-
-def normalization(recipe: Recipe, facts: InputFacts) -> dict[str, str]:
-    """`encoder` or `dataset` for each modality: as the recipe says, else `encoder` for 8-bit RGB alone."""
-    chosen: dict[str, str] = {}
-    for name, section in recipe.data.modalities.items():
-        bands, dtype = facts.bands[name], facts.dtypes[name]
-        eight_bit_rgb = bands == 3 and dtype == "uint8" and facts.plain(name)
-        chosen[name] = section.normalize or ("encoder" if eight_bit_rgb else "dataset")
-        if chosen[name] == "encoder" and bands != 3:
-            raise RecipeError(
-                f"data.modalities.{name}.normalize = encoder needs 3 bands (red, green, blue), but {bands} "
-                "are read; use dataset"
-            )
-        if chosen[name] == "encoder" and dtype != "uint8" and facts.plain(name):
-            say_once(
-                f"data.modalities.{name}.normalize = encoder takes values as 0 to 255, but the files hold "
-                f"{dtype}: choose a scale that brings them there, or use dataset"
-            )
+    `count` bands are read, of stored type `dtype`; `plain`: they are the values themselves. RecipeError for `encoder`
+    with other than three bands.
+    """
+    eight_bit_rgb = count == 3 and dtype == "uint8" and plain
+    chosen = recipe.data.modalities[name].normalize or ("encoder" if eight_bit_rgb else "dataset")
+    if chosen == "encoder" and count != 3:
+        raise RecipeError(
+            f"data.modalities.{name}.normalize = encoder needs 3 bands (red, green, blue), but {count} "
+            "are read; use dataset"
+        )
+    if chosen == "encoder" and dtype != "uint8" and plain:
+        say_once(
+            f"data.modalities.{name}.normalize = encoder takes values as 0 to 255, but the files hold "
+            f"{dtype}: choose a scale that brings them there, or use dataset"
+        )
     return chosen
+
+
+def published_in_image_units(recipe: Recipe) -> BandStatistics:
+    """Mean and std of red, green and blue that the encoder was published with, for values from 0 to 255."""
+    section = recipe.model.encoder
+    mean, std = published_statistics(section.name, None if section.name == "builtin" else section.checkpoint)
+    return tuple(255 * m for m in mean), tuple(255 * s for s in std)
 
 
 def rule_of(recipe: Recipe) -> Known:
@@ -67,18 +54,18 @@ def rule_of(recipe: Recipe) -> Known:
     return "all"
 
 
-def build_model(recipe: Recipe, facts: InputFacts) -> SegmentationModel:
+def build_model(recipe: Recipe, inputs: Inputs) -> SegmentationModel:
     """Build what the recipe describes: encoder, freeze, adapter, decoder; all random parts from the recipe's seed.
 
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
-    encoder = published_encoder(recipe, facts)
+    encoder = published_encoder(recipe, inputs)
     _say_if_windows_are_padding(encoder, recipe.data.tile)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         adapter = recipe.model.adapter
         attached = ADAPTERS[adapter.name](encoder, **adapter.model_dump(exclude={"name"}))
-        return with_decoder(recipe, encoder, attached, facts.bands)
+        return with_decoder(recipe, encoder, attached, inputs)
 
 
 def _say_if_windows_are_padding(encoder: Encoder, tile: int) -> None:
@@ -95,18 +82,17 @@ def _say_if_windows_are_padding(encoder: Encoder, tile: int) -> None:
     )
 
 
-def published_encoder(recipe: Recipe, facts: InputFacts, instead: str | None = None) -> Encoder:
+def published_encoder(recipe: Recipe, inputs: Inputs, instead: str | None = None) -> Encoder:
     """The recipe's encoder with its published weights; `instead` is another folder or hub id to take them from."""
     section = recipe.model.encoder
-    mean, std = stacked_statistics(recipe, facts)
     return build_encoder(
         section.name,
         # narrowed by name: builtin has no published weights to look for
         checkpoint=None if section.name == "builtin" else instead or section.checkpoint,
         revision=None if section.name == "builtin" or instead else section.revision,
-        in_channels=sum(facts.bands.values()),
-        mean=mean,
-        std=std,
+        in_channels=sum(one.count for one in inputs),
+        mean=[value for one in inputs for value in one.mean],
+        std=[value for one in inputs for value in one.std],
         layers=section.layers,
         upscale=section.upscale,
         input=section.input,
@@ -115,7 +101,7 @@ def published_encoder(recipe: Recipe, facts: InputFacts, instead: str | None = N
     )
 
 
-def with_decoder(recipe: Recipe, encoder: Encoder, attached: Attached, bands: Mapping[str, int]) -> SegmentationModel:
+def with_decoder(recipe: Recipe, encoder: Encoder, attached: Attached, inputs: Inputs) -> SegmentationModel:
     """Put the recipe's decoder (random weights) on an encoder and its adapter."""
     section = recipe.model.decoder
     decoder = build_decoder(
@@ -125,22 +111,6 @@ def with_decoder(recipe: Recipe, encoder: Encoder, attached: Attached, bands: Ma
         classes=len(recipe.data.classes),
         channels=None if section.name == "linear" else section.channels,
     )
-    return SegmentationModel(encoder, attached, decoder, bands, len(recipe.data.classes))
-
-
-def stacked_statistics(recipe: Recipe, facts: InputFacts) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of all stacked channels in image units: the encoder's published ones or the data set's."""
-    section = recipe.model.encoder
-    checkpoint = None if section.name == "builtin" else section.checkpoint
-    chosen = normalization(recipe, facts)
-    mean: list[float] = []
-    std: list[float] = []
-    for name in facts.bands:
-        if chosen[name] == "encoder":
-            published_mean, published_std = published_statistics(section.name, checkpoint)
-            mean += [255 * m for m in published_mean]
-            std += [255 * s for s in published_std]
-        else:
-            mean += facts.statistics[name][0]
-            std += facts.statistics[name][1]
-    return tuple(mean), tuple(std)
+    return SegmentationModel(
+        encoder, attached, decoder, {one.name: one.count for one in inputs}, len(recipe.data.classes)
+    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.scene import Scene
 from vfmseg.data.survey import Survey
 from vfmseg.errors import DataError
 from vfmseg.geo.footprints import ground_shared
@@ -90,7 +90,7 @@ def tell_implausible(statistics: Mapping[str, tuple[Sequence[float], Sequence[fl
                 )
 
 
-def tell_shared_ground(splits: Mapping[str, Sequence[SceneLike]]) -> None:
+def tell_shared_ground(splits: Mapping[str, Sequence[Scene]]) -> None:
     """Say where a split lies on ground of one before it: its scores say little about other places then.
 
     Not an error: the same place at another time, or a strip that neighbours share, may be meant.
@@ -110,7 +110,7 @@ def tell_shared_ground(splits: Mapping[str, Sequence[SceneLike]]) -> None:
                 )
 
 
-def tell_notes(scenes: Sequence[SceneLike]) -> None:
+def tell_notes(scenes: Sequence[Scene]) -> None:
     """Say what is read otherwise than somebody may expect: once for each kind, with the number of scenes."""
     first: dict[tuple[str, str], str] = {}
     count: dict[tuple[str, str], int] = {}

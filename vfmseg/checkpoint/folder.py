@@ -20,6 +20,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vfmseg.adapters.attach import ADAPTERS, load_adapter, merge_lora, save_adapter
-from vfmseg.build.model import InputFacts, normalization, published_encoder, stacked_statistics, with_decoder
+from vfmseg.build.model import published_encoder, with_decoder
 from vfmseg.catalog import CATALOG
-from vfmseg.checkpoint.record import encoder_of, facts_of
+from vfmseg.checkpoint.record import encoder_of, input_entry, inputs_in
+from vfmseg.data.inputs import Inputs
 from vfmseg.disk.digests import changed, sha256_of, signed
 from vfmseg.disk.files import require_own, whole_folder
 from vfmseg.disk.jsonfile import read_json
@@ -56,25 +58,15 @@ def versions() -> dict[str, str]:
 
 
 def save_segmenter(
-    folder: Path, model: SegmentationModel, recipe: Recipe, facts: InputFacts, metrics: Mapping[str, Any]
+    folder: Path, model: SegmentationModel, recipe: Recipe, inputs: Inputs, metrics: Mapping[str, Any]
 ) -> None:
     """Write a segmenter folder that `load_segmenter` and a stranger can use; replaces an older one whole."""
     encoder = model.encoder
     trains_encoder = recipe.model.adapter.name == "full"
-    chosen = normalization(recipe, facts)
     record: dict[str, Any] = {
         "format": FORMAT,
         "encoder": {"name": encoder.family, **asdict(encoder.base), "stored": trains_encoder},
-        "input": {
-            name: {
-                "bands": facts.bands[name],
-                "dtype": facts.dtypes[name],
-                "normalize": chosen[name],
-                "statistics": facts.statistics.get(name),
-                "said": [asdict(band) for band in facts.said[name]],
-            }
-            for name in facts.bands
-        },
+        "input": {one.name: input_entry(one) for one in inputs},
         "parameters": {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "total": sum(p.numel() for p in model.parameters()),
@@ -88,7 +80,7 @@ def save_segmenter(
             record["encoder"]["config"] = encoder.config()
             save_file(plain_tensors(encoder.backbone.state_dict()), aside / "encoder.safetensors")
         save_file(plain_tensors(model.head_state()), aside / "head.safetensors")
-        save_adapter(model.attached, aside / "adapters" / adapter_folder(facts))
+        save_adapter(model.attached, aside / "adapters" / adapter_folder(inputs))
         names = {path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()}
         (aside / MARK).write_text(json.dumps(signed(record, aside, names), indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(_card(recipe, record), encoding="utf-8")
@@ -108,9 +100,9 @@ def segmenter_folder(folder: Path) -> Iterator[Path]:
         ) from None
 
 
-def adapter_folder(facts: InputFacts) -> str:
+def adapter_folder(inputs: Inputs) -> str:
     """Name of the adapter's folder: the modality it serves; stacked modalities share one."""
-    return "+".join(facts.bands)
+    return "+".join(one.name for one in inputs)
 
 
 def saved_epoch(folder: Path) -> int | None:
@@ -157,7 +149,7 @@ class Loaded:
 
     model: SegmentationModel
     recipe: Recipe
-    facts: InputFacts
+    inputs: Inputs
     record: dict[str, Any]
     fingerprint: str  # of the files that it was read from
 
@@ -196,10 +188,10 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
         require_file(path)
     record = _read_record(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    facts = facts_of(folder / MARK, record, recipe)
-    built = _load_encoder(folder, recipe, facts, record, encoder)
+    inputs = inputs_in(folder / MARK, record, recipe)
+    built = _load_encoder(folder, recipe, inputs, record, encoder)
     adapter = recipe.model.adapter
-    place = folder / "adapters" / adapter_folder(facts)
+    place = folder / "adapters" / adapter_folder(inputs)
     if place.is_symlink() or place.parent.is_symlink():  # there may be anything behind it, such as a pipe
         raise CheckpointError(
             f"{place}: is reached by a link to a folder; expected it here: copy the segmenter with what its links lead "
@@ -210,12 +202,12 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
     else:
         attached = ADAPTERS[adapter.name](built, **adapter.model_dump(exclude={"name"}))
         load_adapter(built, attached, place)
-    model = with_decoder(recipe, built, attached, facts.bands)
+    model = with_decoder(recipe, built, attached, inputs)
     load_strictly(_read_tensors(folder / "head.safetensors"), model.head_state(), folder / "head.safetensors")
     if not (built.std > 0).all():
         raise CheckpointError(f"{folder / 'head.safetensors'}: encoder.std must be above 0; copy the checkpoint again")
     known = _require_unchanged(folder, record)  # last: what is wrong in a file is told better by who reads it
-    return Loaded(model.eval(), recipe, facts, record, fingerprint_of(folder, known))
+    return Loaded(model.eval(), recipe, inputs, record, fingerprint_of(folder, known))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -243,7 +235,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _load_encoder(
-    folder: Path, recipe: Recipe, facts: InputFacts, record: dict[str, Any], override: str | None
+    folder: Path, recipe: Recipe, inputs: Inputs, record: dict[str, Any], override: str | None
 ) -> Encoder:
     section = recipe.model.encoder
     stored = encoder_of(folder / MARK, record)
@@ -255,7 +247,7 @@ def _load_encoder(
     if stored["stored"]:
         if override is not None:
             raise CheckpointError(f"{folder}: this run trained its encoder and stores it; leave out encoder={override}")
-        mean, std = stacked_statistics(recipe, facts)
+        mean, std = ([v for one in inputs for v in values(one)] for values in (attrgetter("mean"), attrgetter("std")))
         path = folder / "encoder.safetensors"
         encoder = build_encoder_from_config(
             section.name, stored["config"], len(mean), mean, std, section.layers, section.upscale, section.input,
@@ -264,7 +256,7 @@ def _load_encoder(
         load_strictly(_read_tensors(path), encoder.backbone.state_dict(), path)
         return encoder
     try:
-        encoder = published_encoder(recipe, facts, instead=override)
+        encoder = published_encoder(recipe, inputs, instead=override)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\n{folder} needs this base encoder; if it lies elsewhere, pass encoder=FOLDER (--encoder FOLDER)"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vfmseg.build.model import BandStatistics, InputFacts, normalization
+from vfmseg.build.data import bands_of
+from vfmseg.build.model import normalized_by, published_in_image_units
+from vfmseg.data.inputs import Input, Inputs
+from vfmseg.data.statistics import BandStatistics
 from vfmseg.errors import CheckpointError, show
 from vfmseg.geo.said import BandSaid
 from vfmseg.recipe import Recipe
@@ -17,33 +21,48 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 1e30  # of a mean or std: far from where float32 ends
 
 
-def facts_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> InputFacts:
+def inputs_in(path: Path, record: Mapping[str, Any], recipe: Recipe) -> Inputs:
     """What was noted of the training data, in the recipe's order; it must be that of the recipe beside it."""
     entries = record.get("input")
     if not isinstance(entries, dict) or set(entries) != set(recipe.data.modalities):
         names = show(list(entries)) if isinstance(entries, dict) else show(entries)
         raise _wrong(path, "input", names, f"the modalities of recipe.yaml ({', '.join(recipe.data.modalities)})")
-    facts = InputFacts({}, {}, {})
-    for name, modality in recipe.data.modalities.items():
-        entry, place = entries[name], f"input.{name}"
-        if not isinstance(entry, dict):
-            raise _wrong(path, place, entry, "a mapping")
-        bands, dtype = entry.get("bands"), entry.get("dtype")
-        wanted = len(modality.bands) if modality.bands else None
-        if type(bands) is not int or not 1 <= bands <= MOST_BANDS or bands != (wanted or bands):
-            raise _wrong(path, f"{place}.bands", bands, f"{wanted or 'a whole number'} as in recipe.yaml")
-        if not isinstance(dtype, str) or not 0 < len(dtype) < 32:
-            raise _wrong(path, f"{place}.dtype", dtype, "the name of a type")
-        facts.bands[name], facts.dtypes[name] = bands, dtype
-        facts.said[name] = _said(path, f"{place}.said", entry.get("said"), bands, modality)
-        if entry.get("statistics") is not None:
-            facts.statistics[name] = _statistics(path, f"{place}.statistics", entry["statistics"], bands)
-    for name, how in normalization(recipe, facts).items():
-        if entries[name].get("normalize") != how:
-            raise _wrong(path, f"input.{name}.normalize", entries[name].get("normalize"), f"{how} as in recipe.yaml")
-        if how == "dataset" and name not in facts.statistics:
-            raise _wrong(path, f"input.{name}.statistics", None, "mean and std of each band")
-    return facts
+    return tuple(_input(path, name, entries[name], recipe) for name in recipe.data.modalities)
+
+
+def _input(path: Path, name: str, entry: Any, recipe: Recipe) -> Input:
+    modality, place = recipe.data.modalities[name], f"input.{name}"
+    if not isinstance(entry, dict):
+        raise _wrong(path, place, entry, "a mapping")
+    count, dtype = entry.get("bands"), entry.get("dtype")
+    wanted = len(modality.bands) if modality.bands else None
+    if type(count) is not int or not 1 <= count <= MOST_BANDS or count != (wanted or count):
+        raise _wrong(path, f"{place}.bands", count, f"{wanted or 'a whole number'} as in recipe.yaml")
+    if not isinstance(dtype, str) or not 0 < len(dtype) < 32:
+        raise _wrong(path, f"{place}.dtype", dtype, "the name of a type")
+    said = _said(path, f"{place}.said", entry.get("said"), count, modality)
+    whose = normalized_by(recipe, name, count, dtype, not any(band.scaled for band in said))
+    if entry.get("normalize") != whose:
+        raise _wrong(path, f"{place}.normalize", entry.get("normalize"), f"{whose} as in recipe.yaml")
+    statistics = None
+    if entry.get("statistics") is not None:
+        statistics = _statistics(path, f"{place}.statistics", entry["statistics"], count)
+    if whose == "encoder":
+        statistics = published_in_image_units(recipe)
+    elif statistics is None:
+        raise _wrong(path, f"{place}.statistics", None, "mean and std of each band")
+    return Input(name, replace(bands_of(recipe)[name], like=said), count, dtype, whose, *statistics)
+
+
+def input_entry(one: Input) -> dict[str, Any]:
+    """What segmenter.json notes of a modality; of those that the encoder normalises, the encoder knows mean and std."""
+    return {
+        "bands": one.count,
+        "dtype": one.dtype,
+        "normalize": one.normalize,
+        "statistics": (one.mean, one.std) if one.normalize == "dataset" else None,
+        "said": [asdict(band) for band in one.said],
+    }
 
 
 def _said(path: Path, place: str, value: Any, bands: int, modality: ModalitySection) -> tuple[BandSaid, ...]:

@@ -8,14 +8,14 @@ from itertools import product
 import numpy as np
 
 from vfmseg.data.image import Known, known
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.scene import Scene
 from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Window
 
 
-def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
+def disjoint(splits: Mapping[str, Sequence[Scene]]) -> None:
     """Raise DataError if one file is used in two splits: scores on pixels that were learned mean nothing."""
     owner: dict[str, str] = {}
     for split, scenes in splits.items():
@@ -30,7 +30,7 @@ def disjoint(splits: Mapping[str, Sequence[SceneLike]]) -> None:
 
 
 def require_labels(
-    scenes: Sequence[SceneLike], split: str, classes: int, rule: Known, traces: Traces | None = None
+    scenes: Sequence[Scene], split: str, classes: int, rule: Known, traces: Traces | None = None
 ) -> list[int]:
     """Read every label once, and count the pixels of each of `classes` classes; `traces` sees them as well.
 

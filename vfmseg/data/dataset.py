@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from vfmseg.data.augment import Augment
 from vfmseg.data.image import Image, Known, known
 from vfmseg.data.sample import Sample
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.scene import Scene
 from vfmseg.data.windows import Draw, Purpose, rng
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
@@ -46,7 +46,7 @@ class TrainingWindows(Dataset[Sample]):
 
     def __init__(
         self,
-        scenes: Sequence[SceneLike],
+        scenes: Sequence[Scene],
         tile: int,
         seed: int,
         augment: Augment | None,
@@ -104,7 +104,7 @@ class TrainingWindows(Dataset[Sample]):
             self._shuffled = (draw.epoch, rng(Purpose.SCENE, self.seed, draw.epoch).permutation(slots))
         return int(self._shuffled[1][draw.index % slots])
 
-    def _learnable(self, scene: SceneLike, draws: np.random.Generator) -> tuple[dict[str, Chip], np.ndarray]:
+    def _learnable(self, scene: Scene, draws: np.random.Generator) -> tuple[dict[str, Chip], np.ndarray]:
         """Pixels and labels of a random window; one without any usable label is drawn again, ten times in all."""
         several = scene.grid.height > self.tile or scene.grid.width > self.tile
         for left in reversed(range(_TRIES if several else 1)):
@@ -125,7 +125,7 @@ class CoverWindows(Dataset[Sample]):
     only and are IGNORE elsewhere, so that no pixel counts twice.
     """
 
-    def __init__(self, scenes: Sequence[SceneLike], tile: int) -> None:
+    def __init__(self, scenes: Sequence[Scene], tile: int) -> None:
         self.scenes = list(scenes)
         self._tiles = [cut(scene.grid.height, scene.grid.width, tile) for scene in self.scenes]
         self._ends = list(accumulate(map(len, self._tiles)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vfmseg.data.pairing import find, pair
-from vfmseg.data.scene import FileScene, SceneLike
+from vfmseg.data.raster_scene import RasterScene
+from vfmseg.data.scene import Scene
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.labels import LabelRaster
@@ -18,7 +19,7 @@ def scenes_from_files(
     bands: Mapping[str, Bands],
     label_map: LabelMap,
     base_place: str,
-) -> list[SceneLike]:
+) -> list[Scene]:
     """Scenes of patterns, folders, files or lists of these, paired by name; sorted by name.
 
     `base_place` is the key of the split in the recipe (data.train), for messages.
@@ -26,6 +27,8 @@ def scenes_from_files(
     found = {name: find(entries, f"{base_place}.{name}") for name, entries in images.items()}
     pairs = pair(found, find(labels, f"{base_place}.labels"), base_place)
     return [
-        FileScene(p.name, {m: Raster(p.images[m], bands[m]) for m in images}, LabelRaster(p.labels, label_map))
+        RasterScene(
+            p.name, {m: Raster(p.images[m], bands[m]) for m in images}, LabelRaster(p.labels, label_map), many=True
+        )
         for p in pairs
     ]

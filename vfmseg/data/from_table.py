@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 
-from vfmseg.data.scene import FileScene, SceneLike
+from vfmseg.data.raster_scene import RasterScene
+from vfmseg.data.scene import Scene
 from vfmseg.disk.paths import elsewhere, files_behind, made_absolute, require_file
 from vfmseg.errors import DataError, nearest
 from vfmseg.geo.bands import Bands
@@ -26,7 +27,7 @@ def scenes_from_table(
     labels: str,
     bands: Mapping[str, Bands],
     label_map: LabelMap,
-) -> list[SceneLike]:
+) -> list[Scene]:
     """Scenes of the rows of a CSV file whose `split_column` is exactly `split`, in the table's order.
 
     `images` and `labels` name a column that holds paths, or are a template over columns such as
@@ -39,7 +40,7 @@ def scenes_from_table(
     if not chosen:
         known = sorted({row[split_column] for _, row in rows})
         raise DataError(f"{table}: no row has {split_column} = {split!r}; {nearest(split, known)}")
-    scenes: list[SceneLike] = []
+    scenes: list[Scene] = []
     seen: dict[tuple[str, ...], int] = {}
     for line, row in chosen:
         place = f"{table} line {line}"
@@ -50,7 +51,9 @@ def scenes_from_table(
             raise DataError(f"{place} names the same files as line {seen[files]}; expected each scene once")
         seen[files] = line
         rasters = {name: Raster(path, bands[name]) for name, path in paths.items()}
-        scenes.append(FileScene(Path(next(iter(paths.values()))).stem, rasters, LabelRaster(label, label_map)))
+        scenes.append(
+            RasterScene(Path(next(iter(paths.values()))).stem, rasters, LabelRaster(label, label_map), many=True)
+        )
     return scenes
 
 

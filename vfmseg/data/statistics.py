@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.scene import Scene
 from vfmseg.errors import DataError
 from vfmseg.geo.grid import cut
 
-Statistics = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+BandStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean of each band, and standard deviation of each band, in image units."""
 
 
 class _Moments:
@@ -49,7 +50,7 @@ class _Moments:
         return np.where(std > 1e-6 * np.abs(self.mean), std, size)
 
 
-def stream_statistics(scenes: Sequence[SceneLike], tile: int = 512) -> Statistics:
+def stream_statistics(scenes: Sequence[Scene], tile: int = 512) -> dict[str, BandStatistics]:
     """{modality: (mean per band, std per band)} over the valid pixels of all scenes, each pixel once.
 
     In the units of the images (stored * scale + offset). Reads tile by tile; call it with the training split only.

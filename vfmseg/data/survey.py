@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vfmseg.data.image import Known, known
-from vfmseg.data.scene import SceneLike
+from vfmseg.data.scene import Scene
 from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Window
 from vfmseg.geo.validity import Hidden
@@ -48,7 +48,7 @@ class Survey:
     fills: list[Fill] = field(default_factory=list)
 
 
-def survey(scenes: Sequence[SceneLike], classes: int, rule: Known) -> Survey:
+def survey(scenes: Sequence[Scene], classes: int, rule: Known) -> Survey:
     """Look at windows spread evenly over all scenes; `rule`: where several modalities have an answer."""
     found = Survey(np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64))
     values: dict[str, list[np.ndarray]] = {}

@@ -22,7 +22,7 @@ from vfmseg.geo.grid import Window
 from vfmseg.geo.reader import Raster
 
 if TYPE_CHECKING:
-    from vfmseg.data.scene import SceneLike
+    from vfmseg.data.scene import Scene
 
 _END = 16 * 1024
 _PLACES = 8
@@ -41,7 +41,7 @@ class Traces:
         """Class indexes of scene `number` of a split, window by window."""
         self._labels.setdefault(number, _hash()).update(np.ascontiguousarray(indexes, dtype=np.int32).data)
 
-    def split(self, name: str, scenes: Sequence[SceneLike]) -> None:
+    def split(self, name: str, scenes: Sequence[Scene]) -> None:
         """All scenes of a split, whose labels were shown before."""
         for number, scene in enumerate(scenes):
             labels = self._labels.pop(number, _hash()).hexdigest()

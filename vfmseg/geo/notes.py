@@ -18,6 +18,11 @@ def notes_of(raster: Raster) -> dict[str, str]:
     turned = next((info.turn.orientation for info in infos if info.turn.orientation != 1), None)
     if turned:
         notes["turned"] = f"is stored turned or mirrored and is read as it is shown (EXIF orientation {turned})"
+    if raster.palette:
+        notes["palette"] = (
+            "holds a colour table, and the numbers of its colours are taken as values; if colours are meant, "
+            "`gdal_translate -expand rgb` makes bands of them"
+        )
     marked = [band for info in infos for band in info.not_alpha]
     if marked and len(infos) == 1:
         numbers = ", ".join(map(str, marked))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.disk.paths import files_behind
 from vfmseg.errors import DamagedError
 from vfmseg.geo.fileinfo import FileInfo
@@ -19,14 +20,13 @@ from vfmseg.geo.reader import Raster
 from vfmseg.geo.trust import is_remote
 from vfmseg.inference.how import Settled
 from vfmseg.inference.job import Job
-from vfmseg.inference.sources import OpenScene
 
 WORK_TAG = "vfmseg_work"
 """Tag of a finished map that tells by which work it was made."""
 
 
 def work_of(
-    scene: OpenScene,
+    scene: RasterScene,
     job: Job,
     settled: Settled,
     extras: Sequence[str],

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from vfmseg.data.image import Known, known
+from vfmseg.data.raster_scene import RasterScene
 from vfmseg.geo.grid import Grid, Slices, Window
 from vfmseg.geo.validity import Chip
 from vfmseg.inference.stages import Pipe, Stages
@@ -64,6 +65,12 @@ class Chunk:
     def end(self) -> int:
         """The row after the last."""
         return self.window.row + self.window.height
+
+
+def stored_as(scene: RasterScene) -> Stored:
+    """Blocks of the first modality of a scene of rasters, and the type that holds each without loss."""
+    first = next(iter(scene.rasters.values()))
+    return Stored(first.block, {name: raster.compact for name, raster in scene.rasters.items()})
 
 
 def chunk_rows(block_height: int, tile: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vfmseg.data.inputs import Inputs
 from vfmseg.disk.files import whole_file
 from vfmseg.disk.seal import is_intact, seal
 from vfmseg.disk.tensors import load_strictly, plain_tensors
@@ -51,10 +52,21 @@ def save_run(path: Path, loop: Loop, origin: Origin) -> None:
             ) from None
 
 
-def inputs_of(path: Path) -> dict[str, Any]:
-    """What a run noted of its training scenes: of each modality bands, stored type and statistics."""
+def noted(inputs: Inputs) -> dict[str, Any]:
+    """What a run notes of its training scenes: {modality: bands, stored type, mean and std}."""
+    return {one.name: {"bands": one.count, "dtype": one.dtype, "mean": one.mean, "std": one.std} for one in inputs}
+
+
+def as_then(inputs: Inputs, path: Path) -> Inputs:
+    """The same with the mean and std that the run of a state noted: its weights were learned from such values."""
     try:
-        return dict(_read(path)["origin"]["inputs"])
+        then = _read(path)["origin"]["inputs"]
+        return tuple(
+            replace(one, mean=tuple(then[one.name]["mean"]), std=tuple(then[one.name]["std"]))
+            if one.name in then
+            else one
+            for one in inputs
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise _no_state(path, error) from None
 
@@ -131,17 +143,19 @@ def _changes(then: Origin, now: Origin) -> Iterator[str]:
         yield f"the run was started on an encoder with SHA-256 {then.encoder[:12]}..., now it is {now.encoder[:12]}..."
     if then.processes != now.processes:
         yield f"the run was started with {then.processes} processes, now there are {now.processes}"
-    for kind in ("bands", "dtypes"):
-        if then.inputs[kind] != now.inputs[kind]:
-            yield f"the training scenes had {kind} {then.inputs[kind]}, now they have {now.inputs[kind]}"
+    for kind, what in (("bands", "bands"), ("dtype", "stored types")):
+        before, after = ({name: one[kind] for name, one in of.inputs.items()} for of in (then, now))
+        if before != after:
+            yield f"the training scenes had {what} {before}, now they have {after}"
     other = list(_other_data(then.data, now.data)) if then.data else []
     if other:
         yield (
             f"the data have changed since the run was started: {_some(other)}; go on with what there is now by "
             "--accept-changed-data"
         )
-    for name, values in now.inputs["statistics"].items():
-        if not np.allclose(then.inputs["statistics"][name], values, rtol=1e-5):  # another machine rounds otherwise
+    for name, one in now.inputs.items():
+        was = then.inputs[name]
+        if not np.allclose([was["mean"], was["std"]], [one["mean"], one["std"]], rtol=1e-5):  # machines round otherwise
             yield (
                 f"mean and std of the training scenes' {name} have changed: their pixels are not those of then; go on "
                 "with these pixels, and mean and std of then, by --accept-changed-data"

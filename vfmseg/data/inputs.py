@@ -1,0 +1,41 @@
+"""What a model takes: one record a modality, as it was when the model was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vfmseg.geo.bands import Bands
+from vfmseg.geo.said import BandSaid
+
+
+@dataclass(frozen=True)
+class Input:
+    """One modality. It is kept in segmenter.json, and scenes to be labelled are read by it.
+
+    bands: which bands of a file, and how stored numbers become values; `bands.like` is what the training files said of
+    them. count: how many. dtype: type of the stored numbers in training. mean, std: one a band, in image units; by
+    which values are normalised. normalize: whose they are, of the published encoder or of the training split.
+    """
+
+    name: str
+    bands: Bands
+    count: int
+    dtype: str
+    normalize: Literal["encoder", "dataset"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def said(self) -> tuple[BandSaid, ...]:
+        """What the training files said of each band."""
+        return self.bands.like or (BandSaid(),) * self.count
+
+    @property
+    def plain(self) -> bool:
+        """Whether its values are the numbers that files store, neither scaled nor shifted."""
+        return not any(band.scaled for band in self.said)
+
+
+Inputs = tuple[Input, ...]
+"""All modalities of a model, in the order of the recipe; the first one's grid is that of the labels."""

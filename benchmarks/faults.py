@@ -157,7 +157,7 @@ def facts() -> dict[str, Any]:
     """The machine and the versions."""
     import rasterio
 
-    from vfmseg.checkpoint.folder import versions
+    from vfmseg.checkpoint.writing import versions
 
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     return {"machine": machine, "versions": versions() | {"gdal": rasterio.__gdal_version__}}

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from vfmseg.build.data import bands_of
-from vfmseg.checkpoint.folder import load_segmenter
+from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.geo.grid import Spans, Window
 from vfmseg.geo.reader import Raster
 from vfmseg.inference.how import How, settle

@@ -13,7 +13,7 @@ from makers import recipe_dict, toy_folder, toy_scene, write_raster
 
 from vfmseg import cli, terminal
 from vfmseg.build.data import open_training
-from vfmseg.checkpoint.folder import load_segmenter
+from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.errors import DataError
 from vfmseg.finetune import finetune
 from vfmseg.geo.classes import LabelMap

@@ -13,7 +13,8 @@ import pytest
 import torch
 from makers import finished_run, recipe_dict, save_encoder, sign, toy_folder, write_recipe
 
-from vfmseg.checkpoint.folder import load_segmenter, saved_epoch
+from vfmseg.checkpoint.folder import saved_epoch
+from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.disk.digests import changed, signed
 from vfmseg.errors import CheckpointError, VfmsegError
 from vfmseg.finetune import finetune

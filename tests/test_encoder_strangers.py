@@ -11,7 +11,7 @@ import torch
 from makers import save_encoder
 from safetensors.torch import save_file
 
-from vfmseg.checkpoint.folder import load_segmenter
+from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.checkpoint.hub import local_segmenter
 from vfmseg.encoders.build import build_encoder
 from vfmseg.errors import CheckpointError

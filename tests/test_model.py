@@ -22,7 +22,7 @@ from vfmseg.encoders.build import ENCODERS, build_encoder
 from vfmseg.encoders.stem import Project
 from vfmseg.errors import RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.model import SegmentationModel
+from vfmseg.model import Network
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 from vfmseg.training.loop import Schedule, parameter_groups, score_windows
@@ -36,9 +36,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_all(tmp_path_factory.mktemp("wired"))
 
 
-def wired(
-    families: dict[str, Path], name: str, adapter: str, decoder: str, bands: int = 3, **settings: Any
-) -> SegmentationModel:
+def wired(families: dict[str, Path], name: str, adapter: str, decoder: str, bands: int = 3, **settings: Any) -> Network:
     """A model of small parts, two classes, one modality called rgb."""
     statistics = {"mean": [100.0] * bands, "std": [50.0] * bands}
     checkpoint = None if name == "builtin" else str(families[name])
@@ -49,7 +47,7 @@ def wired(
     }
     attached = ADAPTERS[adapter](encoder, **options.get(adapter, {}))
     head = build_decoder(decoder, encoder.channels, encoder.strides, 2, 16 if decoder in WITH_WIDTH else None)
-    return SegmentationModel(encoder, attached, head, {"rgb": bands}, 2)
+    return Network(encoder, attached, head, {"rgb": bands}, 2)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_encoder(tmp_path_factory.mktemp("model") / "encoder", "dinov2")
 
 
-def model_of(tmp_path: Path, folder: Path, inputs: Inputs = RGB, **parts: Any) -> SegmentationModel:
+def model_of(tmp_path: Path, folder: Path, inputs: Inputs = RGB, **parts: Any) -> Network:
     content = recipe_dict(tmp_path, folder, tmp_path / "run")
     content["model"] |= parts
     if len(inputs) > 1:

@@ -15,7 +15,7 @@ import torch
 from makers import recipe_dict, save_encoder, sign, toy_folder, toy_scene, write_raster, write_recipe
 from safetensors.torch import load_file, save_file
 
-from vfmseg.checkpoint.folder import load_segmenter
+from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.data.image import Image
 from vfmseg.disk.lock import LOCK, held
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError, RecipeError

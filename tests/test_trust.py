@@ -387,7 +387,7 @@ def find_files(entry: str) -> object:
 
 
 def segmenter(folder: Path, _: Path) -> object:
-    from vfmseg.checkpoint.folder import load_segmenter
+    from vfmseg.checkpoint.reading import load_segmenter
 
     (folder / "segmenter.json").write_text('{"format": 1}')
     return load_segmenter(folder)

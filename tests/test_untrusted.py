@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from vfmseg.build.model import build_model
 from vfmseg.catalog import published_statistics
 from vfmseg.checkpoint import folder as checkpoint
-from vfmseg.checkpoint.folder import load_segmenter, save_segmenter
+from vfmseg.checkpoint.reading import load_segmenter
+from vfmseg.checkpoint.writing import save_segmenter
 from vfmseg.encoders.build import build_encoder
 from vfmseg.errors import CheckpointError, RecipeError, VfmsegError
 from vfmseg.recipe import load_recipe

@@ -13,14 +13,36 @@ from pathlib import Path
 from vfmseg.disk.jsonfile import read_json
 from vfmseg.errors import CheckpointError, nearest
 
-Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+RgbStatistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and std of red, green and blue in images scaled to 0..1."""
 
-IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET: RgbStatistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # CLIP was trained on its own collection and has that collection's mean and std.
-CLIP: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP: RgbStatistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-# Mean and std (red, green, blue) of images scaled to 0..1 that a family's weights expect. `builtin` shares DINOv2's.
-FAMILY_STATISTICS: dict[str, Statistics] = {"sam": IMAGENET, "dinov2": IMAGENET, "clip": CLIP, "builtin": IMAGENET}
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """What can be said of a family of encoders without building one.
+
+    statistics: that its weights expect, where a checkpoint does not say others. model_types: values of `model_type` in
+    config.json that it reads. published: whether recipes name a checkpoint of it.
+    """
+
+    statistics: RgbStatistics
+    model_types: tuple[str, ...]
+    published: bool = True
+
+
+FAMILIES: dict[str, FamilyFacts] = {
+    "sam": FamilyFacts(IMAGENET, ("sam", "sam_vision_model")),
+    "dinov2": FamilyFacts(IMAGENET, ("dinov2", "dinov2_with_registers")),
+    "clip": FamilyFacts(CLIP, ("clip", "clip_vision_model")),
+    "builtin": FamilyFacts(IMAGENET, ("dinov2",), published=False),  # of DINOv2's architecture
+}
+"""Families by their name in recipes (`model.encoder.name`)."""
+
+PUBLISHED_FAMILIES = tuple(name for name, facts in FAMILIES.items() if facts.published)
 
 
 @dataclass(frozen=True)
@@ -83,24 +105,24 @@ _ROWS = (
 CATALOG: dict[str, Published] = {row.checkpoint: row for row in _ROWS}
 
 
-def published_statistics(family: str, checkpoint: str | None) -> Statistics:
+def published_statistics(family: str, checkpoint: str | None) -> RgbStatistics:
     """Mean and std (red, green, blue; images scaled to 0..1) that the weights of a checkpoint expect.
 
     A local folder says them itself if it holds a preprocessor_config.json; else, outside the catalog, they are those of
     the family. Raises CheckpointError for an unknown family, a checkpoint of another family, or a file that cannot be
     understood.
     """
-    if family not in FAMILY_STATISTICS:
-        raise CheckpointError(f"encoder family '{family}' is not known; {nearest(family, FAMILY_STATISTICS)}")
+    if family not in FAMILIES:
+        raise CheckpointError(f"encoder family '{family}' is not known; {nearest(family, FAMILIES)}")
     row = CATALOG.get(checkpoint or "")
     if row is None:
-        return _of_folder(checkpoint) or FAMILY_STATISTICS[family]
+        return _of_folder(checkpoint) or FAMILIES[family].statistics
     if row.family != family:
         raise CheckpointError(f"{checkpoint} is a {row.family} checkpoint, not {family}; use the encoder {row.family}")
     return row.mean, row.std
 
 
-def _of_folder(checkpoint: str | None) -> Statistics | None:
+def _of_folder(checkpoint: str | None) -> RgbStatistics | None:
     """What the preprocessor_config.json of a local folder says, as transformers' image processors write it."""
     file = Path(checkpoint or "").expanduser() / "preprocessor_config.json"
     if checkpoint is None or not file.is_file():

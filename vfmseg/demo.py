@@ -16,14 +16,6 @@ from vfmseg.terminal import say
 
 ASSETS = Path(__file__).parent / "assets" / "demo"
 SCENE = "banepa_b"  # of the test place: dense town and fields
-FAMILIES = {
-    "dinov2": "dinov2",
-    "dinov2_with_registers": "dinov2",
-    "sam": "sam",
-    "sam_vision_model": "sam",
-    "clip": "clip",
-    "clip_vision_model": "clip",
-}
 
 
 def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -84,8 +76,8 @@ def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
 
 
 def encoder_family(encoder: str) -> str:
-    """`sam`, `dinov2` or `clip`, told by the config of a folder or by the catalog for a hub id."""
-    from vfmseg.catalog import CATALOG
+    """Name of the family of an encoder, told by the config of a folder or by the catalog for a hub id."""
+    from vfmseg.catalog import CATALOG, FAMILIES, PUBLISHED_FAMILIES
 
     folder = Path(encoder).expanduser()
     if (folder / "config.json").is_file():
@@ -93,12 +85,13 @@ def encoder_family(encoder: str) -> str:
             kind = read_json(folder / "config.json")["model_type"]
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{folder / 'config.json'}: not the config of an encoder; copy it again") from None
-        if kind in FAMILIES:
-            return FAMILIES[kind]
-        raise CheckpointError(f"{folder}: model_type = {kind}; expected one of {', '.join(FAMILIES)}")
+        known = {kind: name for name in PUBLISHED_FAMILIES for kind in FAMILIES[name].model_types}
+        if kind in known:
+            return known[kind]
+        raise CheckpointError(f"{folder}: model_type = {kind}; expected one of {', '.join(known)}")
     if encoder in CATALOG:
         return CATALOG[encoder].family
-    found = [family for family in ("dinov2", "sam", "clip") if family in encoder.lower()]
+    found = [family for family in PUBLISHED_FAMILIES if family in encoder.lower()]
     hub_id = encoder.count("/") == 1 and not encoder.startswith((".", "~", "/"))
     if not found or not hub_id or folder.is_dir():
         raise RecipeError(

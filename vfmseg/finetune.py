@@ -39,7 +39,7 @@ from vfmseg.training.run_folder import (
 )
 
 if TYPE_CHECKING:
-    from vfmseg.model import SegmentationModel
+    from vfmseg.model import Network
     from vfmseg.training.loop import RunState
 
 
@@ -74,7 +74,8 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
     from vfmseg.build.data import inputs_of, open_training, value_ranges
     from vfmseg.build.model import build_model, rule_of
-    from vfmseg.checkpoint.folder import save_segmenter, saved_epoch
+    from vfmseg.checkpoint.folder import saved_epoch
+    from vfmseg.checkpoint.writing import save_segmenter
     from vfmseg.data.augment import Augment, Radiometry
     from vfmseg.data.dataset import CoverWindows, TrainingWindows
     from vfmseg.data.traces import Traces
@@ -171,7 +172,7 @@ def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitS
         on_epoch,
     )
     origin = Origin(
-        _what_decides(recipe), model.encoder.base.sha256, noted(inputs), accelerator.num_processes, traces.found
+        _what_decides(recipe), model.backbone.base.sha256, noted(inputs), accelerator.num_processes, traces.found
     )
     if known:
         load_run(output / STATE_FILE, loop, origin, accept_changed_data)
@@ -222,10 +223,10 @@ def _what_decides(recipe: Recipe) -> str:
     return dump_recipe(recipe.model_copy(update=update))
 
 
-def _parameter_lines(model: SegmentationModel) -> str:
-    from vfmseg.adapters.attach import parameter_table
+def _parameter_lines(model: Network) -> str:
+    from vfmseg.model import parameter_table
 
-    rows = parameter_table(model.encoder, model.attached, model.decoder)
+    rows = parameter_table(model)
     lines = [f"{'part':<10}{'trainable':>14}{'total':>14}"]
     lines += [f"{part:<10}{trainable:>14,}{total:>14,}" for part, trainable, total in rows]
     sites = model.attached.sites
@@ -239,8 +240,8 @@ def _write_records(path: Path, state: RunState) -> None:
         aside.write_text("".join(json.dumps(record) + "\n" for record in state.records), encoding="utf-8")
 
 
-def _result(recipe: Recipe, model: SegmentationModel, state: RunState) -> dict[str, Any]:
-    from vfmseg.checkpoint.folder import versions
+def _result(recipe: Recipe, model: Network, state: RunState) -> dict[str, Any]:
+    from vfmseg.checkpoint.writing import versions
 
     epochs = {r["epoch"]: r.get("validation") for r in state.records if r["kind"] == "epoch"}
     return {

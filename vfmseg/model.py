@@ -1,45 +1,93 @@
-"""The segmentation model: encoder, adapter and decoder wired together."""
+"""The network: stems, backbone, adapter, fusion and decoder wired together. Parts come in finished; no recipe here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfmseg.adapters.attach import Attached
-from vfmseg.data.image import Images
-from vfmseg.encoders.base import Encoder
+from vfmseg.adapters.attached import Attached
+from vfmseg.data.image import Images, Known
+from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.stem import Stem
+from vfmseg.encoders.tokens import Features, StreamRows, Tokens
+from vfmseg.fusion.build import Fuse
 
 
-class SegmentationModel(nn.Module):
+class Network(nn.Module):
     """Images in, one logit per class and pixel out.
 
-    The modalities share one grid and are stacked as channels, in the order of `modalities`; the encoder normalises
-    them and sets invalid pixels to zero. Frozen parts stay in evaluation mode whatever `train()` is asked for.
+    A *stream* is what goes through the backbone: one modality, or several that are stacked as channels; each has a stem
+    of its own. All streams go through the frozen blocks as one batch. With one stream there is nothing to fuse. Frozen
+    parts stay in evaluation mode whatever `train()` is asked for.
     """
 
     def __init__(
-        self, encoder: Encoder, attached: Attached, decoder: nn.Module, modalities: Mapping[str, int], classes: int
+        self,
+        backbone: Backbone,
+        stems: Mapping[str, Stem],
+        attached: Attached,
+        fuse: Fuse | None,
+        decoder: nn.Module,
+        classes: int,
     ) -> None:
+        """`stems` {stream: its stem}; `attached`: the adapter in the backbone; `fuse`: None for a single stream."""
         super().__init__()
-        self.encoder = encoder
+        if (fuse is None) != (len(stems) == 1):
+            raise ValueError(
+                f"{len(stems)} streams and {'no' if fuse is None else 'a'} fusion; expected one for several"
+            )
+        self.backbone = backbone
+        self.adapter = attached.beside  # parameters that are no part of the backbone, such as prompts
+        # "of_": a modality may be called like something that every module has, such as `float`
+        self.stems = nn.ModuleDict({f"of_{name}": stem for name, stem in stems.items()})
+        self.fuse = cast("nn.Module | None", fuse)
         self.decoder = decoder
         self.attached = attached
-        self.modalities = dict(modalities)  # name -> number of bands
+        self.streams = tuple(stems)
         self.classes = classes
+        self.known: Known = "all" if fuse is None else fuse.known
         self.train(False)
 
+    def stem(self, stream: str) -> Stem:
+        """The stem of a stream."""
+        return cast(Stem, self.stems[f"of_{stream}"])
+
+    @property
+    def strides(self) -> tuple[float, ...]:
+        """Pixels of the images per cell of each map that the decoder gets."""
+        return (self.backbone.patch / self.stem(self.streams[0]).upscale,) * len(self.backbone.layers)
+
+    def encode(self, images: Images) -> dict[str, Features]:
+        """{stream: its feature maps}, for the streams whose modalities are all among the images."""
+        present = [name for name in self.streams if set(self.stem(name).modalities) <= set(images)]
+        tokens, rows = joined({name: self.backbone.embed(*self.stem(name)(images)) for name in present})
+        maps: list[Tensor] = []
+        for depth in range(1, self.backbone.layers[-1] + 1):
+            for hook in self.attached.before:
+                tokens = hook(depth, tokens, rows)
+            tokens = self.backbone.step(depth, tokens)
+            for hook in self.attached.after:
+                tokens = hook(depth, tokens, rows)
+            if depth in self.backbone.layers:
+                maps.append(self.backbone.tap(tokens))
+        seen = tokens.seen.unflatten(1, tokens.grid)
+        return {
+            name: Features(tuple(map_[mine] for map_ in maps), (seen[mine],) * len(maps), self.strides)
+            for name, mine in rows.items()
+        }
+
     def forward(self, images: Images) -> Tensor:
-        """{modality: image of (B, C, H, W) pixels} -> logits (B, K, H, W)."""
-        stacked = torch.cat([images[name].pixels for name in self.modalities], dim=1)
-        masks = [images[name].valid[:, None].expand(-1, bands, -1, -1) for name, bands in self.modalities.items()]
-        features = self.encoder(stacked, torch.cat(masks, dim=1))
+        """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W)."""
+        found = self.encode(images)
+        features = next(iter(found.values())) if self.fuse is None else self.fuse(found)
         logits = self.decoder(features)  # (B, K, h, w)
-        # The token grid may reach beyond the image (padding up to a whole patch). Logits are enlarged to the
+        # The grid of patches may reach beyond the image (padding up to a whole patch). Logits are enlarged to the
         # ground that the grid really covers and cut, so that every pixel keeps its place.
-        height, width = stacked.shape[-2:]
+        height, width = next(iter(images.values())).valid.shape[-2:]
         rows, cols = features.maps[0].shape[-2:]
         stride = features.strides[0]
         # where rounding an image made smaller lost less than half a pixel of it, the grid does cover all of it
@@ -47,15 +95,64 @@ class SegmentationModel(nn.Module):
         logits = F.interpolate(logits, size=covered, mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
-    def train(self, mode: bool = True) -> SegmentationModel:
+    def train(self, mode: bool = True) -> Network:
         """Switch the parts that learn; everything frozen keeps its evaluation mode (dropout, statistics)."""
         super().train(mode)
+        self.backbone.network.train(False)
+        for module in self.attached.moving:
+            module.train(mode)
         return self
+
+    def parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """{part: {name of a parameter: it}}; parts: encoder (as published), adapter, stem, fusion, decoder.
+
+        It decides learning rates and what the table of parameters counts; every parameter is in one part.
+        """
+        added = {id(parameter) for parameter in self.attached.added}
+        found: dict[str, dict[str, nn.Parameter]] = {
+            part: {} for part in ("encoder", "adapter", "stem", "fusion", "decoder")
+        }
+        homes = {"adapter": "adapter", "stems": "stem", "fuse": "fusion", "decoder": "decoder"}
+        for child, module in self.named_children():
+            for name, parameter in module.named_parameters():
+                part = homes.get(child) or ("adapter" if id(parameter) in added else "encoder")
+                found[part][f"{child}.{name}"] = parameter
+        return found
 
     def trainable(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def head_state(self) -> dict[str, Tensor]:
-        """Trained tensors outside the encoder's backbone, with the buffers of those parts (normalisation too)."""
-        return {name: t for name, t in self.state_dict().items() if not name.startswith("encoder.backbone.")}
+        """Trained tensors outside the backbone, by name, with the buffers of those parts (normalisation too)."""
+        heads = {name: child for name, child in self.named_children() if child not in (self.backbone, self.adapter)}
+        return {f"{name}.{key}": tensor for name, child in heads.items() for key, tensor in child.state_dict().items()}
+
+
+def joined(born: Mapping[str, Tokens]) -> tuple[Tokens, StreamRows]:
+    """The tokens of several streams as one batch, and which rows of it are whose.
+
+    For streams rgb and dem of batches of 4: rows 0 to 3 are rgb's and 4 to 7 dem's. A block is so run once for all.
+    """
+    rows: dict[str, slice] = {}
+    first = 0
+    for name, tokens in born.items():
+        rows[name] = slice(first, first + len(tokens.values))
+        first = rows[name].stop
+    (one, *others) = born.values()
+    if not others:
+        return one, rows
+    if any(tokens.grid != one.grid for tokens in others):
+        raise ValueError(f"streams on grids of {[tokens.grid for tokens in born.values()]} patches; expected one grid")
+    values = torch.cat([tokens.values for tokens in born.values()])
+    return Tokens(values, torch.cat([tokens.seen for tokens in born.values()]), one.grid, one.prefix), rows
+
+
+def parameter_table(model: Network) -> list[tuple[str, int, int]]:
+    """(part, trainable, total) for each part that has parameters, and their sum."""
+    rows = [
+        (part, sum(p.numel() for p in found.values() if p.requires_grad), sum(p.numel() for p in found.values()))
+        for part, found in model.parts().items()
+        if found
+    ]
+    return [*rows, ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfmseg.checkpoint.folder import Loaded, fingerprint_of, load_segmenter, segmenter_folder, versions
+from vfmseg.checkpoint.folder import fingerprint_of, segmenter_folder
 from vfmseg.checkpoint.hub import local_segmenter
+from vfmseg.checkpoint.reading import Loaded, load_segmenter
+from vfmseg.checkpoint.writing import versions
 from vfmseg.data.given import GivenScene, hidden_by, open_scenes, tell_types
 from vfmseg.data.raster_scene import RasterScene
 from vfmseg.disk.files import check_label_file, local_path, never_an_input, require_new

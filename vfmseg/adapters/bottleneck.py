@@ -5,6 +5,7 @@ x is what the MLP gets, normed tokens; where a block scales its MLP (DINOv2), it
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vfmseg.adapters.attached import Attached
 from vfmseg.disk.tensors import require_tensors
-from vfmseg.encoders.base import Encoder
+from vfmseg.encoders.backbone import Backbone
 from vfmseg.errors import AdapterError, CheckpointError
 
 FILE = "adapter.safetensors"
@@ -39,21 +41,28 @@ class ParallelMlp(nn.Module):
         return self.mlp(x) + self.scale * self.up(F.relu(self.down(x)))
 
 
-def inject(encoder: Encoder, hidden: int, scale: float) -> dict[str, ParallelMlp]:
-    """Put an adapter beside the MLP of every block, in place; returns them by dotted name."""
+def attach(backbone: Backbone, hidden: int, scale: float) -> Attached:
+    """Put a small MLP beside the MLP of every block; all else of the backbone is frozen."""
+    backbone.network.requires_grad_(False)
     placed: dict[str, ParallelMlp] = {}
-    for prefix, block in encoder.blocks:
+    for prefix, block in backbone.blocks:
         children = dict(block.named_children())
         if "mlp" not in children:
             raise AdapterError(
                 f"model.adapter: block {prefix} has no part called mlp, but {', '.join(children)}; "
                 "choose lora for this encoder"
             )
-        adapter = ParallelMlp(children["mlp"], encoder.channels[0], hidden, scale)
+        adapter = ParallelMlp(children["mlp"], backbone.width, hidden, scale)
         device = next(block.parameters()).device
         block.add_module("mlp", adapter.to(device))
         placed[f"{prefix}.mlp"] = adapter
-    return placed
+    return Attached(
+        "adapter",
+        sites=tuple(placed),
+        added=tuple(parameter for parameter in backbone.network.parameters() if parameter.requires_grad),
+        save=partial(_save, placed),
+        load=partial(_load, placed),
+    )
 
 
 def tensors_of(placed: dict[str, ParallelMlp]) -> dict[str, Tensor]:
@@ -66,13 +75,14 @@ def tensors_of(placed: dict[str, ParallelMlp]) -> dict[str, Tensor]:
     }
 
 
-def save(placed: dict[str, ParallelMlp], folder: Path) -> None:
+def _save(placed: dict[str, ParallelMlp], folder: Path) -> None:
     """Write the adapters' tensors and their scale."""
+    folder.mkdir(parents=True)
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors_of(placed).items()}
     save_file(tensors, folder / FILE, {"scale": repr(_scale(placed))})
 
 
-def load(placed: dict[str, ParallelMlp], folder: Path) -> None:
+def _load(placed: dict[str, ParallelMlp], folder: Path) -> None:
     """Fill the adapters, strictly: CheckpointError for a missing, extra or misshapen tensor, or another scale."""
     file = folder / FILE
     if not file.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vfmseg.adapters.attached import Attached
 from vfmseg.adapters.sites import chosen_sites
 from vfmseg.disk.jsonfile import read_json
 from vfmseg.disk.tensors import require_tensors
-from vfmseg.encoders.base import Encoder
+from vfmseg.encoders.backbone import Backbone
 from vfmseg.errors import AdapterError, CheckpointError, show
 
 if TYPE_CHECKING:
@@ -28,19 +29,8 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True)
-class Injected:
-    """Peft's LoRA inside a backbone."""
-
-    wrapper: PeftModel  # to save with
-    rank: int
-    alpha: float
-    sites: Mapping[str, tuple[str, ...]]  # as `chosen_sites` gives them
-    modes: tuple[nn.Module, ...]  # what differs in training: dropout
-
-
-def inject(encoder: Encoder, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> Injected:
-    """Put peft's LoRA layers into the backbone, in place; peft freezes all else there.
+def attach(backbone: Backbone, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> Attached:
+    """Put peft's LoRA layers on the named linear layers (q, k, v, o, mlp) of every block; peft freezes all else.
 
     Of a fused qkv layer only the wanted thirds learn: the rows of B for the others stay zero, so the file remains
     plain peft and loads anywhere.
@@ -52,27 +42,34 @@ def inject(encoder: Encoder, rank: int, alpha: float, dropout: float, targets: t
             f"model.adapter: rank = {rank}, alpha = {alpha}, dropout = {dropout}; expected a rank of at least 1, "
             "an alpha above 0 and a dropout from 0 to below 1"
         )
-    sites = chosen_sites(encoder, targets)
+    sites = chosen_sites(backbone, targets)
     settings = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=list(sites),
     )  # fmt: skip
     with warnings.catch_warnings():
         # peft asks transformers for attributes that are about to be renamed; nothing a user could act on
         warnings.simplefilter("ignore", FutureWarning)
-        wrapper: Any = get_peft_model(encoder.backbone, settings)
+        wrapper: Any = get_peft_model(backbone.network, settings)
     wrapper.eval()
     # peft shortens a long list of targets to suffixes that suffice for this backbone; upstream's whole model has more
     # blocks, which those suffixes would hit too
     settings.target_modules = list(sites)
-    settings.base_model_name_or_path = encoder.base.id
-    settings.revision = encoder.base.revision
+    settings.base_model_name_or_path = backbone.base.id
+    settings.revision = backbone.base.revision
     modes: list[nn.Module] = []
     for name, thirds in sites.items():
-        layer: Any = encoder.backbone.get_submodule(name)
+        layer: Any = backbone.network.get_submodule(name)
         modes += list(layer.lora_dropout.values())
         if thirds and set(thirds) != {"q", "k", "v"}:
             layer.lora_B["default"] = SomeThirds(layer.lora_B["default"].weight, thirds)
-    return Injected(wrapper, rank, alpha, sites, tuple(modes))
+    return Attached(
+        "lora",
+        sites=tuple(sites),
+        added=tuple(parameter for parameter in backbone.network.parameters() if parameter.requires_grad),
+        moving=tuple(modes),
+        save=partial(_save, wrapper),
+        load=partial(_load, backbone, rank=rank, alpha=alpha, sites=sites),
+    )
 
 
 class SomeThirds(nn.Module):
@@ -93,36 +90,40 @@ class SomeThirds(nn.Module):
         return F.linear(x, torch.cat([w if part in self.thirds else torch.zeros_like(w) for part, w in rows]))
 
 
-def save(wrapper: PeftModel, folder: Path) -> None:
+def _save(wrapper: PeftModel, folder: Path) -> None:
     """Write peft's own two files; its README says nothing that the segmenter's does not."""
+    folder.mkdir(parents=True)
     # peft would ask the hub whether the vocabulary has grown; an image encoder has none
     wrapper.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink()
 
 
-def load(encoder: Encoder, folder: Path, injected: Injected) -> None:
-    """Fill the injected layers from a folder, strictly."""
-    tensors = read_fitting(encoder, folder, injected.rank, injected.alpha, injected.sites)
+def _load(backbone: Backbone, folder: Path, rank: int, alpha: float, sites: Mapping[str, tuple[str, ...]]) -> None:
+    """Fill the attached layers from a folder, strictly."""
+    tensors = read_fitting(backbone, folder, rank, alpha, sites)
     with torch.no_grad():
-        for name in injected.sites:
-            layer: Any = encoder.backbone.get_submodule(name)
+        for name in sites:
+            layer: Any = backbone.network.get_submodule(name)
             layer.lora_A["default"].weight.copy_(tensors[f"{name}.lora_A.weight"])
             layer.lora_B["default"].weight.copy_(tensors[f"{name}.lora_B.weight"])
 
 
-def merge(encoder: Encoder, folder: Path, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
-    """Add (alpha / rank) B A into the frozen weights: the same function, faster, and without importing peft."""
-    sites = chosen_sites(encoder, targets)
-    tensors = read_fitting(encoder, folder, rank, alpha, sites)
+def merge(backbone: Backbone, folder: Path, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> None:
+    """Add (alpha / rank) B A into the frozen weights: the same function, faster, and without importing peft.
+
+    `dropout` is of training alone, and changes nothing here.
+    """
+    sites = chosen_sites(backbone, targets)
+    tensors = read_fitting(backbone, folder, rank, alpha, sites)
     with torch.no_grad():
         for name in sites:
-            layer: Any = encoder.backbone.get_submodule(name)
+            layer: Any = backbone.network.get_submodule(name)
             update = tensors[f"{name}.lora_B.weight"].float() @ tensors[f"{name}.lora_A.weight"].float()
             layer.weight += (alpha / rank) * update.to(layer.weight)
 
 
 def read_fitting(
-    encoder: Encoder, folder: Path, rank: int, alpha: float, sites: Mapping[str, tuple[str, ...]]
+    backbone: Backbone, folder: Path, rank: int, alpha: float, sites: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
     """Tensors of a peft folder, without peft's prefix, if they are the plain LoRA of this rank, alpha and sites."""
     config, tensors = read_adapter(folder)
@@ -151,7 +152,7 @@ def read_fitting(
             f"{folder / CONFIG}: rank {show(config.get('r'))} and alpha {show(config.get('lora_alpha'))}, but "
             f"recipe.yaml says {rank} and {alpha}; the folder mixes two checkpoints"
         )
-    require_tensors(folder / WEIGHTS, tensors, expected_shapes(encoder, rank, sites))
+    require_tensors(folder / WEIGHTS, tensors, expected_shapes(backbone, rank, sites))
     named = config.get("target_modules") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(
@@ -185,11 +186,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def expected_shapes(encoder: Encoder, rank: int, sites: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(backbone: Backbone, rank: int, sites: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
     """Names (as in the file, without prefix) and shapes of the tensors that a LoRA of this encoder has."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sites:
-        layer: Any = encoder.backbone.get_submodule(name)
+        layer: Any = backbone.network.get_submodule(name)
         shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
         shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
     return shapes

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from vfmseg.encoders.base import Encoder
+from vfmseg.encoders.backbone import Backbone
 from vfmseg.errors import AdapterError, nearest
 
 Role = Literal["q", "k", "v", "qkv", "o", "mlp"]
@@ -22,10 +22,10 @@ _LEAVES: dict[str, Role] = {
 _MLP_PARTS = {"mlp", "intermediate", "feed_forward", "ffn"}
 
 
-def linear_sites(encoder: Encoder) -> dict[str, Role]:
+def linear_sites(backbone: Backbone) -> dict[str, Role]:
     """Dotted name inside the backbone -> role, for every linear layer of the blocks whose role is known."""
     found: dict[str, Role] = {}
-    for prefix, block in encoder.blocks:
+    for prefix, block in backbone.blocks:
         for name, module in block.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
@@ -47,7 +47,7 @@ def _role(name: str, layer: nn.Linear) -> Role | None:
     return role
 
 
-def chosen_sites(encoder: Encoder, targets: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def chosen_sites(backbone: Backbone, targets: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Dotted name -> which of q, k and v are wanted of it (empty for o, mlp and whole layers).
 
     A fused qkv layer stands for whichever of q, k, v are among the targets. AdapterError if a target finds nothing
@@ -55,11 +55,11 @@ def chosen_sites(encoder: Encoder, targets: tuple[str, ...]) -> dict[str, tuple[
     """
     if not targets:
         raise AdapterError("model.adapter.targets names no layer; expected some of q, k, v, o, mlp; try [q, v]")
-    sites = linear_sites(encoder)
+    sites = linear_sites(backbone)
     for target in targets:
-        for prefix, block in encoder.blocks:
+        for prefix, block in backbone.blocks:
             if not any(target in _stands_for(role) for site, role in sites.items() if site.startswith(f"{prefix}.")):
-                raise _lost(target, prefix, block, encoder.family)
+                raise _lost(target, prefix, block, backbone.family.name)
     chosen: dict[str, tuple[str, ...]] = {}
     for name, role in sites.items():
         wanted = tuple(t for t in _stands_for(role) if t in targets)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 
-from vfmseg.adapters.attach import ADAPTERS, Attached
+from vfmseg.adapters.attach import ADAPTERS
+from vfmseg.adapters.attached import Attached
 from vfmseg.catalog import published_statistics
 from vfmseg.data.image import Known
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.statistics import BandStatistics
 from vfmseg.decoders.build import build_decoder
-from vfmseg.encoders.base import Encoder
-from vfmseg.encoders.build import build_encoder
+from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.build import build_backbone, build_stem
+from vfmseg.encoders.stem import Stem
 from vfmseg.errors import RecipeError
-from vfmseg.model import SegmentationModel
+from vfmseg.fusion.build import FUSIONS
+from vfmseg.model import Network
 from vfmseg.recipe import Recipe
+from vfmseg.recipe.model import BuiltinEncoder
 from vfmseg.terminal import say_once
 
 
@@ -45,72 +50,98 @@ def normalized_by(recipe: Recipe, name: str, count: int, dtype: str, plain: bool
 def published_in_image_units(recipe: Recipe) -> BandStatistics:
     """Mean and std of red, green and blue that the encoder was published with, for values from 0 to 255."""
     section = recipe.model.encoder
-    mean, std = published_statistics(section.name, None if section.name == "builtin" else section.checkpoint)
+    mean, std = published_statistics(section.name, None if isinstance(section, BuiltinEncoder) else section.checkpoint)
     return tuple(255 * m for m in mean), tuple(255 * s for s in std)
 
 
+def streams_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """{stream: its modalities}: what goes through the backbone. `stack` puts all modalities into one."""
+    names = tuple(recipe.data.modalities)
+    if recipe.model.fusion is None or recipe.model.fusion.name == "stack":
+        return {"+".join(names): names}
+    return {name: (name,) for name in names}
+
+
 def rule_of(recipe: Recipe) -> Known:
-    """Where several modalities have an answer: stacked as channels of one image, where all of them are valid."""
-    return "all"
+    """Where several modalities have an answer: in one stream where all are valid, else as their fusion says."""
+    fusion = recipe.model.fusion
+    return "all" if fusion is None or len(streams_of(recipe)) == 1 else FUSIONS[fusion.name].known
 
 
-def build_model(recipe: Recipe, inputs: Inputs) -> SegmentationModel:
-    """Build what the recipe describes: encoder, freeze, adapter, decoder; all random parts from the recipe's seed.
+def build_model(recipe: Recipe, inputs: Inputs) -> Network:
+    """Build what the recipe describes: backbone, freeze, adapter, stems, decoder; all that is random from its seed.
 
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
-    encoder = published_encoder(recipe, inputs)
-    _say_if_windows_are_padding(encoder, recipe.data.tile)
+    backbone = published_backbone(recipe)
+    stems = stems_of(recipe, inputs, backbone)
+    adapter = recipe.model.adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        adapter = recipe.model.adapter
-        attached = ADAPTERS[adapter.name](encoder, **adapter.model_dump(exclude={"name"}))
-        return with_decoder(recipe, encoder, attached, inputs)
+        attached = ADAPTERS[adapter.name].attach(backbone, **adapter.model_dump(exclude={"name"}))
+        model = around(recipe, backbone, stems, attached)
+    _say_if_windows_are_padding(model, recipe.data.tile)
+    return model
 
 
-def _say_if_windows_are_padding(encoder: Encoder, tile: int) -> None:
-    share = encoder.padded_share(tile, tile)
-    if share <= 0.25:
-        return
-    side = encoder.window * encoder.patch  # pixels of a window, after upscale
-    windows = tile * encoder.upscale / side
-    say_once(
-        f"data.tile = {tile}: {share:.0%} of what the {encoder.family} encoder attends to in windows of "
-        f"{encoder.window} x {encoder.window} tokens is padding, which costs time and accuracy; "
-        f"try model.encoder.upscale = {math.ceil(windows) * side / tile:.4g}, or "
-        f"data.tile = {round(max(1, round(windows)) * side / encoder.upscale)}"
-    )
-
-
-def published_encoder(recipe: Recipe, inputs: Inputs, instead: str | None = None) -> Encoder:
+def published_backbone(recipe: Recipe, instead: str | None = None) -> Backbone:
     """The recipe's encoder with its published weights; `instead` is another folder or hub id to take them from."""
     section = recipe.model.encoder
-    return build_encoder(
+    return build_backbone(
         section.name,
-        # narrowed by name: builtin has no published weights to look for
-        checkpoint=None if section.name == "builtin" else instead or section.checkpoint,
-        revision=None if section.name == "builtin" or instead else section.revision,
-        in_channels=sum(one.count for one in inputs),
-        mean=[value for one in inputs for value in one.mean],
-        std=[value for one in inputs for value in one.std],
+        checkpoint=None if isinstance(section, BuiltinEncoder) else instead or section.checkpoint,
+        revision=None if isinstance(section, BuiltinEncoder) or instead else section.revision,
         layers=section.layers,
-        upscale=section.upscale,
-        input=section.input,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         seed=recipe.seed,
     )
 
 
-def with_decoder(recipe: Recipe, encoder: Encoder, attached: Attached, inputs: Inputs) -> SegmentationModel:
-    """Put the recipe's decoder (random weights) on an encoder and its adapter."""
-    section = recipe.model.decoder
-    decoder = build_decoder(
-        section.name,
-        in_channels=encoder.channels,
-        strides=encoder.strides,
-        classes=len(recipe.data.classes),
-        channels=None if section.name == "linear" else section.channels,
+def stems_of(recipe: Recipe, inputs: Inputs, backbone: Backbone) -> dict[str, Stem]:
+    """{stream: its stem}. Nothing of them is random, so they take nothing from the seed of the other parts."""
+    by_name, section = {one.name: one for one in inputs}, recipe.model.encoder
+    stems = {}
+    for stream, names in streams_of(recipe).items():
+        mine = [by_name[name] for name in names]
+        stems[stream] = build_stem(
+            backbone,
+            {one.name: one.count for one in mine},
+            mean=[value for one in mine for value in one.mean],
+            std=[value for one in mine for value in one.std],
+            upscale=section.upscale,
+            input=section.input,
+        )
+    return stems
+
+
+def around(recipe: Recipe, backbone: Backbone, stems: Mapping[str, Stem], attached: Attached) -> Network:
+    """The network of a backbone, its stems and its adapter: fusion and decoder are built, with random weights."""
+    fusion = recipe.model.fusion
+    fuse = None
+    if fusion is not None and len(stems) > 1:
+        fuse = FUSIONS[fusion.name](tuple(stems), backbone.channels, **fusion.model_dump(exclude={"name"}))
+    decoder = recipe.model.decoder
+    classes = len(recipe.data.classes)
+    built = build_decoder(
+        decoder.name,
+        in_channels=backbone.channels,
+        strides=(backbone.patch / recipe.model.encoder.upscale,) * len(backbone.layers),
+        classes=classes,
+        channels=None if decoder.name == "linear" else decoder.channels,
     )
-    return SegmentationModel(
-        encoder, attached, decoder, {one.name: one.count for one in inputs}, len(recipe.data.classes)
+    return Network(backbone, stems, attached, fuse, built, classes)
+
+
+def _say_if_windows_are_padding(model: Network, tile: int) -> None:
+    backbone, stem = model.backbone, model.stem(model.streams[0])
+    share = backbone.padded_share(*stem.cells(tile, tile))
+    if share <= 0.25:
+        return
+    side = backbone.window * backbone.patch  # pixels of a window, after upscale
+    windows = tile * stem.upscale / side
+    say_once(
+        f"data.tile = {tile}: {share:.0%} of what the {backbone.family.name} encoder attends to in windows of "
+        f"{backbone.window} x {backbone.window} tokens is padding, which costs time and accuracy; "
+        f"try model.encoder.upscale = {math.ceil(windows) * side / tile:.4g}, or "
+        f"data.tile = {round(max(1, round(windows)) * side / stem.upscale)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vfmseg.decoders.pyramid import LEVELS, Pyramid, add_downwards, convolution
-from vfmseg.encoders.base import Features
+from vfmseg.encoders.tokens import Features
 
 
 class Fpn(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmseg.decoders.pyramid import on_one_grid
-from vfmseg.encoders.base import Features
+from vfmseg.encoders.tokens import Features
 
 
 class Linear(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.decoders.pyramid import LEVELS, Pyramid, add_downwards, convolution
-from vfmseg.encoders.base import Features
+from vfmseg.encoders.tokens import Features
 
 POOLS = (1, 2, 3, 6)  # cells a side of the pooled grids
 

@@ -20,4 +20,4 @@ BUILTIN_CONFIG: dict[str, Any] = {
     "image_size": 256,
 }
 
-BUILTIN = replace(DINOV2, name="builtin", model_types=("dinov2",))
+BUILTIN = replace(DINOV2, name="builtin")

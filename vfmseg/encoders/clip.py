@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vfmseg.encoders.base import Family, add_to_patches, plain_norm
+from vfmseg.encoders.backbone import Family, add_to_patches, plain_norm
 
 
 def model_class(model_type: str) -> Any:
@@ -16,15 +16,15 @@ def model_class(model_type: str) -> Any:
     return CLIPVisionModel
 
 
-def prefix(backbone: Any) -> int:
+def prefix(network: Any) -> int:
     """One class token."""
     return 1
 
 
-def embed(backbone: Any, rgb: Tensor, extra: Tensor | None) -> Tensor:
+def embed(network: Any, rgb: Tensor, extra: Tensor | None) -> Tensor:
     """Patch and class tokens with positions (upstream resizes the table by target size), then CLIP's first norm."""
-    tokens = backbone.embeddings(rgb, interpolate_pos_encoding=True)
-    return backbone.pre_layrnorm(add_to_patches(tokens, extra, 1))
+    tokens = network.embeddings(rgb, interpolate_pos_encoding=True)
+    return network.pre_layrnorm(add_to_patches(tokens, extra, 1))
 
 
 def step(block: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -37,20 +37,19 @@ def window(block: Any) -> int:
     return 0
 
 
-def finish(backbone: Any, tokens: Tensor) -> Tensor:
+def finish(network: Any, tokens: Tensor) -> Tensor:
     """CLIP trained its last norm on the class token alone, so patch tokens get a plain one."""
     return plain_norm(tokens)
 
 
-def trim(backbone: Any, depth: int) -> None:
+def trim(network: Any, depth: int) -> None:
     """Drop later blocks and the norm of the class token."""
-    backbone.encoder.layers = backbone.encoder.layers[:depth]
-    backbone.post_layernorm = nn.Identity()
+    network.encoder.layers = network.encoder.layers[:depth]
+    network.post_layernorm = nn.Identity()
 
 
 CLIP = Family(
     name="clip",
-    model_types=("clip", "clip_vision_model"),
     model_class=model_class,
     # files of older transformers also store the index buffers of the position tables
     other_parts=(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vfmseg.encoders.base import Family, add_to_patches
+from vfmseg.encoders.backbone import Family, add_to_patches
 
 
 def model_class(model_type: str) -> Any:
@@ -22,14 +22,14 @@ def model_class(model_type: str) -> Any:
     return Dinov2Model
 
 
-def prefix(backbone: Any) -> int:
+def prefix(network: Any) -> int:
     """One CLS token, then the registers."""
-    return 1 + int(backbone.config.to_dict().get("num_register_tokens", 0))
+    return 1 + int(network.config.to_dict().get("num_register_tokens", 0))
 
 
-def embed(backbone: Any, rgb: Tensor, extra: Tensor | None) -> Tensor:
+def embed(network: Any, rgb: Tensor, extra: Tensor | None) -> Tensor:
     """Upstream resizes the position table itself: by target size, and not at all at the size it was trained with."""
-    return add_to_patches(backbone.embeddings(rgb), extra, prefix(backbone))
+    return add_to_patches(network.embeddings(rgb), extra, prefix(network))
 
 
 def step(block: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -42,20 +42,19 @@ def window(block: Any) -> int:
     return 0
 
 
-def finish(backbone: Any, tokens: Tensor) -> Tensor:
+def finish(network: Any, tokens: Tensor) -> Tensor:
     """DINOv2's own final norm, for each layer: its authors use intermediate layers that way."""
-    return backbone.layernorm(tokens)
+    return network.layernorm(tokens)
 
 
-def trim(backbone: Any, depth: int) -> None:
+def trim(network: Any, depth: int) -> None:
     """Drop later blocks and the mask token, which only masked pretraining uses."""
-    backbone.encoder.layer = backbone.encoder.layer[:depth]
-    backbone.embeddings.mask_token = None
+    network.encoder.layer = network.encoder.layer[:depth]
+    network.embeddings.mask_token = None
 
 
 DINOV2 = Family(
     name="dinov2",
-    model_types=("dinov2", "dinov2_with_registers"),
     model_class=model_class,
     other_parts=("classifier.",),
     blocks="encoder.layer",

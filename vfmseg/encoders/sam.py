@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfmseg.encoders.base import Family, plain_norm
+from vfmseg.encoders.backbone import Family, plain_norm
 
 
 def model_class(model_type: str) -> Any:
@@ -22,7 +22,7 @@ def model_class(model_type: str) -> Any:
     return SamVisionModel
 
 
-def prefix(backbone: Any) -> int:
+def prefix(network: Any) -> int:
     """SAM has patch tokens only."""
     return 0
 
@@ -37,9 +37,9 @@ def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.permute(0, 2, 3, 1).to(table.dtype)
 
 
-def embed(backbone: Any, rgb: Tensor, extra: Tensor | None) -> Tensor:
+def embed(network: Any, rgb: Tensor, extra: Tensor | None) -> Tensor:
     """Patch tokens with absolute positions; the convolution is called directly, as upstream insists on one size."""
-    encoder = backbone.vision_encoder
+    encoder = network.vision_encoder
     tokens = encoder.patch_embed.projection(rgb).permute(0, 2, 3, 1)  # (B, rows, columns, D)
     if encoder.pos_embed is not None:
         tokens = tokens + resize_positions(encoder.pos_embed, tuple(tokens.shape[1:3]))
@@ -57,21 +57,20 @@ def window(block: Any) -> int:
     return int(block.window_size)
 
 
-def finish(backbone: Any, tokens: Tensor) -> Tensor:
+def finish(network: Any, tokens: Tensor) -> Tensor:
     """SAM's blocks end without a norm (its neck has one of its own), so tokens get a plain one."""
     return plain_norm(tokens)
 
 
-def trim(backbone: Any, depth: int) -> None:
+def trim(network: Any, depth: int) -> None:
     """Drop later blocks and the neck, which serves SAM's mask decoder."""
-    encoder = backbone.vision_encoder
+    encoder = network.vision_encoder
     encoder.layers = encoder.layers[:depth]
     encoder.neck = nn.Identity()
 
 
 SAM = Family(
     name="sam",
-    model_types=("sam", "sam_vision_model"),
     model_class=model_class,
     other_parts=("mask_decoder.", "prompt_encoder.", "shared_image_embedding."),
     blocks="vision_encoder.layers",

@@ -1,18 +1,84 @@
-"""From C bands to the three that published encoders were trained with.
+"""From the bands of one or several modalities to the three that published encoders were trained with.
 
-Input is normalised and padded to whole patches; output is (B, 3, H, W) for the published patch kernel and, where
-bands are left over, (B, N, D) to add to the patch tokens. At the start nothing is added, so training begins from what
-the encoder makes of the first three bands.
+A stem normalises its own input, so that training and prediction cannot do it in two ways. At the start it adds nothing:
+training begins from what the encoder makes of the first three bands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vfmseg.data.image import Images, known
 
 
-class Published(nn.Module):
-    """Three bands, as published: nothing to do."""
+class Stem(nn.Module):
+    """Images of one stream -> pixels for the published patch kernel, (B, 3, H', W').
+
+    With them come (B, N, D) to add to the patch tokens, or None, and the valid share (B, H', W') of each pixel. Several
+    modalities are stacked as channels. H' and W' are multiples of `patch`; what is added at the right and bottom is
+    zero, so every pixel keeps its place.
+    """
+
+    mean: Tensor  # (C,) in image units
+    std: Tensor
+
+    def __init__(
+        self,
+        modalities: Mapping[str, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        mix: nn.Module,
+        upscale: float,
+        patch: int,
+    ) -> None:
+        """`modalities` {name: number of bands}; `mix` maps their C normalised bands to three; `upscale` enlarges."""
+        super().__init__()
+        self.modalities = dict(modalities)
+        self.upscale = upscale
+        self.patch = patch
+        self.mix = mix
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    def forward(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor]:
+        """{modality: image of (B, C, H, W) pixels in image units} -> pixels, what to add to tokens, valid share."""
+        mine = {name: images[name] for name in self.modalities}
+        stacked = torch.cat([image.pixels for image in mine.values()], dim=1)
+        masks = [image.valid[:, None].expand(-1, image.pixels.shape[1], -1, -1) for image in mine.values()]
+        pixels = self._fitted(self._normalised(stacked, torch.cat(masks, dim=1)))
+        valid = self._fitted(known(mine, "all")[:, None].to(self.mean.dtype))[:, 0]
+        rgb, extra = self.mix(pixels)
+        return rgb, extra, valid
+
+    def cells(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of height x width pixels; the last ones may reach beyond it."""
+        rows, columns = (-(-self._enlarged(side) // self.patch) for side in (height, width))
+        return rows, columns
+
+    def _normalised(self, pixels: Tensor, valid: Tensor) -> Tensor:
+        """(B, C, H, W) with zero, which is the mean, where invalid."""
+        mean, std = self.mean.float()[:, None, None], self.std.float()[:, None, None]
+        return torch.where(valid, (pixels.float() - mean) / std, 0.0).to(self.mean.dtype)
+
+    def _fitted(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) enlarged, and padded to whole patches: (B, C, H', W')."""
+        if self.upscale != 1:
+            size = [self._enlarged(side) for side in pixels.shape[-2:]]
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=self.upscale < 1)
+        bottom, right = (-side % self.patch for side in pixels.shape[-2:])
+        return F.pad(pixels, (0, right, 0, bottom))
+
+    def _enlarged(self, side: int) -> int:
+        """Pixels of a side after `upscale`."""
+        return max(1, round(side * self.upscale))
+
+
+class ThreeBands(nn.Module):
+    """Three bands, as the weights were published for: nothing to do."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) -> the same, None."""

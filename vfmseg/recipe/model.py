@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from vfmseg.catalog import CATALOG
+from vfmseg.catalog import CATALOG, PUBLISHED_FAMILIES
 from vfmseg.errors import show
 from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole
 
@@ -36,11 +36,18 @@ class _AnyEncoder(Section):
             yield Problem("layers", f"= {show(self.layers)} must rise from shallow to deep; try {show(suggestion)}")
 
 
-class _PublishedEncoder(_AnyEncoder):
-    """Keys of the encoders with published weights."""
+if TYPE_CHECKING:
+    PublishedName = str
+else:
+    PublishedName = Literal[PUBLISHED_FAMILIES]
 
-    name: str
-    checkpoint: LocalOrHub
+
+class PublishedEncoder(_AnyEncoder):
+    """An encoder with published weights: sam (Segment Anything), dinov2 (with registers or without), clip (its image
+    tower)."""
+
+    name: PublishedName
+    checkpoint: LocalOrHub = Field(examples=list(CATALOG))
     """Hub id, or a folder beside the recipe."""
     revision: Name | None = None
     """Branch, tag or commit of the hub id."""
@@ -56,30 +63,6 @@ class _PublishedEncoder(_AnyEncoder):
             yield Problem("checkpoint", f"= '{self.checkpoint}' is a {row.family} checkpoint; set name: {row.family}")
         elif self.layers and self.layers[-1] > row.depth:
             yield Problem("layers", f"= {show(self.layers)} reaches beyond the {row.depth} blocks of {self.checkpoint}")
-
-
-class SamEncoder(_PublishedEncoder):
-    """The image encoder of Segment Anything."""
-
-    name: Literal["sam"]
-    checkpoint: LocalOrHub = Field(examples=["facebook/sam-vit-base"])
-    """Hub id, or a folder beside the recipe."""
-
-
-class Dinov2Encoder(_PublishedEncoder):
-    """DINOv2, with or without registers."""
-
-    name: Literal["dinov2"]
-    checkpoint: LocalOrHub = Field(examples=["facebook/dinov2-small"])
-    """Hub id, or a folder beside the recipe."""
-
-
-class ClipEncoder(_PublishedEncoder):
-    """The image tower of CLIP."""
-
-    name: Literal["clip"]
-    checkpoint: LocalOrHub = Field(examples=["openai/clip-vit-base-patch16"])
-    """Hub id, or a folder beside the recipe."""
 
 
 class BuiltinEncoder(_AnyEncoder):
@@ -152,7 +135,7 @@ class UpernetDecoder(Section):
     channels: Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)] = 128
 
 
-EncoderSection = Annotated[SamEncoder | Dinov2Encoder | ClipEncoder | BuiltinEncoder, Field(discriminator="name")]
+EncoderSection = Annotated[PublishedEncoder | BuiltinEncoder, Field(discriminator="name")]
 AdapterSection = Annotated[NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter, Field(discriminator="name")]
 DecoderSection = Annotated[LinearDecoder | FpnDecoder | UpernetDecoder, Field(discriminator="name")]
 

@@ -27,7 +27,7 @@ from vfmseg.data.sample import Batch, collate
 from vfmseg.data.windows import Draw, epoch_order, rank_batches
 from vfmseg.errors import MachineError, RecipeError, VfmsegError
 from vfmseg.metrics import Confusion, comparable
-from vfmseg.model import SegmentationModel
+from vfmseg.model import Network
 from vfmseg.training.objectives.segmentation import Segmentation, total
 
 
@@ -88,7 +88,7 @@ def parameter_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith("encoder.backbone."), parameter.ndim > 1)
+            key = (name.startswith("backbone."), parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise RecipeError("model: nothing in this model is trainable; choose another adapter or decoder")
@@ -118,7 +118,7 @@ class Loop:
     """A run in progress. `on_step` and `on_epoch` are told on every rank; they decide who writes or prints."""
 
     accelerator: Accelerator
-    model: SegmentationModel  # not prepared: the loop wraps it, the caller keeps the plain module
+    model: Network  # not prepared: the loop wraps it, the caller keeps the plain module
     objective: Segmentation
     data: TrainingWindows
     schedule: Schedule

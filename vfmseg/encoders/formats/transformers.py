@@ -1,4 +1,4 @@
-"""Read the image encoder of a published checkpoint: a folder or a hub id, as transformers saves it, strictly."""
+"""Encoders as transformers saves them: a folder or a hub id with config.json and safetensors, read strictly."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from vfmseg.catalog import FAMILIES
 from vfmseg.disk.jsonfile import read_json
 from vfmseg.disk.paths import require_file
-from vfmseg.encoders.base import BaseRecord, Family, sha256_of
-from vfmseg.encoders.settings import MOST_PARAMETERS, plain_settings
-from vfmseg.encoders.strangers import stranger
+from vfmseg.encoders.backbone import BaseRecord, Family, sha256_of
+from vfmseg.encoders.formats.format import Format
+from vfmseg.encoders.formats.settings import MOST_PARAMETERS, plain_settings
+from vfmseg.encoders.formats.strangers import stranger
 from vfmseg.errors import CheckpointError, show
 
 
@@ -58,10 +60,10 @@ def quick_imports() -> Iterator[None]:
 def check_model_type(family: Family, config: dict[str, Any], checkpoint: str) -> str:
     """`model_type` of a config, if the family reads it."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in family.model_types:
+    if not isinstance(model_type, str) or model_type not in FAMILIES[family.name].model_types:
         raise CheckpointError(
             f"{checkpoint}: config.json says model_type = {show(model_type)}, but the encoder {family.name} reads "
-            f"{' or '.join(family.model_types)}; choose the encoder that fits the checkpoint, or a "
+            f"{' or '.join(FAMILIES[family.name].model_types)}; choose the encoder that fits the checkpoint, or a "
             "checkpoint that vfmseg reads (checkpoints.md)"
         )
     return model_type
@@ -184,3 +186,30 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _reads(checkpoint: str) -> bool:
+    """Whether it is a folder with config.json, or may be a hub id."""
+    path = Path(checkpoint).expanduser()
+    return (path / "config.json").is_file() or not path.exists()
+
+
+def _config(network: nn.Module) -> dict[str, Any]:
+    upstream: Any = network
+    values: dict[str, Any] = upstream.config.to_diff_dict()
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def _random(
+    family: Family, config: dict[str, Any], seed: int, place: str, most: float, blocks: int | None
+) -> nn.Module:
+    with quick_imports():
+        cls = family.model_class(check_model_type(family, config, place))
+    settings = plain_settings(cls.config_class, config, place, most, blocks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: nn.Module = cls(settings)
+    return network
+
+
+TRANSFORMERS = Format(_reads, load_published, _config, _random)

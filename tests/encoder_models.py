@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vfmseg.adapters.attach import ADAPTERS, Attached
-from vfmseg.encoders.base import Encoder
-from vfmseg.encoders.build import ENCODERS, build_encoder
+from vfmseg.adapters.attach import ADAPTERS, attach_none
+from vfmseg.adapters.attached import Attached
+from vfmseg.catalog import FAMILIES
+from vfmseg.data.image import Image
+from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.build import ENCODERS, build_backbone, build_stem
+from vfmseg.encoders.tokens import Features
+from vfmseg.model import Network
 
 DEPTH = 3
 NATIVE = {"dinov2": 56, "registers": 56, "clip": 48, "clip-vision": 48, "sam": 64, "sam-vision": 64}
 PATCH = {"dinov2": 14, "registers": 14, "clip": 16, "clip-vision": 16, "sam": 16, "sam-vision": 16}
 KINDS = tuple(NATIVE)
 ALL = ("q", "k", "v", "o", "mlp")
-FAMILIES = ("dinov2", "registers", "clip", "sam")
+MODELS = ("dinov2", "registers", "clip", "sam")
 LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")}
 SETTINGS: dict[str, dict[str, Any]] = {"none": {}, "full": {}, "lora": LORA, "adapter": {"hidden": 4, "scale": 0.5}}
 
@@ -85,10 +91,50 @@ def save_all(root: Path) -> dict[str, Path]:
     return {kind: root / kind for kind in KINDS}
 
 
+class Encoder(Network):
+    """A network without a decoder: images (B, C, H, W) and their masks -> features. Each band is a modality."""
+
+    def forward(self, images: Tensor, valid: Tensor) -> Features:  # type: ignore[override]
+        bands = {f"b{i}": Image(images[:, i : i + 1], valid[:, i]) for i in range(images.shape[1])}
+        return self.encode(bands)["image"]
+
+    @property
+    def image_stem(self) -> Any:
+        return self.stem("image")
+
+    def prepare(self, images: Tensor, valid: Tensor) -> Tensor:
+        """What three bands are when they reach the patch kernel."""
+        bands = {f"b{i}": Image(images[:, i : i + 1], valid[:, i]) for i in range(images.shape[1])}
+        return self.image_stem(bands)[0]
+
+
+def encoder_of(
+    backbone: Backbone,
+    in_channels: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    upscale: float = 1.0,
+    input: str | None = None,
+) -> Encoder:
+    """The features of a backbone; without mean and std those that 8-bit images of its family have."""
+    if mean is None or std is None:
+        mean, std = ([255 * value for value in values] for values in FAMILIES[backbone.family.name].statistics)
+    modalities = {f"b{i}": 1 for i in range(in_channels)}
+    stem = build_stem(backbone, modalities, mean, std, upscale, input)
+    return Encoder(backbone, {"image": stem}, attach_none(backbone), None, nn.Identity(), 2)
+
+
+def build_encoder(
+    name: str, checkpoint: str | None, in_channels: int = 3, of_stem: Mapping[str, Any] = {}, **settings: Any
+) -> Encoder:
+    return encoder_of(build_backbone(name, checkpoint, **settings), in_channels, **of_stem)
+
+
 def build(folders: dict[str, Path], kind: str, in_channels: int = 3, **settings: Any) -> Encoder:
+    of_stem = {key: settings.pop(key) for key in ("mean", "std", "upscale", "input") if key in settings}
     if in_channels != 3:
-        settings = {"mean": [100.0] * in_channels, "std": [50.0] * in_channels, **settings}
-    return build_encoder(family(kind), str(folders[kind]), in_channels, **settings)
+        of_stem = {"mean": [100.0] * in_channels, "std": [50.0] * in_channels, **of_stem}
+    return build_encoder(family(kind), str(folders[kind]), in_channels, of_stem, **settings)
 
 
 def picture(height: int, width: int, bands: int = 3, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -97,19 +143,20 @@ def picture(height: int, width: int, bands: int = 3, batch: int = 1) -> tuple[Te
 
 
 def attach(encoder: Encoder, name: str, **changes: Any) -> Attached:
-    return ADAPTERS[name](encoder, **{**SETTINGS[name], **changes})
+    encoder.attached = ADAPTERS[name].attach(encoder.backbone, **{**SETTINGS[name], **changes})
+    encoder.train(encoder.training)
+    return encoder.attached
 
 
 def last_map(encoder: Encoder) -> Tensor:
-    return encoder(*picture(50, 70, bands=encoder.in_channels)).maps[
-        -1
-    ]  # H and W differ, and are multiples of no patch
+    # H and W differ, and are multiples of no patch
+    return encoder(*picture(50, 70, bands=len(encoder.image_stem.modalities))).maps[-1]
 
 
 def backward(encoder: Encoder) -> None:
     """Gradient of a fixed random sum over all maps (their squares are constant, as maps are normed)."""
     generator = torch.Generator().manual_seed(3)
-    maps = encoder(*picture(50, 70, bands=encoder.in_channels)).maps
+    maps = encoder(*picture(50, 70, bands=len(encoder.image_stem.modalities))).maps
     torch.stack([(m * torch.randn(m.shape, generator=generator)).sum() for m in maps]).sum().backward()
 
 

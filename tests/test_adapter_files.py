@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_models import FAMILIES, LORA, attach, build, last_map, picture, save_all, train, upstream
+from encoder_models import LORA, MODELS, attach, build, build_encoder, last_map, picture, save_all, train, upstream
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vfmseg.adapters.attach import load_adapter, merge_lora, save_adapter
-from vfmseg.encoders.base import BaseRecord, sha256_of
-from vfmseg.encoders.build import build_encoder
+from vfmseg.adapters import lora
+from vfmseg.encoders.backbone import BaseRecord, sha256_of
 from vfmseg.errors import CheckpointError
 
 
@@ -38,7 +37,7 @@ def trained(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
             attached = attach(encoder, name)
             train(encoder)
             folder = tmp_path_factory.mktemp("saved") / kind
-            save_adapter(attached, folder)
+            attached.save(folder)
             with torch.no_grad():
                 made[kind, name] = (folder, last_map(encoder))
         return made[kind, name]
@@ -47,7 +46,7 @@ def trained(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("name", ["lora", "adapter"])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.pitfall("P6")
 def test_a_saved_adapter_gives_the_same_maps(
     folders: dict[str, Path], trained: Callable[..., Any], kind: str, name: str
@@ -56,7 +55,7 @@ def test_a_saved_adapter_gives_the_same_maps(
     encoder = build(folders, kind)
     with torch.no_grad():
         assert not torch.allclose(last_map(encoder), expected, atol=1e-2)
-        load_adapter(encoder, attach(encoder, name), folder)
+        attach(encoder, name).load(folder)
         assert torch.equal(last_map(encoder), expected)
     tensors = load_file(next(folder.glob("*.safetensors")))
     count = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
@@ -83,17 +82,17 @@ def test_adapter_files_load_strictly(
         save_file(changed, tmp_path / weights)
         encoder = build(folders, "sam")
         attached = attach(encoder, name)
-        digest = sha256_of(encoder.backbone.state_dict())
+        digest = sha256_of(encoder.backbone.network.state_dict())
         with pytest.raises(CheckpointError, match=words) as caught:
-            load_adapter(encoder, attached, tmp_path)
+            attached.load(tmp_path)
         assert str(tmp_path / weights) in str(caught.value)
-        assert sha256_of(encoder.backbone.state_dict()) == digest  # nothing half loaded
+        assert sha256_of(encoder.backbone.network.state_dict()) == digest  # nothing half loaded
         if name == "lora":
             with pytest.raises(CheckpointError, match=words):
-                merge_lora(build(folders, "sam"), tmp_path, 2, 4.0, ("q", "v"))
+                lora.merge(build(folders, "sam").backbone, tmp_path, 2, 4.0, 0.0, ("q", "v"))
     (tmp_path / weights).unlink()
     with pytest.raises(CheckpointError, match="missing"):
-        load_adapter(encoder, attached, tmp_path)
+        attached.load(tmp_path)
 
 
 @pytest.mark.pitfall("P14")
@@ -101,13 +100,13 @@ def test_an_adapter_of_another_scale_is_refused(folders: dict[str, Path], traine
     folder, _ = trained("sam", "adapter")
     encoder = build(folders, "sam")
     attached = attach(encoder, "adapter", scale=0.3)
-    digest = sha256_of(encoder.backbone.state_dict())
+    digest = sha256_of(encoder.backbone.network.state_dict())
     with pytest.raises(CheckpointError, match=r"adapter\.safetensors: adapters of scale 0\.\d+, .* says 0\.3"):
-        load_adapter(encoder, attached, folder)
-    assert sha256_of(encoder.backbone.state_dict()) == digest
+        attached.load(folder)
+    assert sha256_of(encoder.backbone.network.state_dict()) == digest
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.pitfall("P6")
 def test_plain_peft_reads_the_file_on_the_upstream_model(
     folders: dict[str, Path], trained: Callable[..., Any], kind: str
@@ -117,8 +116,8 @@ def test_plain_peft_reads_the_file_on_the_upstream_model(
     folder, _ = trained(kind)
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     encoder = build(folders, kind)
-    load_adapter(encoder, attach(encoder, "lora"), folder)
-    cls = encoder.anatomy.model_class("dinov2_with_registers" if kind == "registers" else kind)
+    attach(encoder, "lora").load(folder)
+    cls = encoder.backbone.family.model_class("dinov2_with_registers" if kind == "registers" else kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft warns of tensors that it misses
         plain = PeftModel.from_pretrained(cls.from_pretrained(folders[kind]), str(folder)).eval()
@@ -127,7 +126,9 @@ def test_plain_peft_reads_the_file_on_the_upstream_model(
     images, valid = picture(side, side)
     with torch.no_grad():
         states = plain(encoder.prepare(images, valid), output_hidden_states=True).hidden_states[-1]
-        expected = encoder.anatomy.finish(encoder.backbone, states.flatten(1, -2))[:, encoder.prefix :]
+        expected = encoder.backbone.family.finish(encoder.backbone.network, states.flatten(1, -2))[
+            :, encoder.backbone.prefix :
+        ]
         found = encoder(images, valid).maps[-1].flatten(2).transpose(1, 2)
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -138,7 +139,7 @@ def test_the_file_names_the_base_it_stands_on(
 ) -> None:
     """And the hub is not asked for that base at every save."""
     encoder = build(folders, "clip")
-    encoder.base = BaseRecord("owner/name", "0123abc", encoder.base.sha256)
+    encoder.backbone.base = BaseRecord("owner/name", "0123abc", encoder.backbone.base.sha256)
     attached = attach(encoder, "lora")
     asked: list[str] = []
     monkeypatch.setattr(
@@ -146,7 +147,7 @@ def test_the_file_names_the_base_it_stands_on(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        save_adapter(attached, tmp_path / "adapter")
+        attached.save(tmp_path / "adapter")
     assert asked == []
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "0123abc")
@@ -162,7 +163,7 @@ def test_many_targets_stay_spelled_out(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     encoder = build_encoder("dinov2", str(tmp_path / "base"), 3, layers=[11])
     attached = attach(encoder, "lora")
-    save_adapter(attached, tmp_path / "adapter")
+    attached.save(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["target_modules"] == list(attached.sites)
     assert len(attached.sites) == 22
@@ -176,17 +177,17 @@ def test_merged_lora_equals_peft_and_needs_no_peft(folders: dict[str, Path], tra
 import json, sys, torch
 from pathlib import Path
 from encoder_models import build, picture
-from vfmseg.adapters.attach import merge_lora
+from vfmseg.adapters.lora import merge
 folders, places = json.loads(sys.argv[1])
 for kind, place in places.items():
     encoder = build(folders, kind)
-    attached = merge_lora(encoder, Path(place), 2, 4.0, ("q", "v"))
+    merge(encoder.backbone, Path(place), 2, 4.0, 0.0, ("q", "v"))
     assert not any(p.requires_grad for p in encoder.parameters())
     with torch.no_grad():
         torch.save(encoder(*picture(50, 70)).maps[-1], Path(place).parent / "merged.pt")
 print(sorted(n for n in sys.modules if n.split(".")[0] == "peft"))
 """
-    places = {kind: trained(kind) for kind in FAMILIES}
+    places = {kind: trained(kind) for kind in MODELS}
     argument = json.dumps([{k: str(v) for k, v in folders.items()}, {k: str(p) for k, (p, _) in places.items()}])
     done = subprocess.run(
         [sys.executable, "-c", program, argument],
@@ -209,9 +210,9 @@ def refused(folders: dict[str, Path], kind: str, folder: Path, words: str, **cha
     attached = attach(beside, "lora", **changes)
     digests = [sha256_of(encoder.state_dict()) for encoder in (beside, into)]
     with pytest.raises(CheckpointError, match=words):
-        load_adapter(beside, attached, folder)
+        attached.load(folder)
     with pytest.raises(CheckpointError, match=words):
-        merge_lora(into, folder, settings["rank"], settings["alpha"], settings["targets"])
+        lora.merge(into.backbone, folder, **settings)
     assert [sha256_of(encoder.state_dict()) for encoder in (beside, into)] == digests
 
 
@@ -241,7 +242,7 @@ def test_targets_of_a_fused_layer_are_told_by_its_rows(folders: dict[str, Path],
     encoder = build(folders, "sam")
     attached = attach(encoder, "lora", targets=("q", "k"))
     train(encoder)
-    save_adapter(attached, tmp_path / "qk")
+    attached.save(tmp_path / "qk")
     refused(folders, "sam", tmp_path / "qk", r"other targets .*\(k of vision_encoder\.layers\.0\.attn\.qkv")
     again = build(folders, "sam")
-    load_adapter(again, attach(again, "lora", targets=("q", "k", "v")), tmp_path / "qk")  # a third may learn nothing
+    attach(again, "lora", targets=("q", "k", "v")).load(tmp_path / "qk")  # a third may learn nothing

@@ -14,11 +14,13 @@ import torch
 from encoder_models import (
     ALL,
     DEPTH,
-    FAMILIES,
+    MODELS,
     SETTINGS,
+    Encoder,
     attach,
     backward,
     build,
+    build_encoder,
     last_map,
     picture,
     save_all,
@@ -27,12 +29,12 @@ from encoder_models import (
 )
 from torch import Tensor, nn
 
-from vfmseg.adapters.attach import ADAPTERS, parameter_table, save_adapter
+from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.adapters.bottleneck import ParallelMlp
 from vfmseg.adapters.sites import chosen_sites
-from vfmseg.encoders.base import Encoder, sha256_of
-from vfmseg.encoders.build import build_encoder
+from vfmseg.encoders.backbone import sha256_of
 from vfmseg.errors import AdapterError
+from vfmseg.model import parameter_table
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +54,18 @@ def test_every_adapter_is_tested_here() -> None:
 ATTENTION = {
     "dinov2": ("encoder.layer", "attention", ("q_proj", "k_proj", "v_proj", "o_proj"), ("mlp.fc1", "mlp.fc2")),
     "registers": ("encoder.layer", "attention", ("q_proj", "k_proj", "v_proj", "o_proj"), ("mlp.fc1", "mlp.fc2")),
-    "clip": ("encoder.layers", "self_attn", ("q_proj", "k_proj", "v_proj", "out_proj"), ("mlp.fc1", "mlp.fc2")),
+    "clip": (
+        "encoder.layers",
+        "self_attn",
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("mlp.fc1", "mlp.fc2"),
+    ),
     "sam": ("vision_encoder.layers", "attn", ("qkv", "qkv", "qkv", "proj"), ("mlp.lin1", "mlp.lin2")),
 }
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("o",), ("mlp",), ALL])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.pitfall("P1", "P2")
 def test_targets_are_these_layers_of_the_image_encoder(
     folders: dict[str, Path], kind: str, targets: tuple[str, ...]
@@ -72,7 +79,7 @@ def test_targets_are_these_layers_of_the_image_encoder(
     encoder = build(folders, kind)
     attached = attach(encoder, "lora", targets=targets)
     assert set(attached.sites) == expected
-    adapted = {name.split(".lora_A")[0] for name, _ in encoder.backbone.named_parameters() if "lora_A" in name}
+    adapted = {name.split(".lora_A")[0] for name, _ in encoder.backbone.network.named_parameters() if "lora_A" in name}
     assert adapted == expected
 
 
@@ -91,7 +98,9 @@ def old_block(separate: bool) -> nn.Module:
 
 
 def fake(*blocks: nn.Module) -> Any:
-    return SimpleNamespace(family="dinov2", blocks=[(f"encoder.layer.{i}", b) for i, b in enumerate(blocks)])
+    return SimpleNamespace(
+        family=SimpleNamespace(name="dinov2"), blocks=[(f"encoder.layer.{i}", b) for i, b in enumerate(blocks)]
+    )
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -126,7 +135,7 @@ def test_a_target_without_match_is_an_error_with_near_names(folders: dict[str, P
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.pitfall("C12", "P15")
 def test_a_fresh_adapter_changes_nothing(folders: dict[str, Path], kind: str, name: str) -> None:
     encoder = build(folders, kind)
@@ -139,21 +148,21 @@ def test_a_fresh_adapter_changes_nothing(folders: dict[str, Path], kind: str, na
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.pitfall("C6", "C8", "P4", "P5", "P16")
 def test_only_the_adapter_learns_and_all_of_it(folders: dict[str, Path], kind: str, name: str) -> None:
     encoder = build(folders, kind, in_channels=4)
-    backbone = encoder.backbone
+    backbone = encoder.backbone.network
     before = {n: (p.dtype, p.device) for n, p in backbone.named_parameters()}
     attached = attach(encoder, name)
-    marks = {"none": "stem.", "full": "", "lora": ".lora_", "adapter": ".mlp."}
+    marks = {"none": "stems.", "full": "", "lora": ".lora_", "adapter": ".mlp."}
     learning = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
-    assert "stem.extra.weight" in learning  # what maps further bands in is no part of the frozen backbone
-    assert all(marks[name] in n or n.startswith("stem.") for n in learning)
+    assert "stems.of_image.mix.extra.weight" in learning  # what maps further bands in is no part of the frozen backbone
+    assert all(marks[name] in n or n.startswith("stems.") for n in learning)
     if name == "adapter":
         assert not any(".mlp.mlp." in n for n in learning)
     elif name == "full":
-        assert {f"backbone.{n}" for n in before} | {"stem.extra.weight"} == set(learning)
+        assert {f"backbone.network.{n}" for n in before} | {"stems.of_image.mix.extra.weight"} == set(learning)
     # the frozen parameters are those that were there, of their type and place
     frozen = [p for p in encoder.parameters() if not p.requires_grad]
     assert len(frozen) == (0 if name == "full" else len(before))
@@ -176,7 +185,7 @@ def test_only_the_adapter_learns_and_all_of_it(folders: dict[str, Path], kind: s
 @pytest.mark.pitfall("C7")
 def test_a_parameter_that_sounds_like_an_adapter_stays_frozen(folders: dict[str, Path], name: str) -> None:
     encoder = build(folders, "clip")
-    block = encoder.blocks[0][1]
+    block = encoder.backbone.blocks[0][1]
     for sound in ("adapter_x", "lora_x", "up"):
         block.register_parameter(sound, nn.Parameter(torch.ones(2)))
     attach(encoder, name)
@@ -186,7 +195,7 @@ def test_a_parameter_that_sounds_like_an_adapter_stays_frozen(folders: dict[str,
     assert not block.get_parameter("up").requires_grad
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.pitfall("C11")
 def test_alpha_counts_in_every_layer(folders: dict[str, Path], kind: str) -> None:
     deltas: dict[float, dict[str, Tensor]] = {}
@@ -196,7 +205,7 @@ def test_alpha_counts_in_every_layer(folders: dict[str, Path], kind: str) -> Non
         generator = torch.Generator().manual_seed(5)
         deltas[alpha] = {}
         for site in attached.sites:
-            layer: Any = encoder.backbone.get_submodule(site)
+            layer: Any = encoder.backbone.network.get_submodule(site)
             with torch.no_grad():
                 for part in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
                     part.copy_(torch.randn(part.shape, generator=generator))
@@ -225,7 +234,7 @@ def test_fused_qkv_learns_the_wanted_thirds_alone(folders: dict[str, Path], targ
     attached = attach(encoder, "lora", targets=targets)
     train(encoder)
     for site in attached.sites:
-        layer: Any = encoder.backbone.get_submodule(site)
+        layer: Any = encoder.backbone.network.get_submodule(site)
         for part, rows in zip("qkv", layer.lora_B["default"].weight.chunk(3), strict=True):
             assert bool((rows != 0).any()) == (part in targets)
 
@@ -243,13 +252,13 @@ def test_unwanted_thirds_stay_zero_in_a_copied_or_cast_model(
     changed = change(encoder)
     train(changed)
     for site in attached.sites:
-        q, k, v = changed.backbone.get_submodule(site).lora_B["default"].weight.chunk(3)  # type: ignore[union-attr]
+        q, k, v = changed.backbone.network.get_submodule(site).lora_B["default"].weight.chunk(3)  # type: ignore[union-attr]
         assert bool(q.any())
         assert not bool(k.any())
         assert bool(v.any())
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.pitfall("P9", "P10")
 def test_checkpointing_gives_adapters_the_same_gradient(folders: dict[str, Path], kind: str) -> None:
     found = []
@@ -277,11 +286,11 @@ def test_dropout_acts_in_the_adapter_alone(tmp_path: Path) -> None:
     assert not any(m.training for m in encoder.modules())  # as the encoder was
     with torch.no_grad():
         for site in attached.sites:
-            layer: Any = encoder.backbone.get_submodule(site)
+            layer: Any = encoder.backbone.network.get_submodule(site)
             nn.init.normal_(layer.lora_B["default"].weight)
         assert encoder.train() is encoder  # C9
         assert not torch.equal(last_map(encoder), last_map(encoder))
-        training = {n for n, m in encoder.backbone.named_modules() if m.training}
+        training = {n for n, m in encoder.backbone.network.named_modules() if m.training}
         assert training
         assert all("lora_dropout" in n for n in training)
         encoder.eval()
@@ -309,7 +318,7 @@ def test_switching_modes_merges_nothing(folders: dict[str, Path]) -> None:
         first = last_map(encoder)
         for mode in (True, False, True, False):
             encoder.train(mode)
-            merged = [encoder.backbone.get_submodule(site).merged for site in attached.sites]
+            merged = [encoder.backbone.network.get_submodule(site).merged for site in attached.sites]
             assert merged == [False] * len(attached.sites)
             assert torch.equal(last_map(encoder), first)
 
@@ -318,10 +327,11 @@ def test_switching_modes_merges_nothing(folders: dict[str, Path]) -> None:
 def test_table_counts_what_learns(folders: dict[str, Path]) -> None:
     encoder = build(folders, "sam")
     published = sum(p.numel() for p in encoder.parameters())
-    attached = attach(encoder, "lora")
+    attach(encoder, "lora")
     width, rank = 32, 2
     expected = DEPTH * rank * (width + 3 * width)
-    assert parameter_table(encoder, attached, nn.Linear(4, 2)) == [
+    encoder.decoder = nn.Linear(4, 2)
+    assert parameter_table(encoder) == [
         ("encoder", 0, published),
         ("adapter", expected, expected),
         ("decoder", 10, 10),
@@ -332,16 +342,16 @@ def test_table_counts_what_learns(folders: dict[str, Path]) -> None:
 @pytest.mark.pitfall("C10")
 def test_table_of_a_trained_encoder_has_no_adapter(folders: dict[str, Path]) -> None:
     encoder = build(folders, "dinov2")
-    attached = attach(encoder, "full")
+    attach(encoder, "full")
     total = sum(p.numel() for p in encoder.parameters())
-    assert parameter_table(encoder, attached, nn.Linear(4, 2))[0] == ("encoder", total, total)
+    assert parameter_table(encoder)[0] == ("encoder", total, total)
 
 
 def test_attaching_says_nothing(
     folders: dict[str, Path], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder, tmp_path: Path
 ) -> None:
-    for kind in FAMILIES:
-        save_adapter(attach(build(folders, kind), "lora"), tmp_path / kind)
+    for kind in MODELS:
+        attach(build(folders, kind), "lora").save(tmp_path / kind)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
 
@@ -366,8 +376,8 @@ def test_an_error_while_injecting_surfaces_and_thaws_nothing(
 @pytest.mark.pitfall("P11")
 def test_an_encoder_without_the_expected_parts_is_an_error(folders: dict[str, Path]) -> None:
     encoder = build(folders, "clip")
-    encoder.blocks[1][1].feed_forward = encoder.blocks[1][1].mlp  # type: ignore[assignment]
-    del encoder.blocks[1][1].mlp
+    encoder.backbone.blocks[1][1].feed_forward = encoder.backbone.blocks[1][1].mlp  # type: ignore[assignment]
+    del encoder.backbone.blocks[1][1].mlp
     with pytest.raises(AdapterError, match=r"block encoder\.layers\.1 has no part called mlp, but .*; choose lora"):
         attach(encoder, "adapter")
     with pytest.raises(AdapterError, match="targets"):

@@ -19,7 +19,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionModel
 
-from vfmseg.catalog import CATALOG, FAMILY_STATISTICS, Published, checkpoints_markdown, published_statistics
+from vfmseg.catalog import CATALOG, FAMILIES, Published, checkpoints_markdown, published_statistics
 from vfmseg.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +76,7 @@ def test_normalisation_belongs_to_the_weights() -> None:
     for row in CATALOG.values():
         assert (row.mean, row.std) == expected[row.family]
         assert published_statistics(row.family, row.checkpoint) == expected[row.family]
-        assert FAMILY_STATISTICS[row.family] == expected[row.family]
+        assert FAMILIES[row.family].statistics == expected[row.family]
     # a local folder is in no catalog: its family decides
     assert published_statistics("clip", "/models/my-clip") == clip
     assert published_statistics("builtin", None) == imagenet
@@ -115,13 +115,13 @@ def test_catalog_prints_its_page_without_torch() -> None:
 
 @pytest.mark.pitfall("P21")
 def test_a_local_folder_says_its_own_statistics(tmp_path: Path) -> None:
-    assert published_statistics("dinov2", str(tmp_path)) == FAMILY_STATISTICS["dinov2"]
+    assert published_statistics("dinov2", str(tmp_path)) == FAMILIES["dinov2"].statistics
     own = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143], "do_normalize": True}
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(own))
     assert published_statistics("dinov2", str(tmp_path)) == ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
     file.write_text(json.dumps(own | {"do_normalize": False}))
-    assert published_statistics("dinov2", str(tmp_path)) == FAMILY_STATISTICS["dinov2"]
+    assert published_statistics("dinov2", str(tmp_path)) == FAMILIES["dinov2"].statistics
     for wrong in ('{"image_mean": [0.4, 0.4, 0.4]}', '{"image_mean": [1], "image_std": [1]}', "[1]", "{"):
         file.write_text(wrong)
         with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: not understood"):

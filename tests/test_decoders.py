@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vfmseg.decoders.build import DECODERS, WITH_WIDTH, build_decoder
 from vfmseg.decoders.pyramid import LEVELS, add_downwards, enlarge, group_norm, halve, maps_of_level, on_one_grid
 from vfmseg.decoders.upernet import PooledContext
-from vfmseg.encoders.base import Features
+from vfmseg.encoders.tokens import Features as EncoderFeatures
 from vfmseg.errors import RecipeError
 from vfmseg.metrics import Confusion
 from vfmseg.training.losses import cross_entropy, dice
@@ -22,6 +22,11 @@ FINER = {"linear": 1, "fpn": 4, "upernet": 4}  # cells of the logits along one c
 
 def make_decoder(name: str, maps: int = 3, depth: int = 12, classes: int = 3) -> nn.Module:
     return build_decoder(name, (depth,) * maps, (14.0,) * maps, classes, 16 if name in WITH_WIDTH else None)
+
+
+def Features(maps: tuple[torch.Tensor, ...], strides: tuple[float, ...]) -> EncoderFeatures:
+    """Maps of which every cell was seen."""
+    return EncoderFeatures(maps, tuple(torch.ones_like(one[:, 0]) for one in maps), strides)
 
 
 def make_features(size: tuple[int, int], maps: int = 3, depth: int = 12, batch: int = 2) -> Features:

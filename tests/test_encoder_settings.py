@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from encoder_models import KINDS, family, picture, save_all
 
-from vfmseg.encoders.build import build_encoder, build_encoder_from_config
+from vfmseg.encoders.build import build_backbone, build_backbone_from_config, config_of
 from vfmseg.errors import CheckpointError
 
 
@@ -47,7 +47,7 @@ def test_no_config_chooses_an_attention_kernel(folders: dict[str, Path], tmp_pat
     for number, (value, inner) in enumerate((value, inner) for value in CODE for inner in places):
         folder = changed(folders[kind], tmp_path / str(number), {key: value}, inner)
         with pytest.raises(CheckpointError, match="asks for the attention implementation") as caught:
-            build_encoder(family(kind), str(folder), 3)
+            build_backbone(family(kind), str(folder))
         assert str(caught.value).startswith(f"{folder}: config.json: ")
         assert "expected eager or sdpa" in str(caught.value)
 
@@ -55,9 +55,9 @@ def test_no_config_chooses_an_attention_kernel(folders: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.pitfall("F9")
 def test_no_stored_config_chooses_an_attention_kernel(folders: dict[str, Path], key: str) -> None:
-    config = build_encoder("dinov2", str(folders["dinov2"]), 3).config()
+    config = config_of(build_backbone("dinov2", str(folders["dinov2"])))
     with pytest.raises(CheckpointError, match="asks for the attention implementation 'owner/kernel'"):
-        build_encoder_from_config("dinov2", {**config, key: "owner/kernel"}, 3)
+        build_backbone_from_config("dinov2", {**config, key: "owner/kernel"})
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
@@ -66,9 +66,9 @@ def test_attention_that_comes_with_torch_is_what_the_config_says(
     folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     folder = changed(folders["dinov2"], tmp_path / "e", {"_attn_implementation": name})
-    encoder = build_encoder("dinov2", str(folder), 3)
+    encoder = build_backbone("dinov2", str(folder))
     assert encoder.backbone.config._attn_implementation == name
-    plain = build_encoder("dinov2", str(folders["dinov2"]), 3)
+    plain = build_backbone("dinov2", str(folders["dinov2"]))
     for one, two in zip(encoder(*picture(40, 70)).maps, plain(*picture(40, 70)).maps, strict=True):
         assert (one - two).abs().max() < 1e-4
 
@@ -95,7 +95,7 @@ def test_what_the_class_does_not_declare_reaches_nothing(folders: dict[str, Path
     }
     inner = "vision_config" if kind in ("clip", "sam") else None
     folder = changed(changed(folders[kind], tmp_path / "a", strange), tmp_path / "b", strange, inner)
-    encoder, plain = (build_encoder(family(kind), str(place), 3) for place in (folder, folders[kind]))
+    encoder, plain = (build_backbone(family(kind), str(place)) for place in (folder, folders[kind]))
     assert encoder.base.sha256 == plain.base.sha256
     assert encoder.config() == plain.config()
     assert not set(strange) & set(vars(encoder.backbone.config)) - set(vars(plain.backbone.config))
@@ -105,11 +105,11 @@ def test_what_the_class_does_not_declare_reaches_nothing(folders: dict[str, Path
 def test_quantised_weights_and_an_adapter_beside_them_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = changed(folders["dinov2"], tmp_path / "q", {"quantization_config": {"quant_method": "bitsandbytes"}})
     with pytest.raises(CheckpointError, match="quantised"):
-        build_encoder("dinov2", str(folder), 3)
+        build_backbone("dinov2", str(folder))
     folder = changed(folders["dinov2"], tmp_path / "a", {})
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
     with pytest.raises(CheckpointError, match=r"holds an adapter .* that is not merged"):
-        build_encoder("dinov2", str(folder), 3)
+        build_backbone("dinov2", str(folder))
 
 
 HUGE = {
@@ -140,21 +140,21 @@ def test_a_config_that_claims_a_huge_encoder_is_refused_before_it_is_built(
     for key in sorted(set(HUGE) & set(own)):
         folder = changed(folders[kind], tmp_path / key, {key: HUGE[key]}, inner)
         with pytest.raises(CheckpointError, match=rf"config\.json: {key} = 1\d+; expected"):
-            build_encoder(family(kind), str(folder), 3)
+            build_backbone(family(kind), str(folder))
     modest = {"hidden_size": 8192, "num_hidden_layers": 200}  # each plausible by itself
     folder = changed(folders[kind], tmp_path / "both", modest, inner)
     with pytest.raises(CheckpointError, match=r"claims about .* parameters \(200 blocks of width 8192"):
-        build_encoder(family(kind), str(folder), 3)
+        build_backbone(family(kind), str(folder))
     assert time.process_time() - started < 5
 
 
 @pytest.mark.pitfall("F6")
 def test_a_stored_config_that_claims_more_than_is_stored_is_refused(folders: dict[str, Path]) -> None:
-    config = build_encoder("dinov2", str(folders["dinov2"]), 3).config()
+    config = config_of(build_backbone("dinov2", str(folders["dinov2"])))
     huge = {**config, "hidden_size": 4096, "num_hidden_layers": 100}
     with pytest.raises(CheckpointError, match="more than its weights can hold"):
-        build_encoder_from_config("dinov2", huge, 3, most=10**6)
-    small = build_encoder_from_config("dinov2", {**config, "num_hidden_layers": 50}, 3, layers=[2], most=10**5)
+        build_backbone_from_config("dinov2", huge, most=10**6)
+    small = build_backbone_from_config("dinov2", {**config, "num_hidden_layers": 50}, layers=[2], most=10**5)
     assert len(small.blocks) == 2  # later blocks are not stored, and not claimed
 
 
@@ -182,7 +182,7 @@ def test_a_broken_config_is_one_message(folders: dict[str, Path], tmp_path: Path
         if value is None or value == [56]:  # then the default of the class, or the same
             continue
         with pytest.raises(CheckpointError) as caught:
-            build_encoder("dinov2", str(folder), 3)
+            build_backbone("dinov2", str(folder))
         assert str(caught.value).startswith(f"{folder}: ")
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 1000
@@ -194,11 +194,11 @@ def test_a_config_that_is_no_mapping_is_one_message(folders: dict[str, Path], tm
     folder = changed(folders["clip"], tmp_path / "e", {})
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        build_encoder("clip", str(folder), 3)
+        build_backbone("clip", str(folder))
     for value in ([], 3, "x"):
         folder = changed(folders["clip"], tmp_path / f"v{value}", {"vision_config": value})
         with pytest.raises(CheckpointError, match=r"config\.json: vision_config = "):
-            build_encoder("clip", str(folder), 3)
+            build_backbone("clip", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -223,5 +223,5 @@ def test_an_index_of_weights_names_files_of_its_folder_alone(
     (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError) as caught:
-        build_encoder("dinov2", str(folder), 3)
+        build_backbone("dinov2", str(folder))
     assert str(folder) in str(caught.value)

@@ -11,9 +11,9 @@ import torch
 from makers import save_encoder
 from safetensors.torch import save_file
 
-from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.checkpoint.hub import local_segmenter
-from vfmseg.encoders.build import build_encoder
+from vfmseg.checkpoint.reading import load_segmenter
+from vfmseg.encoders.build import build_backbone
 from vfmseg.errors import CheckpointError
 
 
@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
-        build_encoder("dinov2", str(path), 3)
+        build_backbone("dinov2", str(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -56,7 +56,7 @@ def test_an_adapter_that_is_not_merged_is_called_one(base: Path, tmp_path: Path)
     assert "an adapter is not merged into them" in message
     assert "download" not in message
     model.merge_and_unload().save_pretrained(tmp_path / "merged")  # the remedy
-    build_encoder("dinov2", str(tmp_path / "merged"), 3)
+    build_backbone("dinov2", str(tmp_path / "merged"))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_is_no_encoder_is_named(tmp_path: Path, files: dict[str, str], mess
         (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "x" / name).write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
-        build_encoder("dinov2", str(tmp_path / "x"), 3)
+        build_backbone("dinov2", str(tmp_path / "x"))
 
 
 @pytest.mark.pitfall("F19")

@@ -416,7 +416,7 @@ def test_full_disk_is_one_message_and_names_the_file(
 ) -> None:
     """A file size limit stands for the full disk, which safetensors and torch report in their own ways."""
     resource = pytest.importorskip("resource")
-    from vfmseg.checkpoint import folder as checkpoint
+    from vfmseg.checkpoint import writing as checkpoint
     from vfmseg.training import resume
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -736,9 +736,9 @@ def test_test_split_is_not_read_during_training(
     for cls in (reader.Raster, labels.LabelRaster):
         honest = cls.read
 
-        def spy(self: Any, window: Any, honest: Any = honest) -> Any:
+        def spy(self: Any, *arguments: Any, honest: Any = honest) -> Any:
             seen.append(str(self.path))
-            return honest(self, window)
+            return honest(self, *arguments)
 
         monkeypatch.setattr(cls, "read", spy)
     run(tmp_path, recipe_dict(data, encoders["dinov2"], tmp_path / "run"))

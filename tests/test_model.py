@@ -14,11 +14,11 @@ from makers import an_input, images_of, recipe_dict, save_encoder, toy_folder, t
 
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.build.model import build_model, normalized_by
-from vfmseg.data.image import Image
+from vfmseg.data.image import Image, Images
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.sample import Sample
 from vfmseg.decoders.build import DECODERS, WITH_WIDTH, build_decoder
-from vfmseg.encoders.build import ENCODERS, build_encoder
+from vfmseg.encoders.build import ENCODERS, build_backbone, build_stem
 from vfmseg.encoders.stem import Project
 from vfmseg.errors import RecipeError
 from vfmseg.finetune import finetune
@@ -36,18 +36,22 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_all(tmp_path_factory.mktemp("wired"))
 
 
-def wired(families: dict[str, Path], name: str, adapter: str, decoder: str, bands: int = 3, **settings: Any) -> Network:
+def wired(
+    families: dict[str, Path], name: str, adapter: str, decoder: str, bands: int = 3, upscale: float = 1.0
+) -> Network:
     """A model of small parts, two classes, one modality called rgb."""
     statistics = {"mean": [100.0] * bands, "std": [50.0] * bands}
     checkpoint = None if name == "builtin" else str(families[name])
-    encoder = build_encoder(name, checkpoint, bands, **statistics, **settings)
+    backbone = build_backbone(name, checkpoint)
+    stem = build_stem(backbone, {"rgb": bands}, **statistics, upscale=upscale)
     options = {
         "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")},
         "adapter": {"hidden": 4, "scale": 0.5},
     }
-    attached = ADAPTERS[adapter](encoder, **options.get(adapter, {}))
-    head = build_decoder(decoder, encoder.channels, encoder.strides, 2, 16 if decoder in WITH_WIDTH else None)
-    return Network(encoder, attached, head, {"rgb": bands}, 2)
+    attached = ADAPTERS[adapter].attach(backbone, **options.get(adapter, {}))
+    strides = (backbone.patch / stem.upscale,) * len(backbone.layers)
+    head = build_decoder(decoder, backbone.channels, strides, 2, 16 if decoder in WITH_WIDTH else None)
+    return Network(backbone, {"rgb": stem}, attached, None, head, 2)
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +83,19 @@ def test_every_pixel_keeps_its_place(
     tmp_path: Path, encoder: Path, height: int, width: int, upscale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cells that hold their own column number must come out as a ramp over the columns of the image."""
-    from vfmseg.encoders.base import Features
+    from vfmseg.encoders.tokens import Features
 
     model = model_of(tmp_path, encoder, encoder={"name": "dinov2", "checkpoint": str(encoder), "upscale": upscale})
     model.decoder = Shining()
-    stride = model.encoder.strides[-1]
+    stride = model.strides[-1]
 
-    def ramp(images: torch.Tensor, valid: torch.Tensor) -> Features:
-        rows, cols = (-(-round(side * upscale) // 14) for side in images.shape[-2:])
+    def ramp(images: Images) -> dict[str, Features]:
+        rows, cols = (-(-round(side * upscale) // 14) for side in images["rgb"].valid.shape[-2:])
         centres = (torch.arange(cols) + 0.5) * stride  # pixels of the image
-        return Features((centres.expand(1, 1, rows, cols).clone(),), (stride,))
+        centres = centres.expand(1, 1, rows, cols).clone()
+        return {"rgb": Features((centres,), (torch.ones_like(centres[:, 0]),), (stride,))}
 
-    monkeypatch.setattr(model.encoder, "forward", ramp)
+    monkeypatch.setattr(model, "encode", ramp)
     out = model(
         images_of({"rgb": torch.zeros(1, 3, height, width)}, {"rgb": torch.ones(1, height, width, dtype=torch.bool)})
     )
@@ -141,12 +146,11 @@ def test_the_full_state_keeps_every_part(families: dict[str, Path]) -> None:
     shared: dict[str, torch.Tensor] = {"other.key": torch.zeros(1)}
     state = model.state_dict(destination=shared)
     assert state is shared
-    parts = [("encoder.backbone.", model.encoder.backbone), ("encoder.stem.", model.encoder.stem)]
-    parts.append(("decoder.", model.decoder))
+    parts = [("backbone.", model.backbone), ("stems.of_rgb.", model.stem("rgb")), ("decoder.", model.decoder)]
     expected = {f"{prefix}{name}" for prefix, part in parts for name in part.state_dict()}
-    assert set(state) == expected | {"encoder.mean", "encoder.std", "other.key"}
+    assert set(state) == expected | {"other.key"}
     assert {n for n, _ in model.named_parameters()} <= set(state)
-    assert set(model.head_state()) == {n for n in state if not n.startswith("encoder.backbone.")} - {"other.key"}
+    assert set(model.head_state()) == {n for n in state if not n.startswith("backbone.")} - {"other.key"}
 
 
 @pytest.mark.pitfall("C9")
@@ -161,7 +165,7 @@ def test_the_mode_of_the_model_decides_nothing_about_what_learns(families: dict[
             groups = parameter_groups(model, Schedule(epochs=1, batch_size=1))
             found.append([(g["weight_decay"], [id(p) for p in g["params"]]) for g in groups])
         assert found == [found[0]] * 4
-        assert model.encoder.training
+        assert model.backbone.training
         assert model.decoder.training
 
 
@@ -223,14 +227,15 @@ def test_the_recipe_reaches_every_part(tmp_path: Path, encoder: Path) -> None:
     content["train"]["gradient_checkpointing"] = True
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", content))
     model = build_model(recipe, (an_input(count=4, mean=9.0, std=5.0),))
-    assert (model.encoder.layers, model.encoder.upscale) == ((1, 3), 1.5)
-    assert isinstance(model.encoder.stem, Project)
-    assert model.encoder.gradient_checkpointing
-    assert model.encoder.mean.tolist() == [9.0] * 4
-    assert model.encoder.std.tolist() == [5.0] * 4
+    stem = model.stem("rgb")
+    assert (model.backbone.layers, stem.upscale) == ((1, 3), 1.5)
+    assert isinstance(stem.mix, Project)
+    assert model.backbone.gradient_checkpointing
+    assert stem.mean.tolist() == [9.0] * 4
+    assert stem.std.tolist() == [5.0] * 4
     assert model.decoder.classify[0].in_channels == 24  # type: ignore[index,union-attr]
     assert [site.split(".")[-1] for site in model.attached.sites] == ["k_proj"] * 3
-    layer: Any = model.encoder.backbone.get_submodule(model.attached.sites[0])
+    layer: Any = model.backbone.network.get_submodule(model.attached.sites[0])
     assert (layer.r["default"], layer.lora_alpha["default"]) == (3, 5.0)
 
 
@@ -246,7 +251,7 @@ def test_every_random_part_comes_from_the_seed_of_the_recipe(tmp_path: Path, enc
     torch.set_rng_state(state)
     drawn = [n for n, p in found[0].items() if p.ndim > 1 and p.any()]  # not what starts at zero
     assert any(n.startswith("decoder.") for n in drawn)
-    assert any(n.startswith("encoder.backbone.") for n in drawn)
+    assert any(n.startswith("backbone.") for n in drawn)
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
     assert [n for n in drawn if torch.equal(found[0][n], found[2][n])] == []
 
@@ -284,11 +289,11 @@ def test_train_returns_self_and_frozen_parts_stay_in_evaluation(tmp_path: Path, 
     model = model_of(tmp_path, encoder, adapter={"name": "lora", "rank": 2, "dropout": 0.5})
     assert model.train() is model
     assert model.decoder.training
-    learning = {id(m) for m in model.encoder.modules() if m.training}
-    for name, module in model.encoder.backbone.named_modules():
+    learning = {id(m) for m in model.backbone.network.modules() if m.training}
+    for name, module in model.backbone.network.named_modules():
         if id(module) in learning:
             assert "lora_dropout" in name
-    assert any("lora_dropout" in n and m.training for n, m in model.encoder.backbone.named_modules())
+    assert any("lora_dropout" in n and m.training for n, m in model.backbone.network.named_modules())
     model.eval()
     assert not any(m.training for m in model.modules())
 
@@ -296,9 +301,10 @@ def test_train_returns_self_and_frozen_parts_stay_in_evaluation(tmp_path: Path, 
 @pytest.mark.pitfall("C43")
 def test_stacked_modalities_have_their_own_statistics_and_masks(tmp_path: Path, encoder: Path) -> None:
     model = model_of(tmp_path, encoder, (an_input(), an_input("ir", 1, "uint16", 500.0, 50.0)))
-    assert model.encoder.mean[3] == 500.0
-    assert model.encoder.mean[0] == pytest.approx(0.485 * 255)
-    for parameter in model.encoder.stem.parameters():  # they start at zero, where the band would change nothing
+    stem = model.stem("rgb+ir")
+    assert stem.mean[3] == 500.0
+    assert stem.mean[0] == pytest.approx(0.485 * 255)
+    for parameter in stem.parameters():  # they start at zero, where the band would change nothing
         torch.nn.init.ones_(parameter)
     images = {"rgb": torch.rand(1, 3, 28, 28) * 255, "ir": torch.rand(1, 1, 28, 28) * 100 + 450}
     valid = {name: torch.ones(1, 28, 28, dtype=torch.bool) for name in images}

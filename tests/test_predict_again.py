@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vfmseg import cli
-from vfmseg.checkpoint import folder as checkpoint
+from vfmseg.checkpoint import reading as checkpoint
 from vfmseg.checkpoint.folder import fingerprint_of
 from vfmseg.data.given import open_scene
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError

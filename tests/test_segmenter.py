@@ -74,13 +74,13 @@ def test_nodata_of_a_file_comes_out_as_nodata(place: Path, tmp_path: Path) -> No
 def test_a_ground_pixel_is_normalised_alike_in_every_tile(place: Path) -> None:
     """No statistics of tiles: what the encoder sees of a pixel is the same number in every tile that holds it."""
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
-    encoder = segmenter.model.encoder
-    assert encoder.upscale == 1
+    stem = segmenter.model.stem("rgb")
+    assert stem.upscale == 1
     height, width = 83, 110
     rows, cols = np.mgrid[:height, :width]
     image = np.stack([rows, cols, np.random.default_rng(0).uniform(0, 255, (height, width))]).astype(np.float32)
     image[:, 20:31, 40:47] = np.nan
-    mean, std = (t.numpy()[:, None, None] for t in (encoder.mean, encoder.std))
+    mean, std = (t.numpy()[:, None, None] for t in (stem.mean, stem.std))
     expected = (image - mean) / std
     seen = np.zeros((height, width), int)
 
@@ -91,7 +91,7 @@ def test_a_ground_pixel_is_normalised_alike_in_every_tile(place: Path) -> None:
             np.testing.assert_array_equal(tile[:, known], expected[:, row, col])
             np.add.at(seen, (row, col), 1)
 
-    encoder.stem.register_forward_pre_hook(look)
+    stem.mix.register_forward_pre_hook(look)
     segmenter.predict(image, tile=32, overlap=0.5)
     assert seen[np.isfinite(image[0])].min() >= 1
     assert seen.max() >= 4

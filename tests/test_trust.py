@@ -395,7 +395,7 @@ def segmenter(folder: Path, _: Path) -> object:
 
 def encoder(folder: Path, _: Path) -> object:
     from vfmseg.encoders.dinov2 import DINOV2
-    from vfmseg.encoders.published import load_published
+    from vfmseg.encoders.formats.transformers import load_published
 
     (folder / "config.json").write_text('{"model_type": "dinov2"}')
     return load_published(DINOV2, str(folder), None)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from vfmseg.build.model import build_model
 from vfmseg.catalog import published_statistics
-from vfmseg.checkpoint import folder as checkpoint
+from vfmseg.checkpoint import reading as checkpoint
 from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.checkpoint.writing import save_segmenter
-from vfmseg.encoders.build import build_encoder
+from vfmseg.encoders.build import build_backbone, build_stem
 from vfmseg.errors import CheckpointError, RecipeError, VfmsegError
 from vfmseg.recipe import load_recipe
 
@@ -53,8 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _encoder_once(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the base encoder takes most of the time of loading, and is tested elsewhere."""
     record = load_recipe(made["lora"] / "recipe.yaml")
-    once = checkpoint.published_encoder(record, (an_input(mean=90.0, std=40.0),))
-    monkeypatch.setattr(checkpoint, "published_encoder", lambda *_, **__: copy.deepcopy(once))
+    once = checkpoint.published_backbone(record)
+    monkeypatch.setattr(checkpoint, "published_backbone", lambda *_, **__: copy.deepcopy(once))
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -211,8 +211,9 @@ def test_the_head_holds_no_negative_std(made: dict[str, Path], tmp_path: Path) -
     folder = copied(made["lora"], tmp_path / "s")
     tensors = load_file(folder / "head.safetensors")
     for factor in (-1.0, 0.0):
-        save_file({**tensors, "encoder.std": factor * tensors["encoder.std"]}, folder / "head.safetensors")
-        with pytest.raises(CheckpointError, match=r"head\.safetensors: encoder\.std must be above 0"):
+        std = "stems.of_rgb.std"
+        save_file({**tensors, std: factor * tensors[std]}, folder / "head.safetensors")
+        with pytest.raises(CheckpointError, match=r"head\.safetensors: std of a modality must be above 0"):
             load_segmenter(folder)
 
 
@@ -255,11 +256,11 @@ def test_published_statistics_are_numbers(tmp_path: Path, key: str, value: list[
 @pytest.mark.pitfall("F11")
 def test_statistics_of_callers_are_numbers(mean: float, std: float) -> None:
     with pytest.raises(RecipeError, match="expected one finite mean and one std above 0"):
-        build_encoder("builtin", None, 4, [1.0, 1.0, mean, 1.0], [1.0, 1.0, std, 1.0])
+        build_stem(build_backbone("builtin", None), {"x": 4}, [1.0, 1.0, mean, 1.0], [1.0, 1.0, std, 1.0])
 
 
 @pytest.mark.parametrize("upscale", [1e6, float("nan"), float("inf"), 0.0, -1.0])
 @pytest.mark.pitfall("F6")
 def test_upscale_of_callers_is_bounded_too(upscale: float) -> None:
     with pytest.raises(RecipeError, match=r"model\.encoder\.upscale = .* must be above 0 and at most 16"):
-        build_encoder("builtin", None, 3, upscale=upscale)
+        build_stem(build_backbone("builtin", None), {"x": 3}, [1.0] * 3, [1.0] * 3, upscale)

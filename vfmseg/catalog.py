@@ -25,20 +25,21 @@ CLIP: RgbStatistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130
 class FamilyFacts:
     """What can be said of a family of encoders without building one.
 
-    statistics: that its weights expect, where a checkpoint does not say others. model_types: values of `model_type` in
-    config.json that it reads. published: whether recipes name a checkpoint of it.
+    about: one sentence for people. statistics: that its weights expect, where a checkpoint does not say others.
+    model_types: values of `model_type` in config.json that it reads. published: whether recipes name a checkpoint.
     """
 
+    about: str
     statistics: RgbStatistics
     model_types: tuple[str, ...]
     published: bool = True
 
 
 FAMILIES: dict[str, FamilyFacts] = {
-    "sam": FamilyFacts(IMAGENET, ("sam", "sam_vision_model")),
-    "dinov2": FamilyFacts(IMAGENET, ("dinov2", "dinov2_with_registers")),
-    "clip": FamilyFacts(CLIP, ("clip", "clip_vision_model")),
-    "builtin": FamilyFacts(IMAGENET, ("dinov2",), published=False),  # of DINOv2's architecture
+    "sam": FamilyFacts("The image encoder of Segment Anything.", IMAGENET, ("sam", "sam_vision_model")),
+    "dinov2": FamilyFacts("DINOv2, with or without registers.", IMAGENET, ("dinov2", "dinov2_with_registers")),
+    "clip": FamilyFacts("The image tower of CLIP.", CLIP, ("clip", "clip_vision_model")),
+    "builtin": FamilyFacts("A small ViT of DINOv2's architecture.", IMAGENET, ("dinov2",), published=False),
 }
 """Families by their name in recipes (`model.encoder.name`)."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
-from vfmseg.catalog import CATALOG, PUBLISHED_FAMILIES
+from vfmseg.catalog import CATALOG, FAMILIES, PUBLISHED_FAMILIES
 from vfmseg.errors import show
 from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole
 
@@ -36,18 +38,11 @@ class _AnyEncoder(Section):
             yield Problem("layers", f"= {show(self.layers)} must rise from shallow to deep; try {show(suggestion)}")
 
 
-if TYPE_CHECKING:
-    PublishedName = str
-else:
-    PublishedName = Literal[PUBLISHED_FAMILIES]
-
-
 class PublishedEncoder(_AnyEncoder):
-    """An encoder with published weights: sam (Segment Anything), dinov2 (with registers or without), clip (its image
-    tower)."""
+    """Keys of the encoders with published weights; each family of the catalog has a section of its own name."""
 
-    name: PublishedName
-    checkpoint: LocalOrHub = Field(examples=list(CATALOG))
+    name: str
+    checkpoint: LocalOrHub
     """Hub id, or a folder beside the recipe."""
     revision: Name | None = None
     """Branch, tag or commit of the hub id."""
@@ -63,6 +58,19 @@ class PublishedEncoder(_AnyEncoder):
             yield Problem("checkpoint", f"= '{self.checkpoint}' is a {row.family} checkpoint; set name: {row.family}")
         elif self.layers and self.layers[-1] > row.depth:
             yield Problem("layers", f"= {show(self.layers)} reaches beyond the {row.depth} blocks of {self.checkpoint}")
+
+
+def _section_of(family: str) -> type[PublishedEncoder]:
+    """The section of one family: `name` is its own, and an example of a checkpoint is one of its."""
+    checkpoint = next((row.checkpoint for row in CATALOG.values() if row.family == family), f"owner/{family}")
+    about = PublishedEncoder.model_fields["checkpoint"].description
+    return create_model(
+        f"{family.capitalize()}Encoder",
+        __base__=PublishedEncoder,
+        __doc__=FAMILIES[family].about,
+        name=(Literal[family], ...),  # type: ignore[arg-type]
+        checkpoint=(LocalOrHub, Field(examples=[checkpoint], description=about)),
+    )
 
 
 class BuiltinEncoder(_AnyEncoder):
@@ -135,7 +143,11 @@ class UpernetDecoder(Section):
     channels: Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)] = 128
 
 
-EncoderSection = Annotated[PublishedEncoder | BuiltinEncoder, Field(discriminator="name")]
+if TYPE_CHECKING:
+    EncoderSection = PublishedEncoder | BuiltinEncoder
+else:
+    _sections = (*map(_section_of, PUBLISHED_FAMILIES), BuiltinEncoder)
+    EncoderSection = Annotated[reduce(or_, _sections), Field(discriminator="name")]
 AdapterSection = Annotated[NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter, Field(discriminator="name")]
 DecoderSection = Annotated[LinearDecoder | FpnDecoder | UpernetDecoder, Field(discriminator="name")]
 

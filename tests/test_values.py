@@ -278,12 +278,12 @@ def test_infrared_marked_as_alpha(tmp_path: Path, water: int) -> None:
     assert "marks band 4 as alpha, but it holds other numbers" in notes_of(raster)["alpha"]
     # a model of three bands reads the three that are not marked
     three = Raster(path, Bands(like=(BandSaid(),) * 3))
-    assert three.places == (1, 2, 3)
+    assert three.band_numbers == (1, 2, 3)
     assert three.read(Window(0, 0, 20, 30)).valid.all()
     # and a model of four reads all, also of a scene without land, where it cannot be told
     array[3] = 0
     sea = Raster(write_raster(tmp_path / "sea.tif", array), Bands(like=(BandSaid(),) * 4))
-    assert sea.places == (1, 2, 3, 4)
+    assert sea.band_numbers == (1, 2, 3, 4)
     assert sea.read(Window(0, 0, 20, 30)).valid.all()
 
 
@@ -376,10 +376,10 @@ def test_order_by_colours(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels, array)
     assert notes_of(raster)["order"] == "has red, green, blue as its bands 3, 2, 1, and is read so"
     same = read(tmp_path / "rgb.tif", Bands(like=like))[2]
-    assert (same.places, notes_of(same)) == ((1, 2, 3), {})
+    assert (same.band_numbers, notes_of(same)) == ((1, 2, 3), {})
     alpha = np.concatenate([array, np.full_like(array[:1], 255)])
     same = read(write_raster(tmp_path / "rgba.tif", alpha), Bands(like=like))[2]
-    assert (same.places, notes_of(same)) == ((1, 2, 3), {})
+    assert (same.band_numbers, notes_of(same)) == ((1, 2, 3), {})
 
 
 @pytest.mark.pitfall("F16")
@@ -395,11 +395,11 @@ def test_order_by_names(tmp_path: Path) -> None:
     counting = tag(write_raster(tmp_path / "d.tif", array), descriptions=("Band 3", "Band 2", "Band 1"))
     like = read(counting)[2].said
     other = tag(write_raster(tmp_path / "e.tif", array), descriptions=("Band 1", "Band 2", "Band 3"))
-    assert read(other, Bands(like=like))[2].places == (1, 2, 3)
+    assert read(other, Bands(like=like))[2].band_numbers == (1, 2, 3)
     like = read(first)[2].said
     # a name that stands twice tells nothing
     twice = tag(write_raster(tmp_path / "c.tif", array), descriptions=("B04", "B04", "B02"))
-    assert read(twice, Bands(like=like))[2].places == (1, 2, 3)
+    assert read(twice, Bands(like=like))[2].band_numbers == (1, 2, 3)
 
 
 @pytest.mark.pitfall("F16")

@@ -19,7 +19,7 @@ from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
-from vfmseg.geo.said import BandSaid, places_by_name
+from vfmseg.geo.said import BandSaid, numbers_by_name
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once
 
@@ -141,7 +141,7 @@ def _first_said(scenes: Sequence[Scene]) -> dict[str, tuple[BandSaid, ...]]:
     found = dict(scenes[0].said())
     for name, bands in found.items():
         told = (bands, *(scene.said()[name] for scene in scenes[1:]))
-        found[name] = next((said for said in told if places_by_name(said, said) is not None), bands)
+        found[name] = next((said for said in told if numbers_by_name(said, said) is not None), bands)
     return found
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from vfmseg.errors import DataError
 from vfmseg.geo.rasterfile import RasterFile
-from vfmseg.geo.said import BandSaid, places_by_name
+from vfmseg.geo.said import BandSaid, numbers_by_name
 from vfmseg.geo.validity import as_stored, hides_alone
 
-Place = tuple[int, int]
+BandOfFile = tuple[int, int]
 """Number of a file among those of a raster, from 0, and number of a band in that file, from 1."""
 
 
@@ -60,7 +60,7 @@ class ReadBand:
     offset: float
 
 
-def places_in(files: Sequence[RasterFile]) -> list[Place]:
+def bands_in(files: Sequence[RasterFile]) -> list[BandOfFile]:
     """Every band of several files in the order in which bands are counted: files of 3 and 1 bands hold 1 to 4."""
     return [(number, band) for number, file in enumerate(files) for band in range(1, file.info.count + 1)]
 
@@ -70,7 +70,7 @@ def chosen_bands(bands: Bands, files: Sequence[RasterFile], name: str) -> tuple[
 
     DataError if a band that is asked for is not there, holds complex numbers, or none is left.
     """
-    there = places_in(files)
+    there = bands_in(files)
     indexes = _indexes(bands, files, there)
     if indexes is None:
         chosen = [(file, band) for file, band in there if band not in files[file].info.alpha]
@@ -88,14 +88,14 @@ def chosen_bands(bands: Bands, files: Sequence[RasterFile], name: str) -> tuple[
     return tuple(_read_band(bands, files[file], file, band) for file, band in chosen)
 
 
-def _indexes(bands: Bands, files: Sequence[RasterFile], there: Sequence[Place]) -> tuple[int, ...] | None:
+def _indexes(bands: Bands, files: Sequence[RasterFile], there: Sequence[BandOfFile]) -> tuple[int, ...] | None:
     """1-based numbers of the bands to read, counted through the files; None: all but alpha.
 
     The files' own names come first, then the number of bands that the model was trained on, then the recipe.
     """
     if bands.chosen or bands.like is None:
         return bands.indexes
-    found = places_by_name(bands.like, [files[file].info.bands[band - 1] for file, band in there])
+    found = numbers_by_name(bands.like, [files[file].info.bands[band - 1] for file, band in there])
     if found is not None:
         return found
     # the number of bands that the model was trained on tells whether one that is marked as alpha is among them

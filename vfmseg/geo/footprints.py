@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from rasterio.warp import transform_bounds
 
-from vfmseg.geo.dateline import period
+from vfmseg.geo.dateline import period, turned, x_range
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.opening import GDAL_ERRORS
 
@@ -44,10 +44,32 @@ def ground_shared(of: Sequence[Grid], by: Sequence[Grid]) -> tuple[np.ndarray, n
     return shares, which
 
 
+def apart(one: Grid, two: Grid) -> bool:
+    """Whether `one`, seen in the reference system of `two`, clearly lies elsewhere. False where that cannot be told."""
+    turn = period(one.crs)
+    if turn is not None and np.ptp(x_range(one)) > turn / 2:  # half a world has no box in a projection
+        return False
+    try:
+        west, south, east, north = transform_bounds(one.crs, two.crs, *bounds(one))
+    except GDAL_ERRORS:
+        return False
+    if not all(map(math.isfinite, (west, south, east, north))) or west > east:  # beyond a system, over the date line
+        return False
+    left, bottom, right, top = bounds(two)
+    turn = period(two.crs)
+    beside = west >= right or east <= left if turn is None else not turned(left, right, west, east, turn)
+    return beside or south >= top or north <= bottom
+
+
+def bounds(grid: Grid) -> tuple[float, float, float, float]:
+    """West, south, east and north of the box round a grid, in units of its own CRS."""
+    xs, ys = zip(*(grid.point(row, col) for row in (0, grid.height) for col in (0, grid.width)), strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
 def _box(grid: Grid, crs: str) -> tuple[float, float, float, float] | None:
     """West, south, east, north of a grid in a reference system; None if it reaches out of it."""
-    xs, ys = zip(*(grid.point(row, col) for row in (0, grid.height) for col in (0, grid.width)), strict=True)
-    box = (min(xs), min(ys), max(xs), max(ys))
+    box = bounds(grid)
     if grid.crs == crs:
         return box
     try:

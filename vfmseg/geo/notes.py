@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vfmseg.geo.reader import Raster
-from vfmseg.geo.said import BandSaid, places_by_name
+from vfmseg.geo.said import BandSaid, numbers_by_name
 
 
 def notes_of(raster: Raster) -> dict[str, str]:
@@ -28,7 +28,7 @@ def notes_of(raster: Raster) -> dict[str, str]:
         numbers = ", ".join(map(str, marked))
         notes["alpha"] = (
             f"marks band {numbers} as alpha, but it holds other numbers than an alpha band does: it hides nothing"
-            + (", and is read as a band" if set(marked) & set(raster.places) else "")
+            + (", and is read as a band" if set(marked) & set(raster.band_numbers) else "")
         )
     if not raster.bands.chosen:
         notes |= _of_order(raster, [band for info in infos for band in info.bands])
@@ -40,31 +40,33 @@ def _of_order(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
     if like is None:
         return {}
     names = ", ".join(band.called for band in like)
-    places = ", ".join(map(str, raster.places))
-    if places_by_name(like, there) is not None:
+    numbers = ", ".join(map(str, raster.band_numbers))
+    if numbers_by_name(like, there) is not None:
         count = len(there) - sum(len(info.alpha) for info in raster.infos.values())
         expected = raster.bands.indexes or tuple(range(1, count + 1))
-        return {} if raster.places == expected else {"order": f"has {names} as its bands {places}, and is read so"}
-    pairs = [(place, there[place - 1].meaning, band.meaning) for place, band in zip(raster.places, like, strict=False)]
-    other = [(str(place), its, ours) for place, its, ours in pairs if its and ours and its != ours]
+        moved = raster.band_numbers != expected
+        return {"order": f"has {names} as its bands {numbers}, and is read so"} if moved else {}
+    taken = zip(raster.band_numbers, like, strict=False)
+    pairs = [(number, there[number - 1].meaning, band.meaning) for number, band in taken]
+    other = [(str(number), its, ours) for number, its, ours in pairs if its and ours and its != ours]
     if other:  # and the rest is not told, so that moving some might tear apart what belongs together
-        numbers, its, ours = (", ".join(column) for column in zip(*other, strict=True))
+        wrong, its, ours = (", ".join(column) for column in zip(*other, strict=True))
         return {
-            "order": f"says that its bands {numbers} are {its}, and in the training files they are {ours}: they are "
+            "order": f"says that its bands {wrong} are {its}, and in the training files they are {ours}: they are "
             "taken by their places all the same; name the right ones (--bands, data.modalities.NAME.bands)"
         }
-    if places_by_name(like, like) is None or len(like) == len(there) == 1:  # nobody says it, or there is no order
+    if numbers_by_name(like, like) is None or len(like) == len(there) == 1:  # nobody says it, or there is no order
         return {}
-    return {"unnamed": f"does not say which of its bands are {names}: {places} are taken for them"}
+    return {"unnamed": f"does not say which of its bands are {names}: {numbers} are taken for them"}
 
 
 def _of_scale(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
     ours, like = raster.bands, raster.bands.like
-    first = there[raster.places[0] - 1]
+    first = there[raster.band_numbers[0] - 1]
     tags = f"scale {first.scale:g} and offset {first.offset:g}"
-    tagged = any(there[place - 1].scaled for place in raster.places)
+    tagged = any(there[number - 1].scaled for number in raster.band_numbers)
     if ours.scale is not None or ours.offset is not None:
-        same = all((there[p - 1].scale, there[p - 1].offset) == (ours.scale, ours.offset) for p in raster.places)
+        same = all((there[n - 1].scale, there[n - 1].offset) == (ours.scale, ours.offset) for n in raster.band_numbers)
         return {"scale": f"says {tags}, but the recipe's are used"} if tagged and not same else {}
     if like is None or tagged == any(band.scaled for band in like):
         return {}

@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 
 from vfmseg.errors import DataError
-from vfmseg.geo.bands import Bands, ReadBand, chosen_bands, places_in
+from vfmseg.geo.bands import Bands, ReadBand, bands_in, chosen_bands
 from vfmseg.geo.crs import short_name
 from vfmseg.geo.fileinfo import FileInfo
 from vfmseg.geo.grid import Grid, Window
@@ -67,9 +67,9 @@ class Raster:
         return any(read.band in self._files[read.file].info.palette for read in self._plan())
 
     @property
-    def places(self) -> tuple[int, ...]:
+    def band_numbers(self) -> tuple[int, ...]:
         """1-based numbers of the bands that are read, counted through the files."""
-        there = places_in(self._files)
+        there = bands_in(self._files)
         return tuple(there.index((read.file, read.band)) + 1 for read in self._plan())
 
     @property

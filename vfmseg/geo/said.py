@@ -73,8 +73,8 @@ class BandSaid:
         return self.name or self.meaning or self.color
 
 
-def places_by_name(wanted: Sequence[BandSaid], there: Sequence[BandSaid]) -> tuple[int, ...] | None:
-    """1-based places at which a file says that the wanted bands are, in their order; None if that is not told.
+def numbers_by_name(wanted: Sequence[BandSaid], there: Sequence[BandSaid]) -> tuple[int, ...] | None:
+    """1-based numbers of the bands `there` that are the wanted ones, in their order; None if the file does not tell.
 
     By descriptions where all wanted bands have one, else by colours: both must be there, each exactly once.
     """

@@ -15,10 +15,10 @@ from rasterio.windows import Window as RasterioWindow
 
 from vfmseg.disk.paths import elsewhere, files_behind
 from vfmseg.errors import DataError
-from vfmseg.geo import trust
 from vfmseg.geo.grid import Window
 from vfmseg.geo.quiet import in_pixels
-from vfmseg.geo.trust import is_remote
+from vfmseg.geo.trust import closed_network, drivers_for, is_remote, or_trust_it, trusted
+from vfmseg.geo.vetting import vet, vet_opened
 
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 """What rasterio raises when GDAL fails: in some functions GDAL's own error, which is none of rasterio's."""
@@ -52,7 +52,7 @@ def gdal(path: str = "") -> Iterator[None]:
 
     `path`: what the user asks for, which may lie behind a server.
     """
-    servers = trust.closed_network(path) or {name: value for name, value in _SERVERS.items() if name not in os.environ}
+    servers = closed_network(path) or {name: value for name, value in _SERVERS.items() if name not in os.environ}
     with rasterio.Env(**_OPTIONS, **servers):
         yield
 
@@ -60,16 +60,16 @@ def gdal(path: str = "") -> Iterator[None]:
 def open_dataset(path: str, mode: str = "r", **profile: Any) -> Any:
     """`rasterio.open` inside `gdal()`, silent about a missing georeference: a verb says that once.
 
-    What is read is looked at first, see `trust`: DataError if it reaches further than its name says.
+    What is read is looked at first, see `vetting`: DataError if it reaches further than its name says.
     """
     if mode == "r":
-        trust.vet(path)
+        vet(path)
     with in_pixels():
-        if mode != "r" or trust.trusted():
+        if mode != "r" or trusted():
             return rasterio.open(path, mode, **profile)
-        dataset = rasterio.open(path) if is_remote(path) else DatasetReader(path, driver=trust.drivers_for(path))
+        dataset = rasterio.open(path) if is_remote(path) else DatasetReader(path, driver=drivers_for(path))
     try:
-        trust.vet_opened(path, dataset.driver, dataset.files, dataset.tags(ns="OVERVIEWS"))
+        vet_opened(path, dataset.driver, dataset.files, dataset.tags(ns="OVERVIEWS"))
     except DataError:
         dataset.close()
         raise
@@ -95,12 +95,12 @@ def open_raster(path: str) -> Any:
 def why_not_opened(path: str, error: Exception) -> str:
     """What stands under a path instead of a raster, and what to do."""
     if elsewhere(path) or files_behind(path) not in ([], [path]):  # a data set inside a file, or a file in an archive
-        return f"{path}: cannot be opened ({error}){trust.or_trust_it(path)}"
+        return f"{path}: cannot be opened ({error}){or_trust_it(path)}"
     if not os.path.exists(path):
         return f"{path}: there is no such file; check the path"
     if os.path.isdir(path):
         pattern = os.path.join(path, "*.tif")
-        return f"{path}: is a folder; expected a raster file, or a pattern such as {pattern}{trust.or_trust_it(path)}"
+        return f"{path}: is a folder; expected a raster file, or a pattern such as {pattern}{or_trust_it(path)}"
     if os.path.getsize(path) == 0:
         return f"{path}: is empty (0 bytes); expected a raster file; copy or download it again"
     inside = next((how for ending, how in _ARCHIVES.items() if path.lower().endswith(ending)), None)
@@ -113,7 +113,7 @@ def why_not_opened(path: str, error: Exception) -> str:
         )
     return (
         f"{path}: is not a raster that GDAL can open, or its header is damaged ({error}); "
-        f"expected GeoTIFF, PNG, JPEG or another plain GDAL format{trust.or_trust_it(path)}"
+        f"expected GeoTIFF, PNG, JPEG or another plain GDAL format{or_trust_it(path)}"
     )
 
 

@@ -17,7 +17,7 @@ from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.crs import same_ground, short_name
 from vfmseg.geo.dateline import Rings, brought_to, crosses, goes_round, period, x_range
 from vfmseg.geo.grid import Grid
-from vfmseg.geo.trust import vet_vector
+from vfmseg.geo.vetting import vet_vector
 from vfmseg.vector.inside import Polygons
 
 LONGITUDE_LATITUDE = "OGC:CRS84"

@@ -34,6 +34,7 @@ from vfmseg.geo.writer import MapWriter  # noqa: E402
 from vfmseg.vector import polygons as module  # noqa: E402
 from vfmseg.vector.polygons import write_polygons  # noqa: E402
 from vfmseg.vector.tracing import trace  # noqa: E402
+from vfmseg.vector.vectorfile import publish_polygons  # noqa: E402
 
 TURN = (0.6, 0.5, 700.0, 0.8, -0.7, 300.0)
 UTM = (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0)
@@ -539,11 +540,11 @@ def test_a_geopackage_that_was_not_closed_is_never_published(tmp_path: Path, los
     target = tmp_path / "labels.gpkg"
     count = write_polygons(save(tmp_path / "labels.tif", RING), target)
     finished = target.rename(tmp_path / "finished ?#%.gpkg")
-    module._publish(finished, target, count)  # as it is, it is whole
+    publish_polygons(finished, target, count)  # as it is, it is whole
     target.rename(finished)
     with contextlib.closing(sqlite3.connect(finished)) as stored:
         stored.execute(lost)
         stored.commit()
     with pytest.raises(MachineError, match=r"its table of contents is not complete.*make room"):
-        module._publish(finished, target, count)
+        publish_polygons(finished, target, count)
     assert not target.exists()

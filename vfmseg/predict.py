@@ -22,7 +22,8 @@ from vfmseg.inference.worklist import targets_for
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import complain, say
-from vfmseg.vector.polygons import check_place, check_polygons, is_ours, unfit_vector_name, write_polygons
+from vfmseg.vector.polygons import check_place, check_polygons, unfit_vector_name, write_polygons
+from vfmseg.vector.vectorfile import is_ours
 
 K = TypeVar("K")
 V = TypeVar("V")

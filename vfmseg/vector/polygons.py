@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sqlite3
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 from rasterio.crs import CRS
 from rasterio.warp import transform
 
-from vfmseg.disk.files import folder_aside, publish, remove_leftovers
 from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.crs import short_name
 from vfmseg.geo.dateline import near_zero
@@ -27,26 +22,13 @@ from vfmseg.geo.opening import gdal, open_dataset
 from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.validity import as_stored
 from vfmseg.vector.tracing import Pieces, trace
-
-_DRIVERS = {".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".geojson": "GeoJSON"}
-_LAYER = "polygons"
-_FIELDS = ("class_id", "class_name", "area")
-_SYNCHRONOUS = "OGR_SQLITE_SYNCHRONOUS"
+from vfmseg.vector.vectorfile import DRIVERS, Placed, vector_file
 
 _BATCH = 20_000
 """Polygons written at a time."""
 
 _EDGE = 64
 """Pixels: longest edge in GeoJSON, because what is straight in a projection is a curve in longitude and latitude."""
-
-_JOURNALS = ("-wal", "-shm", "-journal")
-"""What SQLite keeps beside a GeoPackage; an old one would be played into the new file."""
-
-Placed = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Polygons of shapely in the CRS (n), class ids (n) and areas (n)."""
-
-_NOTHING: Pieces = (np.empty(0, dtype=object), np.empty(0, dtype=np.int64))
-"""What makes the file, also if there will be no polygon."""
 
 
 def write_polygons(
@@ -80,23 +62,16 @@ def write_polygons(
     to_degrees = check_place(target, source.grid, labels)
     # GDAL cuts GeoJSON at 180 and -180 degrees, but loses what lies beyond 360
     grid = near_zero(source.grid) if target.suffix.lower() == ".geojson" else source.grid
-    remove_leftovers(target)
-    with contextlib.closing(source.file), folder_aside(target) as folder, _unsynced():
-        package = folder / "polygons.gpkg"
-        count = 0
-        for pieces in chain([_NOTHING], _batches(trace(source.bands(rows), source.grid.width))):
-            placed = _placed(pieces, grid, min_area, simplify, to_degrees)
-            _append(package, placed, source, target)
-            count += len(placed[0])
-        finished = package if target.suffix.lower() == ".gpkg" else _converted(package, target, source.grid.crs)
-        _publish(finished, target, count)
-    return count
+    with contextlib.closing(source.file), vector_file(target, source.grid.crs, source.names) as file:
+        for pieces in _batches(trace(source.bands(rows), source.grid.width)):
+            file.add(_placed(pieces, grid, min_area, simplify, to_degrees))
+    return file.count
 
 
 def check_polygons(target: Path, min_area: float, simplify: float) -> None:
     """What can be known before there are labels: DataError for a wrong argument, MachineError for a missing extra."""
-    if target.suffix.lower() not in _DRIVERS:
-        raise DataError(f"{target}: polygons cannot be written as {target.suffix!r}; expected {', '.join(_DRIVERS)}")
+    if target.suffix.lower() not in DRIVERS:
+        raise DataError(f"{target}: polygons cannot be written as {target.suffix!r}; expected {', '.join(DRIVERS)}")
     unfit = unfit_vector_name(target)
     if unfit is not None:
         raise DataError(unfit)
@@ -119,17 +94,6 @@ def unfit_vector_name(target: Path) -> str | None:
         f"{str(target)!r}: holds a line break or a tab, which pyogrio takes out of names, so that polygons would go "
         "elsewhere; name the output and its folders without"
     )
-
-
-def is_ours(target: Path) -> bool:
-    """Whether a vector file has the form of those that are written here, and so may be made anew."""
-    import pyogrio
-
-    try:
-        layers = [name for name, _ in pyogrio.list_layers(target)]
-        return len(layers) == 1 and tuple(pyogrio.read_info(target, layer=layers[0])["fields"]) == _FIELDS
-    except pyogrio.errors.DataSourceError:
-        return False
 
 
 def check_place(target: Path, grid: Grid, labels: str | Path) -> bool:
@@ -214,96 +178,3 @@ def _placed(pieces: Pieces, grid: Grid, min_area: float, simplify: float, to_deg
     if to_degrees:
         ground = shapely.segmentize(ground, _EDGE * pixel**0.5)
     return ground, ids[large], areas[large]
-
-
-def _append(package: Path, placed: Placed, source: _Map, target: Path) -> None:
-    """Put polygons into the GeoPackage; the first time, make it."""
-    import pyogrio
-    import shapely
-
-    polygons, ids, areas = placed
-    names = np.array([source.names.get(i, str(i)) for i in ids.tolist()], dtype=object)
-    with _machine(target), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'crs' was not provided")  # maps without a place have none to give
-        pyogrio.raw.write(
-            package,
-            shapely.to_wkb(polygons),
-            [ids.astype(np.int32), names, areas],
-            list(_FIELDS),
-            layer=_LAYER,
-            driver="GPKG",
-            geometry_type="Polygon",
-            crs=source.grid.crs,
-            append=package.exists(),
-        )
-
-
-def _converted(package: Path, target: Path, crs: str | None) -> Path:
-    """The same polygons in the format of the target; these formats cannot be written in pieces."""
-    import pyogrio
-
-    suffix = target.suffix.lower()
-    made = package.with_suffix(suffix)
-    # RFC 7946: projected to longitude and latitude, outlines anticlockwise, cut at the antimeridian
-    options = {"RFC7946": "YES", "COORDINATE_PRECISION": "9"} if suffix == ".geojson" else {}
-    with _machine(target), warnings.catch_warnings(), pyogrio.open_arrow(package, layer=_LAYER) as (meta, stream):
-        warnings.filterwarnings("ignore", "'crs' was not provided")
-        pyogrio.write_arrow(
-            stream, made, layer=_LAYER, driver=_DRIVERS[suffix], geometry_name=meta["geometry_name"],
-            geometry_type="Polygon", crs=crs, layer_options=options,
-        )  # fmt: skip
-    return made
-
-
-@contextlib.contextmanager
-def _unsynced() -> Iterator[None]:
-    """SQLite does not wait for the disk at every batch: the file counts only once `_publish` has waited for it."""
-    import pyogrio
-
-    before = pyogrio.get_gdal_config_option(_SYNCHRONOUS)
-    pyogrio.set_gdal_config_options({_SYNCHRONOUS: "OFF"})
-    try:
-        yield
-    finally:
-        pyogrio.set_gdal_config_options({_SYNCHRONOUS: before})
-
-
-def _publish(finished: Path, target: Path, count: int) -> None:
-    """Give a file the target's name once it is on the disk and holds what it should."""
-    import pyogrio
-
-    def check() -> None:
-        held = pyogrio.read_info(finished, layer=_LAYER, force_feature_count=True)["features"]
-        if held != count:
-            raise OSError(f"{held} of {count} polygons arrived")
-        if finished.suffix.lower() == ".gpkg":
-            _require_closed(finished, count)
-
-    with _machine(target):
-        publish(finished, target, check, stale=_JOURNALS)
-
-
-def _require_closed(package: Path, count: int) -> None:
-    """OSError if a GeoPackage lacks what GDAL writes into it last of all; on a full disk that fails without a word."""
-    with contextlib.closing(sqlite3.connect(f"file:{quote(str(package))}?mode=ro", uri=True)) as stored:
-        (placed,) = stored.execute("SELECT min_x IS NOT NULL AND max_y IS NOT NULL FROM gpkg_contents").fetchone()
-        (noted,) = stored.execute("SELECT feature_count FROM gpkg_ogr_contents").fetchone()
-        (kept,) = stored.execute(
-            "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND name LIKE '%_feature_count_%'"
-        ).fetchone()
-    if noted != count or kept != 2 or (count and not placed):
-        raise OSError("its table of contents is not complete")
-
-
-@contextlib.contextmanager
-def _machine(target: Path) -> Iterator[None]:
-    """Errors of the disk, of Python or GDAL, as ours."""
-    import pyogrio
-
-    try:
-        yield
-    except (OSError, sqlite3.Error, pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
-        raise MachineError(
-            f"{target}: could not be written ({error}); nothing was left behind: make room or choose another disk, "
-            "then run again"
-        ) from error

@@ -1,6 +1,6 @@
 """GDAL's warper beside ours (`vfmseg/geo/warp.py`), in constructed cases: place, value, holes, windows and time.
 
-    python benchmarks/warp.py             # about a minute on one core; nothing is read or written
+    python benchmarks/warp.py             # half a minute on one core; nothing is read or written
 
 Both resample three bands of float32, bilinearly, or by averaging where the source is finer than `FINER`. GDAL is fed
 NaN wherever a pixel is hidden, and has its best settings: positions to 1e-9 pixel, and a kernel that is not widened

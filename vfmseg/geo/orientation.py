@@ -1,4 +1,14 @@
-"""Photographs that are stored turned or mirrored, and say so (the EXIF tag Orientation, also of TIFF)."""
+"""Photographs that are stored turned or mirrored, and say so (the EXIF tag Orientation, also of TIFF).
+
+Cameras store what the sensor gives, and note how they were held. An F is stored in one of eight ways,
+
+    1  ###   2  ###   3  ..#   4  #..   5  ####   6  #...   7  ...#   8  ####
+       #..      ..#      .##      ##.      #.#.      #.#.      .#.#      .#.#
+       ##.      .##      ..#      #..      #...      ####      ####      ...#
+       #..      ..#      ###      ###
+
+and is shown as in 1. Windows, grids and arrays everywhere else are those of the picture as it is shown.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +50,12 @@ class Turn:
         return (self.width, self.height) if _TURNS[self.orientation][0] else (self.height, self.width)
 
     def stored_window(self, window: Window) -> Window:
-        """Where the pixels of a window of the shown picture are stored; for 6, row 0 is the first stored column."""
+        """Where the pixels of a window of the shown picture are stored.
+
+        For 6 the shown picture is the stored one turned clockwise: of a stored picture of 2 x 3 pixels (3 x 2 as it is
+        shown) the first shown row is the first stored column, from the bottom up, and Window(0, 0, 1, 2) is
+        stored at Window(0, 0, 2, 1).
+        """
         swap, backwards_down, backwards_across = _TURNS[self.orientation]
         row, col, height, width = window.row, window.col, window.height, window.width
         if swap:

@@ -1,4 +1,8 @@
-"""Areas of interest: polygons from a vector file, or bounds, brought onto a scene's grid."""
+"""Areas of interest: polygons from a vector file, or bounds, brought into a scene's CRS and made a mask of its pixels.
+
+What a file holds is taken in steps: geometries as GeoJSON, rings as arrays, those near the scene, the scene's CRS, the
+turn of the Earth that the scene is on (`dateline`), and last the pixels (`inside`).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ LONGITUDE_LATITUDE = "OGC:CRS84"
 _JSON = (".geojson", ".json")
 
 _PIECES = 100
-"""Edges longer than this part of the scene are split before they are projected: straight lines become curves."""
+"""Edges longer than a hundredth of the scene are split before they are projected: straight lines become curves."""
 
 
 def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:
@@ -74,7 +78,10 @@ def _rectangle(bounds: Sequence[float], turn: float | None) -> Rings:
 
 
 def _polygons(geometry: Any, place: str) -> list[Rings]:
-    """The polygons of a GeoJSON geometry; points and lines have none. GDAL crashes on malformed ones: none passes."""
+    """The polygons of a GeoJSON geometry, each a list of rings (points, 2) of x and y; points and lines have none.
+
+    Rings are checked here (3 points or more, finite numbers), because GDAL crashes on malformed ones.
+    """
     if geometry is None:
         return []
     try:
@@ -139,10 +146,14 @@ def _surroundings(grid: Grid, crs: str) -> np.ndarray:
 
 
 def _clipped(ring: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The part of a ring inside a box (Sutherland and Hodgman: one side after the other); may be empty."""
+    """The part (n, 2) of a ring inside a box (2, 2: lower and upper corner); may be empty.
+
+    After Sutherland and Hodgman: one side of the box after the other, each keeps the points inside and puts a new one
+    where an edge crosses it, at the share depth / (depth - after) of the edge.
+    """
     for side, sign in ((0, 1.0), (1, -1.0)):
         for axis in (0, 1):
-            depth = sign * (ring[:, axis] - box[side, axis])
+            depth = sign * (ring[:, axis] - box[side, axis])  # how far inside this side, negative beyond it
             after = np.roll(depth, -1)
             inside, crosses = depth >= 0, (depth >= 0) != (after >= 0)
             share = np.divide(depth, depth - after, out=np.zeros_like(depth), where=crosses)
@@ -152,11 +163,11 @@ def _clipped(ring: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _split(ring: np.ndarray, step: float) -> np.ndarray:
-    """The same ring with edges of at most `step` along x and y."""
+    """The same ring with edges of at most `step` along x and y: (0, 0) to (3, 0) in steps of 1 becomes three edges."""
     edges = np.roll(ring, -1, axis=0) - ring
     pieces = np.maximum(np.ceil(np.abs(edges).max(axis=1) / step), 1).astype(np.int64)
     edge = np.repeat(np.arange(len(ring)), pieces)
-    share = (np.arange(len(edge)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) / pieces[edge]
+    share = (np.arange(len(edge)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) / pieces[edge]  # 0, 1/n, 2/n ...
     return ring[edge] + share[:, None] * edges[edge]
 
 

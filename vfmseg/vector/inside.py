@@ -1,4 +1,8 @@
-"""Which pixels of a scene lie in an area, burnt square by square so that each answer is the same in every window."""
+"""Which pixels of a scene lie in an area: bool masks of windows, cut from squares of the scene that are burnt once.
+
+Squares lie at multiples of 256 pixels, whatever window is asked for: window rows 200 to 299 take their mask from the
+squares that start at rows 0 and 256. So a pixel has one answer, in every window.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ _MARGIN = 2
 """Pixels around a square in which its polygons are left as they are."""
 
 _NUDGE = 2.0**-20
-"""Pixels by which a point at the height of a row's centres is moved up."""
+"""Pixels (a millionth) by which a point at the height of a row's centres is moved up."""
 
 _FEW = 64
 """Rings of so few points are burnt as they are: looking for the part that matters would take longer."""
@@ -46,7 +50,7 @@ class Polygons:
         self._burnt = lru_cache(_KEPT)(self._burn)  # readers and tiles ask for a square many times
         self._band = lru_cache(_BANDS)(self._cut)
         self._placed: list[Rings] = []  # in pixels: row, column
-        self._boxes = np.empty((len(polygons), 4))  # top, left, bottom, right
+        self._boxes = np.empty((len(polygons), 4))  # top, left, bottom, right of each outline, in pixels
         for i, rings in enumerate(polygons):
             placed = [_off_centres(np.stack(grid.pixel(*ring.T), axis=1)) for ring in rings]
             self._boxes[i] = [*placed[0].min(axis=0), *placed[0].max(axis=0)]
@@ -76,10 +80,11 @@ class Polygons:
         return False
 
     def _squares(self, window: Window) -> Iterator[tuple[Window, np.ndarray]]:
-        """Place and mask, cropped to the scene, of the squares that meet a window and the box of a polygon.
+        """(place, mask) of the squares that meet a window and the box of a polygon, cropped to the scene.
 
-        GDAL's answer for a centre that lies on an edge hangs on rounding, and so on where the raster begins: burnt
-        window by window, the area would have flaws along the windows' seams.
+        Squares without a polygon are left out: there the mask is False. Why not burn each window: GDAL's answer for a
+        centre that lies on an edge hangs on rounding, and so on where the raster begins. Burnt window by window, the
+        area would have flaws along the windows' seams.
         """
         top, left, bottom, right = self._boxes.T
         window = window.clip(self._grid.height, self._grid.width)
@@ -93,7 +98,11 @@ class Polygons:
                     yield Window(row, col, *burnt.shape), burnt
 
     def _burn(self, row: int, col: int, near: tuple[int, ...]) -> np.ndarray:
-        """One square. GDAL looks at every point it is given, so it gets those that matter here."""
+        """Bool (256, 256): the mask of one square, of the polygons `near` it.
+
+        GDAL looks at every point it is given, so it gets those that matter here: of an outline of a million
+        points each square would else go through them all.
+        """
         box = _around(row, col, col + _BLOCK)
         band = self._band(row)
         shapes = [_geometry(rings) for i in near if (rings := _thinned(band[i], box))]
@@ -126,9 +135,11 @@ def _around(row: int, left: int, right: int) -> np.ndarray:
 
 
 def _thinned(rings: Rings, box: np.ndarray) -> Rings:
-    """Rings that hold the same points of a box, to the last bit: no edge that meets it is changed.
+    """Rings with fewer points that hold the same points of a box (2, 2), to the last bit.
 
-    Of points that follow each other beyond one side, the first and last stay: what they enclose lies beyond as well.
+    Of points that follow each other beyond one side of the box, the first and last stay: what those between them
+    enclose lies beyond that side as well. No edge that meets the box is changed, so nothing is rounded anew, as it
+    would be by clipping.
     """
     thinned = []
     for ring in rings:

@@ -111,7 +111,7 @@ def check_place(target: Path, grid: Grid, labels: str | Path) -> bool:
 
 
 class _Map:
-    """A label file: its grid, its class names, and polygons of its rows."""
+    """A label file: its grid, its class names {id: name}, and the ids of its rows. DataError if it is no label map."""
 
     def __init__(self, path: Path, classes: Sequence[int] | None) -> None:
         self.file = RasterFile(path)
@@ -135,7 +135,7 @@ class _Map:
         self._nodata = None if info.nodata[0] is None else as_stored(info.nodata[0], dtype)
 
     def bands(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids (h, width) of `rows` rows at a time, and bool (h, width): whether the pixel counts."""
+        """Ids (h, width) of `rows` rows at a time, and bool (h, width): whether the pixel is part of any polygon."""
         for top in range(0, self.grid.height, rows):
             window = Window(top, 0, min(rows, self.grid.height - top), self.grid.width)
             stored = self.file.read([1], window)[0]
@@ -150,7 +150,7 @@ class _Map:
 
 
 def _batches(pieces: Iterable[Pieces]) -> Iterator[Pieces]:
-    """The same polygons, many at a time: every write has a price of its own."""
+    """The same polygons, `_BATCH` or more at a time: every write has a price of its own."""
     held: list[Pieces] = []
     for some in pieces:
         held.append(some)
@@ -167,10 +167,10 @@ def _placed(pieces: Pieces, grid: Grid, min_area: float, simplify: float, to_deg
 
     polygons, ids = pieces
     a, b, c, d, e, f = grid.transform
-    pixel = abs(a * e - b * d)
+    pixel = abs(a * e - b * d)  # area of a pixel: the determinant, also of a turned grid
     areas = shapely.area(polygons) * pixel
     large = areas >= min_area
-    matrix, origin = np.array([[a, d], [b, e]]), np.array([c, f])
+    matrix, origin = np.array([[a, d], [b, e]]), np.array([c, f])  # (x, y) = (col, row) @ matrix + origin
     ground = shapely.transform(polygons[large], lambda points: points @ matrix + origin)
     if simplify:
         simple = shapely.simplify(ground, simplify, preserve_topology=True)

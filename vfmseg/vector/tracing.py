@@ -1,6 +1,13 @@
 """Areas of equal number in an array that comes in bands of rows, as polygons of shapely, each in one piece.
 
-Everything is in pixels (x the column, y the row): corners are whole numbers, so nothing is rounded.
+Everything is in pixels (x the column, y the row): corners are whole numbers, so nothing is rounded. For example, of two
+bands of one row each,
+
+    1 1 2        band 0, rows 0 to 0
+    2 1 2        band 1, rows 1 to 1
+
+the three pixels of class 1 are one polygon with the corners (0, 0), (2, 0), (2, 2), (1, 2), (1, 1), (0, 1), the two
+of class 2 at the right another, and the pixel of class 2 at the left, which touches nothing of its class, a third.
 """
 
 from __future__ import annotations
@@ -23,10 +30,11 @@ Pieces = tuple[np.ndarray, np.ndarray]
 
 
 def trace(bands: Iterable[tuple[np.ndarray, np.ndarray]], width: int) -> Iterator[Pieces]:
-    """The 4-connected areas of equal number, each when no later row can belong to it.
+    """Polygons (n) and their numbers (n) of the 4-connected areas of equal number, each when it is complete.
 
     bands: from the top down, numbers (h, width) of a type that rasterio can trace, and bool (h, width), False where
-    there is no polygon. Memory is that of one band and of the polygons that reach its last row.
+    there is no polygon. An area is complete when it does not reach the last row seen. Memory is that of one band and
+    of the polygons that are not complete, so that a scene may have any height.
     """
     seam = Seam(width)
     top = 0
@@ -57,10 +65,12 @@ def _assembled(polygons: list[Any]) -> np.ndarray:
 
 
 class Seam:
-    """Polygons that reach the last row seen, as the parts that the bands cut them into.
+    """Joins the polygons of one band to those of the next, along the line between them.
 
-    Parts are united only when the polygon is complete: a polygon through all bands would else be united as often as
-    there are bands, each time the whole of it.
+    Held are the polygons that reach the last row seen, each as a list of the parts that the bands cut it into. Parts
+    are united only when the polygon is complete: one through all bands would else be united as often as there are
+    bands, each time the whole of it. Which parts belong together is kept as a union-find: `_parent` leads from a
+    number to the one it was joined to, until a number leads to itself.
     """
 
     def __init__(self, width: int) -> None:
@@ -71,11 +81,11 @@ class Seam:
         self._next = 0
 
     def add(self, band: Iterable[Pieces], top: int, bottom: int) -> Iterator[Pieces]:
-        """Take rows top to bottom - 1, and give what is complete after them."""
-        first, last = np.full((2, len(self._owner)), -1)
+        """Take the polygons of rows top to bottom - 1, and give what is complete after them."""
+        first, last = np.full((2, len(self._owner)), -1)  # number of the polygon of each pixel of these rows
         for polygons, ids in band:
             edges = [_edge_pixels(polygons, y) for y in (top, bottom)]
-            open_ = np.unique(np.concatenate([which for which, _ in edges]))
+            open_ = np.unique(np.concatenate([which for which, _ in edges]))  # touch the row above or below the band
             numbers = np.full(len(polygons), -1)
             numbers[open_] = np.arange(self._next, self._next + len(open_))
             self._next += len(open_)
@@ -84,7 +94,7 @@ class Seam:
             for owner, (which, cols) in zip((first, last), edges, strict=True):
                 owner[cols] = numbers[which]
             yield polygons[numbers < 0], ids[numbers < 0]
-        both = (self._owner >= 0) & (first >= 0)
+        both = (self._owner >= 0) & (first >= 0)  # columns in which two polygons meet at the seam
         for one, other in np.unique(np.stack([self._owner[both], first[both]], axis=1), axis=0).tolist():
             self._join(one, other)
         seen, inverse = np.unique(last, return_inverse=True)
@@ -120,7 +130,10 @@ class Seam:
 
 
 def _edge_pixels(polygons: np.ndarray, y: int) -> Pieces:
-    """Which polygon (n) and column (n) of all unit edges of outlines that lie on the line y."""
+    """Which polygon (n) and column (n) of all unit edges of outlines that lie on the line y.
+
+    An outline with the edge (3, y) to (6, y) gives its polygon three times, with columns 3, 4 and 5.
+    """
     import shapely
 
     points, which = shapely.get_coordinates(shapely.get_exterior_ring(polygons), return_index=True)
@@ -132,7 +145,11 @@ def _edge_pixels(polygons: np.ndarray, y: int) -> Pieces:
 
 
 def _without_flat_corners(polygons: np.ndarray) -> np.ndarray:
-    """The same polygons without corners in the middle of a straight edge, which seams leave behind."""
+    """The same polygons without corners in the middle of a straight edge, which seams leave behind.
+
+    A corner goes where the points before and after it have its x, or its y. So the polygons do not tell where the bands
+    were cut. All rings of all polygons are handled at once: `rings` and `ends` say where each ring and polygon starts.
+    """
     import shapely
 
     kind, points, (rings, ends) = shapely.to_ragged_array(polygons)

@@ -1,7 +1,9 @@
 """What a folder says of its own files: a SHA-256 of each, so that one that is not as it was written is told by name.
 
-They stand in one JSON record in the folder, with a SHA-256 of what the record says. That finds damage, and files of
-another folder; it keeps nobody from changing both.
+    {"classes": ..., "files": {"head.safetensors": "9f86d0...", ...}, "sha256": "2c26b4..."}
+
+They stand in one JSON record in the folder, beside what else it says; "sha256" is that of all the rest of the record.
+That finds damage, and files of another folder; it keeps nobody from changing both.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def sha256_of(path: Path) -> str:
 
 
 def signed(record: Mapping[str, Any], folder: Path, names: set[str]) -> dict[str, Any]:
-    """The record with the digests of these files of the folder, and its own."""
+    """The record with the digests of these files of the folder (names from there), and its own."""
     # as it will be read: JSON makes lists of tuples and text of keys
     content: dict[str, Any] = json.loads(json.dumps({key: value for key, value in record.items() if key != _OWN}))
     content[_FILES] = {name: sha256_of(folder / name) for name in sorted(names)}
@@ -34,9 +36,10 @@ def signed(record: Mapping[str, Any], folder: Path, names: set[str]) -> dict[str
 
 
 def changed(record: Mapping[str, Any], folder: Path) -> tuple[str | None, dict[str, str]]:
-    """The first file that is not as the record says, "" for the record itself or None, and the digests of the others.
+    """(what is not as the record says, {name: digest} of the files read so far).
 
-    A record of before there were digests says nothing, and nothing is read then.
+    The first is the name of a file that is missing or other, "" for the record itself, or None if all is well. A record
+    of before there were digests says nothing, and nothing is read then.
     """
     if _OWN not in record and _FILES not in record:
         return None, {}

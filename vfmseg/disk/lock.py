@@ -1,12 +1,14 @@
 """One run at a time writes a file or folder: a lock file beside it, which says who holds it.
 
+    with held(lock_beside(target), target, "labelling"):        # BusyError, which names the other run, if one holds it
+        ...
+
 The kernel keeps the lock (flock) and frees it when its process ends, however that ends; a file that nobody locks was
 left behind and is taken over without a word. Locks may not reach other machines, and some disks and Windows have none:
-there the holder is alive as long as it gives a sign, the time of the lock file, every HEARTBEAT seconds.
+there the holder is alive as long as it gives a sign, the time of the lock file, every HEARTBEAT seconds. The file holds
+one line for each process of the run:
 
     {"process": 4711, "host": "node3", "kernel": "...", "since": "2026-05-04T10:11:12+02:00", "doing": "labelling"}
-
-One such line for each process that holds it: several may, if they are of one run.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ def also_held(lock: Path, target: Path, doing: str) -> Iterator[None]:
 
 
 def _take(lock: Path, target: Path, doing: str, shared: bool) -> int:
-    """The open lock file, which is ours."""
+    """The open lock file, locked and with our line in it; tried again where a run that ends removes it just now."""
     for _ in range(_TRIES):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,10 @@ def _flock(handle: int, shared: bool = False) -> bool | None:
 
 
 def _has_name(lock: Path, handle: int) -> bool:
-    """Whether an open file is the one under the name of the lock."""
+    """Whether an open file is the one under the name of the lock.
+
+    Between our opening and locking it its last holder may have removed it: then we hold a file that nobody else sees.
+    """
     try:
         return os.path.samestat(os.fstat(handle), lock.stat())
     except FileNotFoundError:
@@ -212,7 +217,10 @@ def _holders(handle: int) -> list[Holder]:
 
 
 def _lives(holder: Holder, lock: Path, handle: int, locked: bool) -> bool:
-    """Whether a holder is alive of whose lock the kernel says nothing."""
+    """Whether a holder is alive of whose lock our kernel says nothing: it is of another machine, or a disk without any.
+
+    locked: whether the kernel has just given us the lock, so that no process of this system holds it.
+    """
     if holder.kernel == _kernel():
         if locked:  # its lock would have been in the way of ours
             return False
@@ -266,7 +274,7 @@ def _kernel() -> str:
 
 @contextlib.contextmanager
 def _signs_of_life(lock: Path, handle: int) -> Iterator[None]:
-    """Renew the time of the lock file while the block runs."""
+    """Renew the time of the lock file every HEARTBEAT seconds while the block runs, from a thread."""
     ended = threading.Event()
 
     def beat() -> None:

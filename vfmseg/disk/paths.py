@@ -13,6 +13,7 @@ from vfmseg.errors import DataError
 SIDECARS = (".aux.xml", ".ovr", ".msk")
 """What GIS programs keep beside a raster, under its name; of an overwritten map they would show the old pixels."""
 
+# such as GPKG:a.gpkg:ortho, /vsizip/a.zip/b.tif, NETCDF:"a.nc":band, zip://a.zip!b.tif
 _STARTS = re.compile(r"""/vsi\w+/|://|[:"'{=,|]""")  # behind each of these a path may begin
 _ENDS = re.compile(r"""[:"'}?&!,|]""")  # before each of these a path may end
 
@@ -57,7 +58,10 @@ def readings(pattern: str) -> list[str]:
 
 
 def _found(name: str, folder: str) -> Iterator[tuple[str, int, int]]:
-    """(file, where it starts and ends in the name)."""
+    """(file, where it starts and ends in the name), for each part of a name that is a file.
+
+    In `/vsizip/a.zip/b.tif` the part from 8 to 13 is one: of `a.zip/b.tif` the longest beginning that is on the disk.
+    """
     if os.path.isfile(os.path.join(folder, name)):
         yield os.path.join(folder, name), 0, len(name)
         return

@@ -1,4 +1,6 @@
-"""A seal at the end of a file: of what it is a part, and a checksum of every byte before it.
+"""A seal at the end of a file: one line that says of what the file is a part, with a checksum of every byte before it.
+
+    vfmseg seal MARK 64-HEX-DIGITS
 
 It is appended, so that it comes, goes and moves with the file. What reads TIFF files and zip archives does not look
 behind their end.
@@ -12,7 +14,7 @@ import re
 from pathlib import Path
 
 _SEAL = re.compile(rb"\nvfmseg seal (\S+) ([0-9a-f]{64})\n\Z")
-_LONGEST = 256
+_LONGEST = 256  # bytes at the end of a file in which the seal lies
 _READ = 2**20
 
 
@@ -39,7 +41,7 @@ def is_intact(path: Path) -> bool:
 
 
 def _seal_in(path: Path) -> tuple[int, bytes, bytes] | None:
-    """(bytes before the seal, mark, digest)."""
+    """(number of bytes before the seal, mark, digest); None for a file without a seal, or none at all."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

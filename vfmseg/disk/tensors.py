@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are those that are expected."""
+"""Whether the tensors of a file are those that are expected: names, shapes, types, finite numbers. CheckpointError."""
 
 from __future__ import annotations
 

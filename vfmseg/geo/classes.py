@@ -1,6 +1,7 @@
 """Class ids as files hold them, and the indexes 0..K-1 that they have inside; numbers alone, no files.
 
-An id that nobody declared is an error with its count, never a class: neither clamped, wrapped nor turned into 0.
+With the ids (10, 30, 100) and ignore_index 0 the array [[10, 100], [0, 30]] becomes [[0, 2], [-1, 1]]. An id that
+nobody declared is an error with its count, never a class: neither clamped, wrapped nor turned into 0.
 """
 
 from __future__ import annotations

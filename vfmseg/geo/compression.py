@@ -38,7 +38,7 @@ def cog_options(name: str, level: int) -> dict[str, Any]:
 
 @cache
 def _works(name: str) -> bool:
-    """Tried on one pixel: an unknown compression may be an error, or be left out of the file without a word."""
+    """Whether a map of one pixel comes back with this compression: GDAL may refuse it, or leave it out in silence."""
     try:
         with gdal(), in_pixels(), MemoryFile() as memory:
             with memory.open(driver="GTiff", width=1, height=1, count=1, dtype="uint8", compress=name):

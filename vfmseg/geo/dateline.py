@@ -1,7 +1,7 @@
 """Coordinates that come round: 180 and -180 degrees are one meridian, and 250 degrees is -110.
 
-A *turn* is the step in x that leads back to the same ground, 360 in degrees. Whoever compares or joins places moves them
-by whole turns first: a scene from 179 to 181 degrees and a polygon from -180 to -179 share the ground from 180 to 181.
+A *turn* is the step in x that leads back to the same ground, 360 in degrees. What is compared or joined is moved by
+whole turns first: a scene from 179 to 181 degrees and a polygon from -180 to -179 share the ground from 180 to 181.
 """
 
 from __future__ import annotations

@@ -85,7 +85,10 @@ def describe(dataset: Any, path: str) -> FileInfo:
 
 
 def _block(dataset: Any, others: Sequence[str]) -> tuple[int, int]:
-    """Rows and columns that are decoded at a time; of a VRT its first tile's, as its own are those of no file."""
+    """Rows and columns that are decoded at a time; of a VRT those of its first tile.
+
+    A VRT's own blocks (128 x 128) are those of no file: reading along them would decode the tiles' blocks many times.
+    """
     first = next((file for file in others if not _is_mosaic(file)), None)
     if dataset.driver == "VRT" and first is not None:
         with contextlib.suppress(RasterioError), open_dataset(first) as tile:

@@ -77,6 +77,7 @@ class Window:
 
 
 def _clip(start: int, length: int, size: int) -> tuple[int, int]:
+    """First index and the one after the last of a span, as far as it lies in 0..size."""
     first = min(max(start, 0), size)
     return first, max(min(start + length, size), first)
 
@@ -87,7 +88,8 @@ class Grid:
 
     crs: "EPSG:32633" or WKT, None if the file has none. transform: (a, b, c, d, e, f) with
     x = a col + b row + c and y = d col + e row + f in units of the crs; row 0, col 0 is the outer corner of
-    the first pixel. height, width: pixels.
+    the first pixel. height, width: pixels. A map with north at the top has b = d = 0 and e < 0; with a = 10, c = 500000
+    the centre of column 2 lies at x = 500025.
     """
 
     crs: str | None
@@ -152,7 +154,8 @@ class Spans:
     """The tiles along one axis of `size` pixels, in order; each is computed when it is asked for, so none is kept.
 
     Tiles step by tile - overlap_px; the last one is pulled back so that it ends with the scene. An axis that is not
-    longer than a tile has a single one, at 0. Neighbours' cores meet in the middle of their overlap.
+    longer than a tile has a single one, at 0. Neighbours' cores meet in the middle of their overlap: 10 pixels in
+    tiles of 4 that overlap by 2 are the spans (0, 0, 3), (2, 3, 5), (4, 5, 7), (6, 7, 10).
     """
 
     def __init__(self, size: int, tile: int, overlap_px: int = 0) -> None:

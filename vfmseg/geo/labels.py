@@ -1,4 +1,4 @@
-"""Labels read by window: class ids of a file become indexes 0..K-1, and everything unlabelled becomes IGNORE.
+"""Labels read by window: int64 (h, w), an index 0..K-1 for each class id of the file, IGNORE where there is no label.
 
 An id that nobody declared is an error with its count, never a class: neither clamped, wrapped nor turned into 0.
 """
@@ -73,7 +73,7 @@ class LabelRaster:
         self.close()
 
     def _bands(self) -> list[int]:
-        """The band of class ids, or red, green and blue, which all hold them in a grey picture."""
+        """Numbers, from 1, of the bands that hold class ids: one, or red, green and blue alike, of a grey picture."""
         info = self._file.info
         bands = [band for band in range(1, info.count + 1) if band not in info.alpha]
         if len(bands) != 1 and [info.bands[band - 1].color for band in bands] != ["red", "green", "blue"]:

@@ -1,4 +1,8 @@
-"""Arrays as rasters: an array in memory goes through the same reading rules as a file."""
+"""Arrays as rasters: an array in memory goes through the same reading rules as a file.
+
+It is written to a GeoTIFF in GDAL's memory, at the cost of a copy; so there is one way of reading, and not a second one
+that could differ in what it takes for nodata.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,10 @@ def map_tags(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def mosaic(grid: Grid, layer: Layer, pieces: Sequence[tuple[str, Window]]) -> str:
-    """A VRT of `grid` that shows the pieces (file name beside the VRT, window); nodata where there is none."""
+    """The XML text of a VRT of `grid` that shows the pieces; nodata where there is none.
+
+    pieces: (name of a map file beside the VRT, its window of the grid); the file is as large as the window.
+    """
     root = xml.Element("VRTDataset", rasterXSize=str(grid.width), rasterYSize=str(grid.height))
     if grid.crs is not None:
         xml.SubElement(root, "SRS").text = grid.crs

@@ -1,4 +1,4 @@
-"""One raster file, opened when first needed: stored numbers by window, and what masks and alpha bands hide.
+"""One raster file, opened when first needed: stored numbers (bands, h, w) by window, and what masks and alpha hide.
 
 What the numbers mean, as imagery or as labels, is decided in `reader` and `labels`.
 """
@@ -23,7 +23,10 @@ from vfmseg.geo.trust import is_remote
 
 
 class RasterFile:
-    """One file of any format that GDAL tells by its content. Safe in threads, after a fork and in pickles."""
+    """One file of any format that GDAL tells by its content. Safe in threads, after a fork and in pickles.
+
+    What a file says of itself travels in the pickle, the open handle does not: each process opens its own.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)

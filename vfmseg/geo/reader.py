@@ -1,7 +1,8 @@
-"""Imagery read by window: values, and which pixels hold any.
+"""Imagery read by window: values float32 (C, h, w), and valid bool (h, w), which pixels hold any.
 
 A pixel is invalid where the file or the recipe says so (nodata, alpha, mask band), where a value is NaN or
 infinite, and beyond the edge of the scene. Invalid pixels carry 0.0, so that nothing downstream can spread NaN.
+Which bands are read is decided in `bands`, what hides a pixel in `validity`, and reading on another grid in `warp`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Raster:
     With several files the band numbers count through them: files of 3 and 1 bands have bands 1 to 4. Files are
     opened at the first need and told by content, not by suffix. A palette image gives its palette indexes. `onto`:
     the grid on which the raster is wanted; files on another one are resampled as they are read, see `warp`.
+    hidden: how many pixels were read so far, and what has hidden how many.
     """
 
     def __init__(
@@ -179,10 +181,13 @@ class Raster:
                 )
 
     def _read_inside(self, window: Window, kind: np.dtype = _FLOAT) -> tuple[np.ndarray, np.ndarray]:
-        """Values and validity of a window inside the files, on their own grid, in a type that holds them."""
+        """Values (C, h, w) of type `kind` and validity (h, w) of a window inside the files, on their own grid.
+
+        A pixel is hidden for all bands alike: there is one validity a modality.
+        """
         values = np.empty((len(self._chosen), *window.shape), dtype=kind)
-        empty: dict[str, np.ndarray] = {}  # where all bands so far hold their number of this source
-        hidden: dict[str, np.ndarray] = {}  # where any band so far says so, by cause
+        empty: dict[str, np.ndarray] = {}  # {"recipe" or "file": where all bands so far hold its nodata}
+        hidden: dict[str, np.ndarray] = {}  # {cause: where any band so far says so}
 
         def hide(cause: str, hit: np.ndarray) -> None:
             hidden[cause] = hidden[cause] | hit if cause in hidden else hit

@@ -1,4 +1,7 @@
-"""What files say of their bands: names, colours, scale and offset; and whether a band marked as alpha is one."""
+"""What files say of their bands: names, colours, scale and offset; and whether a band marked as alpha is one.
+
+Models read other scenes by it: band 4 called "red" is given to the model as the band that was red in training.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ def _usable(scale: float, offset: float) -> bool:
 
 
 def split_alpha(dataset: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(bands that are alpha, bands that are only marked as such), 1-based.
+    """(bands that are alpha, bands that are only marked as such), both 1-based: ((4,), ()) or ((), (4,)) of four bands.
 
     Many writers mark the fourth band of an 8-bit file as alpha although it holds infrared. An alpha band holds 0 where
     the picture is hidden and the largest number nearly everywhere else; nine places are looked at. Where it holds one
@@ -115,6 +118,7 @@ def _is_alpha(dataset: Any, band: int) -> bool:
     try:
         numbers = _some_of(dataset, band)
         shown = numbers[numbers != 0]
+        # "shown" in half of what is not hidden is enough: the rest may be smooth edges
         top = np.iinfo(numbers.dtype).max if numbers.dtype.kind in "iu" else 1.0
         opaque = max(np.count_nonzero(shown == value) for value in (*_OPAQUE, top))
         if opaque and 2 * opaque >= len(shown):

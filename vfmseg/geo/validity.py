@@ -20,11 +20,17 @@ LIMIT = 1e37
 """Numbers beyond are no measurements, as infinity is none: what writers put where there is nothing (-3.4e38)."""
 
 CLOSE = 1e-6
-"""Share of a nodata value by which a stored number may differ from it: tags are text, and cut after some digits."""
+"""Share of a nodata value by which a stored number may differ from it: tags are text, and cut after some digits.
+
+A tag says 0.1 where the pixels hold 0.10000000149, the float32 next to it.
+"""
 
 
 def as_stored(value: float, dtype: np.dtype) -> np.generic | None:
-    """A nodata value as a number of this type; None if no measurement can equal it (-9999 in uint8, NaN, -3.4e38)."""
+    """A nodata value as a number of this type, to compare pixels with; None if no pixel need be compared.
+
+    No pixel of uint8 is -9999 or 0.5; NaN and -3.4e38 are found by `no_numbers`.
+    """
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         if not np.isfinite(value) or value != int(value) or not limits.min <= value <= float(limits.max):
@@ -34,7 +40,7 @@ def as_stored(value: float, dtype: np.dtype) -> np.generic | None:
 
 
 def equals(stored: np.ndarray, mark: Any) -> np.ndarray:
-    """Bool, where stored numbers are this nodata value; floating-point ones may be as good as equal to it."""
+    """Bool, of the array's shape: where stored numbers are this nodata value, to 1e-6 of it if they are floats."""
     if stored.dtype.kind != "f" or mark == 0:
         return np.asarray(stored == mark)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -42,12 +48,12 @@ def equals(stored: np.ndarray, mark: Any) -> np.ndarray:
 
 
 def no_numbers(values: np.ndarray) -> np.ndarray:
-    """Bool, where values are NaN, infinite or beyond LIMIT."""
+    """Bool, of the array's shape: where values are NaN, infinite or beyond LIMIT."""
     return np.asarray(~(np.abs(values) < LIMIT))  # NaN is not below it either
 
 
 def hides_alone(nodata: float, dtype: np.dtype, of_file: bool) -> bool:
-    """Whether one band with this nodata value hides the pixel; else all bands must hold theirs."""
+    """Whether one band with this nodata value hides the pixel; else all bands must hold theirs (the table above)."""
     return nodata != 0 and not (of_file and dtype == np.uint8)
 
 
@@ -67,7 +73,7 @@ class Hidden:
     causes: dict[str, int] = field(default_factory=dict)
 
     def by(self, cause: str, hit: np.ndarray) -> np.ndarray:
-        """Count what a cause hides; returns `hit`."""
+        """Count the True of `hit` for a cause; returns `hit`, so that it can be used on the way."""
         count = int(np.count_nonzero(hit))
         if count:
             self.causes[cause] = self.causes.get(cause, 0) + count

@@ -30,6 +30,8 @@ _ARCHIVES = ("/vsizip/", "/vsitar/", "/vsigzip/", "/vsi7z/", "/vsirar/", "/vsime
 _BESIDE = (".msk", ".ovr")
 """Endings of the rasters that GDAL looks for beside another one."""
 
+# A vector file in text is plain if its first element is of KML or GPX, or it is GeoJSON. OGR's other drivers tell a
+# file by such words as well, and some of those send requests or follow paths that the text names.
 _BEFORE_ROOT = re.compile(rb"^(?:\xef\xbb\xbf|\s|<\?.*?\?>|<!--.*?-->)+", re.DOTALL)
 _LAYERS = re.compile(rb'<(?:kml|gpx)\b|\{[^{]*"type"\s*:\s*"(?:Feature|\w*Polygon|GeometryCollection)')
 _BESIDE_LAYERS = (".xml", ".html", ".qml", ".qmd", ".sld")
@@ -38,7 +40,10 @@ _vetted: dict[str, tuple[int, int]] = {}  # virtual rasters that have been looke
 
 
 def vet(path: str) -> None:
-    """DataError if opening a raster by this name, which the user has given, would reach further than the name."""
+    """DataError if opening a raster by this name, which the user has given, would reach further than the name.
+
+    The name may be of a file, of a data set inside one (GPKG:a.gpkg:ortho), or the XML of a virtual raster itself.
+    """
     require_file(path)
     if trusted() or is_remote(path):
         return
@@ -86,7 +91,11 @@ def vet_vector(path: Path) -> None:
 
 
 def _vet_file(path: str, seen: set[str], nested: bool = False) -> None:
-    """A file and what GDAL opens beside it, by content: suffixes say nothing."""
+    """A file and what GDAL opens beside it, by content: suffixes say nothing.
+
+    seen: files that were looked at on the way here; two that name each other would else be followed for ever. nested:
+    whether another file names this one, which must then be a raster, where the user may name what he likes.
+    """
     require_file(path)
     if path in seen or not os.path.isfile(path):
         return
@@ -169,7 +178,7 @@ def _names_of(folder: str, time: int) -> dict[str, list[str]]:
 
 
 def _vet_belonging(path: str, driver: str, files: Sequence[str], seen: set[str]) -> None:
-    """The files that an open data set is read from: some formats name others, and archives hold sidecars too."""
+    """Look at the files that an open data set is read from: some formats name others, and archives hold sidecars."""
     if driver == "VRT":  # which has been looked through before
         return
     for file in files:
@@ -185,13 +194,16 @@ def _candidates(name: str, folders: list[str]) -> list[str]:
 
 
 def _pieces(name: str) -> list[str]:
-    """Parts of such a name as `NETCDF:"a.nc":band` that may be files."""
+    """Parts of a name that may be files: NETCDF, a.nc and band of `NETCDF:"a.nc":band`; vsizip prefixes taken off."""
     parts = [part for part in re.split(r'[":?,]', name) if part]
     return [*parts, *(re.sub(r"^(?:/vsi(?!mem)\w+/)+", "", part) for part in parts if part.startswith("/vsi"))]
 
 
 def _require_beside(name: str, place: str, folders: list[str]) -> None:
-    """A file whose bytes are pixels as they stand lies with the file that names it: else it could be any file."""
+    """DataError for a raw file outside of the folder of the file that names it.
+
+    Bytes of a raw file are pixels as they stand, so that any file could be shown as one: /etc/passwd as grey values.
+    """
     if name.startswith("/vsi") or is_remote(name):
         raise _no_raster(place, name)
     homes = [Path(folder).resolve() for folder in folders]
@@ -215,6 +227,7 @@ def _probe(path: str, place: str, seen: set[str]) -> None:
 
 
 def _is_virtual(path: str) -> bool:
+    """Whether a file in an archive opens as a VRT; its bytes are not on this disk to look at."""
     try:
         with in_pixels():
             DatasetReader(path, driver="VRT").close()

@@ -1,4 +1,4 @@
-"""What a virtual raster (VRT) names, read from its XML without opening anything.
+"""Every name in a virtual raster (VRT) that GDAL would open or run, read from its XML without opening anything.
 
 GDAL reads XML in its own way: case does not count, an attribute is as good as an element, and of several pieces of text
 one is the value. Where it might read other names than are found here, the file is refused.
@@ -15,12 +15,14 @@ from xml.etree import ElementTree
 MARK = re.compile(rb"<\s*VRTDataset", re.IGNORECASE)
 """What tells a virtual raster by its first bytes."""
 
+# <SourceFilename>, <SourceDataset>, <MDI key="X_DATASET">, options such as RPC_DEM; but not <VRTDataset> itself
 _OPENED = re.compile(r"filename|^(?!vrt).*dataset|rpc_dem|dempath|cutlineds|^pixelfunctionlanguage$")
 """Elements and keys whose text is opened, or run."""
 
 _KEYS = ("key", "name")
 """What says in <MDI key="X_DATASET"> and <Argument name="gain_dataset_filename_1"> that their text is opened."""
 
+# of metadata these alone are opened: other keys, such as "dataset_name", are words of whoever made the file
 _METADATA = ("x_dataset", "y_dataset", "overview_file")
 
 _UNCLEAR = re.compile(

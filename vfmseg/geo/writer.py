@@ -159,6 +159,7 @@ class MapWriter:
         return dataset
 
     def _flush(self, count: int) -> None:
+        """Write the first `count` of the collected rows, which end before row `_next`, and keep their checksum."""
         rows = np.ascontiguousarray(self._rows[:, :count])  # no copy but of the last rows of several bands
         window = Window(self._next - count, self._col, count, rows.shape[2])
         self._sums[window] = zlib.crc32(rows.data)
@@ -182,7 +183,10 @@ class MapWriter:
             publish(self._partial, self.path, self._check, stale=SIDECARS)
 
     def _optimise(self) -> None:
-        """Put a cloud-optimised copy in the place of the temporary file."""
+        """Put a cloud-optimised copy in the place of the temporary file.
+
+        Its overviews average numbers that measure something (confidence), but never class ids.
+        """
         copy = self._partial.with_name(self._partial.name + ".cog")
         try:
             rasterio.shutil.copy(
@@ -206,6 +210,7 @@ class MapWriter:
         self._made = False  # what follows is the rename
 
     def _discard(self) -> None:
+        """Close what is open and remove the temporary file, whatever state they are in; raises nothing."""
         dataset, self._dataset = self._dataset, None
         if dataset is not None:
             with contextlib.suppress(*GDAL_ERRORS, OSError), gdal():
@@ -225,6 +230,7 @@ class MapWriter:
             raise MachineError(self._lost(str(error.__cause__ or error))) from error
 
     def _lost(self, reason: str) -> str:
+        """The message for a map that could not be written."""
         if self._made and not self._partial.exists():
             return (
                 f"{self.path}: could not be written: its temporary file was removed meanwhile, by hand or by another "

@@ -185,6 +185,7 @@ def whole_folder(target: Path, own: Collection[str] | None = None) -> Iterator[P
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(target)
+    # a folder cannot be renamed onto one that holds something: the old one goes out of the way first
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()

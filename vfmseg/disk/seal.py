@@ -20,7 +20,7 @@ _READ = 2**20
 
 def seal(path: Path, mark: str) -> None:
     """Append the seal. mark: of what the file is a part; a word of at most 100 letters."""
-    digest = _digest(path, path.stat().st_size, mark)
+    digest = _digest(path, path.stat().st_size, mark)  # of the mark as well: another mark is damage, too
     with path.open("ab") as file:
         file.write(f"\nvfmseg seal {mark} {digest}\n".encode("ascii"))
 

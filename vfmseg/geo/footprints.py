@@ -80,7 +80,7 @@ def _box(grid: Grid, crs: str) -> tuple[float, float, float, float] | None:
         moved = transform_bounds(grid.crs, crs, *box)
     except GDAL_ERRORS:
         return None
-    west, south, east, north = moved
+    west, south, east, north = moved  # west > east is GDAL's way to say that a box lies across the date line
     if west > east:  # across the date line
         east += period(crs) or 0.0
     return (west, south, east, north) if all(map(math.isfinite, moved)) and west < east and south < north else None

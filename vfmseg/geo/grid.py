@@ -110,7 +110,7 @@ class Grid:
     def pixel(self, x: float, y: float) -> tuple[float, float]:
         """(row, col) in pixels of a place in units of the crs: the inverse of `point`."""
         a, b, c, d, e, f = self.transform
-        determinant = a * e - b * d
+        determinant = a * e - b * d  # area of a pixel, negative where rows run southwards; Cramer's rule below
         return ((a * (y - f) - d * (x - c)) / determinant, (e * (x - c) - b * (y - f)) / determinant)
 
     def crop(self, window: Window) -> Grid:
@@ -133,6 +133,7 @@ class Grid:
             return True
         a, b, _, d, e, _ = self.transform
         pixel = max(abs(a) + abs(b), abs(d) + abs(e))
+        # four corners are enough: between them both grids are affine, so that they cannot differ by more there
         corners = [(0, 0), (0, self.width), (self.height, 0), (self.height, self.width)]
         pairs = [(self.point(*corner), other.point(*corner)) for corner in corners]
         return all(max(abs(x - u), abs(y - v)) <= _TOLERANCE * pixel for (x, y), (u, v) in pairs)
@@ -169,7 +170,7 @@ class Spans:
         self.tile = tile
         self.step = tile - overlap_px
         self.last = max(size - tile, 0)  # first pixel of the last tile
-        self._count = -(-self.last // self.step) + 1
+        self._count = -(-self.last // self.step) + 1  # rounded up: the last step may be a short one
 
     def __len__(self) -> int:
         return self._count
@@ -189,7 +190,7 @@ class Spans:
             return 0
         if index == self._count:
             return self.size
-        return (self.start(index - 1) + self.tile + self.start(index)) // 2
+        return (self.start(index - 1) + self.tile + self.start(index)) // 2  # middle of the overlap with the one before
 
     def up_to(self, pixel: int) -> int:
         """How many tiles start at or before a pixel."""

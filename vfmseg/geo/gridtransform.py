@@ -42,6 +42,7 @@ class GridTransform:
         self._source = source
         self._target = target
         self._same = same_ground(str(source.crs), str(target.crs))
+        # pixels of the target -> ground -> pixels of the source; only of use where both are in one system
         self._affine = tuple(~Affine(*source.transform) @ Affine(*target.transform))[:6]
         self._turn = self._columns_of_a_turn()
         self._middle: float | None = None  # column below the middle of the target, where the source is in two pieces
@@ -63,7 +64,7 @@ class GridTransform:
         if self._same:
             a, b, c, d, e, f = self._affine
             down, across = rows[:, None], cols[None, :]
-            if b == 0 == d:
+            if b == 0 == d:  # neither is turned: rows depend on rows alone, and (h, 1) and (1, w) are enough
                 return e * down + f, self._landed(a * across + c)
             return d * across + e * down + f, self._landed(a * across + b * down + c)
         found = np.empty((2, len(rows), len(cols)))
@@ -78,7 +79,7 @@ class GridTransform:
         """Columns of the source once round the Earth; None if no position can lie a turn from where it is wanted."""
         turn = period(self._source.crs)
         a, b, *_ = self._source.transform
-        if turn is None or b:
+        if turn is None or b:  # in a turned grid a turn is no number of columns
             return None
         middle = sum(x_range(self._source)) / 2
         if self._same and max(abs(x - middle) for x in x_range(self._target)) <= turn / 2:
@@ -99,13 +100,13 @@ class GridTransform:
         """
         ticks = np.arange(_CELLS + 1) * self._step
         nodes = self._exact(*np.meshgrid(top * self._step + ticks, left * self._step + ticks, indexing="ij"))
-        usual = 8 * self._step * max(self.pixels)
+        usual = 8 * self._step * max(self.pixels)  # what is 8 times as long as the median cell is taken for torn
         with np.errstate(invalid="ignore"):
             for axis in (1, 2):
                 torn = (np.abs(np.diff(nodes, axis=axis)) > usual).any(axis=0)
                 before = [slice(None), slice(None)]
                 before[axis - 1] = slice(0, -1)
-                nodes[(slice(None), *before)][:, torn] = np.nan
+                nodes[(slice(None), *before)][:, torn] = np.nan  # the node before the tear, and with it its cells
         return nodes
 
     @staticmethod
@@ -124,7 +125,7 @@ class GridTransform:
         """Source positions (2, ...) of target positions, each by PROJ; NaN where there is none."""
         xs, ys = Affine(*self._target.transform) @ (cols.ravel(), rows.ravel())
         if not self._same:
-            try:
+            try:  # PROJ gives infinity for a place that a system does not have; some raise instead
                 xs, ys = map(np.asarray, transform(self._target.crs, self._source.crs, xs, ys))
             except GDAL_ERRORS:
                 xs = ys = np.full(rows.size, np.nan)
@@ -154,6 +155,7 @@ class GridTransform:
     def _error(self, step: int) -> float:
         """Pixels of the source by which interpolation in cells of this size is off, at most: at their middles."""
         rows, cols = self._spread(step, step)
+        # bilinear interpolation gives the mean of the corners there, where a curve is farthest from its chord
         corners = [self._exact(rows + i, cols + j) for i in (0, step) for j in (0, step)]
         off = np.hypot(*(self._exact(rows + step / 2, cols + step / 2) - sum(corners) / 4))
         known = off[np.isfinite(off)]

@@ -48,8 +48,9 @@ class LabelRaster:
             hidden = np.zeros(stored.shape, dtype=bool)
             for by_it in self._file.read_hidden(bands, inside).values():
                 hidden |= by_it
-            if any(((twin != stored) & ~hidden).any() for twin in twins):
+            if any(((twin != stored) & ~hidden).any() for twin in twins):  # colours, not grey three times
                 raise self._not_one_band(len(bands))
+            # many label files name 0, their first class, as nodata: the classes of the recipe count for more
             nodata = self._file.info.nodata[bands[0] - 1]
             if nodata is not None and nodata not in self.label_map.ids:
                 mark = as_stored(nodata, stored.dtype)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from vfmseg.errors import DataError
 
 _TYPES = (
-    # type, smallest and largest class id, nodata; colour tables exist for unsigned types only
+    # type, smallest and largest class id, nodata; colour tables exist for unsigned types only. The first that fits is
+    # taken. There is no int8: it is new in GDAL (3.7), and older programs do not open it
     ("uint8", 0, 254, 255),
     ("uint16", 0, 65534, 65535),
     ("int16", -32767, 32767, -32768),

@@ -46,6 +46,7 @@ def mosaic(grid: Grid, layer: Layer, pieces: Sequence[tuple[str, Window]]) -> st
         xml.SubElement(root, "SRS").text = grid.crs
     if grid.transform != IDENTITY:
         a, b, c, d, e, f = grid.transform
+        # GDAL's order is another one than that of affine matrices; repr keeps every digit
         xml.SubElement(root, "GeoTransform").text = ", ".join(repr(v) for v in (c, a, b, f, d, e))
     metadata = xml.SubElement(root, "Metadata")
     for key, value in layer.tags.items():
@@ -60,7 +61,7 @@ def mosaic(grid: Grid, layer: Layer, pieces: Sequence[tuple[str, Window]]) -> st
         if layer.colors:
             xml.SubElement(band, "ColorInterp").text = "Palette"
             table = xml.SubElement(band, "ColorTable")
-            for stored in range(max(layer.colors) + 1):
+            for stored in range(max(layer.colors) + 1):  # a table has no gaps
                 red, green, blue = layer.colors.get(stored, (0, 0, 0))
                 xml.SubElement(table, "Entry", c1=str(red), c2=str(green), c3=str(blue), c4="255")
         for name, window in pieces:

@@ -127,7 +127,7 @@ class Raster:
         count = len(self._plan())
         kind = self.compact if compact else _FLOAT
         inside = window.clip(self.grid.height, self.grid.width)
-        if inside == window and self._warp is None and inside.height and inside.width:
+        if inside == window and self._warp is None and inside.height and inside.width:  # nearly always: spare a copy
             return Chip(*self._read_inside(inside, kind))
         pixels = np.zeros((count, *window.shape), dtype=kind)
         valid = np.zeros(window.shape, dtype=bool)
@@ -157,14 +157,14 @@ class Raster:
     def follow(self, like: Sequence[BandSaid] | None) -> None:
         """Read from now on as the training files were: the same bands where this file names them, in their order."""
         self.bands = replace(self.bands, like=None if like is None else tuple(like))
-        self._chosen, self._warp = (), None
+        self._chosen, self._warp = (), None  # settled anew at the next read
 
     def _plan(self) -> tuple[ReadBand, ...]:
         """The bands to read; made once, when the files are first opened."""
         if not self._chosen:
             self._check_grids()
             own = self._files[0].info.grid
-            if self._onto is not None and not self._onto.same_place(own):
+            if self._onto is not None and not self._onto.same_place(own):  # else pixel lies on pixel
                 self._warp = Warp(self._name, own, self._onto)
             self._chosen = chosen_bands(self.bands, self._files, self._name)
         return self._chosen
@@ -207,7 +207,7 @@ class Raster:
                     hit = equals(stored, mark)
                     empty[source] = empty[source] & hit if source in empty else hit
                 values[slot] = _scaled(stored, read.scale, read.offset) if kind.kind == "f" else stored
-                if stored.dtype.kind == "f" or (read.scale, read.offset) != (1.0, 0.0):
+                if stored.dtype.kind == "f" or (read.scale, read.offset) != (1.0, 0.0):  # others are always numbers
                     hide("no number", no_numbers(values[slot]))
         for source, hit in empty.items():
             marks = sorted({f"{read.all_of[source]:g}" for read in self._chosen if source in read.all_of})

@@ -60,6 +60,7 @@ class Warp:
         _check_overlap(name, source, target)
         self._source = source
         self._positions = GridTransform(source, target)
+        # 1e-6: a raster that is finer by 5.0000001 is finer by 5
         down, across = (min(MOST, math.ceil(n - 1e-6)) if n > FINER else 1 for n in self._positions.pixels)
         self._parts = (down, across)  # positions along a pixel
 
@@ -74,12 +75,12 @@ class Warp:
         """Write a window into arrays of its size; a large one, or one over much of the raster, in halves."""
         down, across = self._parts
         if window.height * down * window.width * across > PIXELS:
-            return self._fill_halves(window, read, values, valid)
+            return self._fill_halves(window, read, values, valid)  # halves give the same bits: see `GridTransform`
         rows, cols = _parts(window.row, window.height, down), _parts(window.col, window.width, across)
         rows, cols = self._positions.at(rows, cols)
         samples = _Samples(rows, cols, self._source)
         needed = samples.needed
-        if needed is None:
+        if needed is None:  # all of it lies beside the raster: the arrays stay empty
             return None
         if needed.height * needed.width > 4 * PIXELS and window.height * window.width > 1:
             return self._fill_halves(window, read, values, valid)
@@ -138,6 +139,7 @@ class _Samples:
         self._inside = in_rows & in_cols
         if rows.shape == cols.shape:
             in_rows = in_cols = self._inside
+        # what lies outside is moved to 0, so that every index is one; `_inside` takes it out again
         self._rows, self._cols = np.where(in_rows, rows, 0.0), np.where(in_cols, cols, 0.0)
         self._grid = grid
         self.needed: Window | None = None
@@ -164,6 +166,7 @@ class _Samples:
             if not whole:  # an invalid corner gives way to the pixel below the position, which is valid
                 middle = stored[centre]
                 around = [np.where(flat[at], one, middle) for at, one in zip(corners, around, strict=True)]
+            # a + (b - a) t instead of a (1 - t) + b t: equal pixels give exactly their value
             upper = around[0] + (around[1] - around[0]) * across
             lower = around[2] + (around[3] - around[2]) * across
             np.copyto(into, upper + (lower - upper) * down, where=good)

@@ -92,6 +92,7 @@ class MapWriter:
         """
         if self._dataset is None:
             raise ValueError(f"{self.path}: not open; use the writer in a `with` statement")
+        # a strip begins where the one before it, which is complete, has ended; the first at 0, beside an empty one
         if values.ndim == 3 and self._next == self.grid.height and col == self._col + self._rows.shape[2]:
             self._rows = np.empty((len(self.layer.names), BLOCK, values.shape[2]), dtype=self.layer.dtype)
             self._col, self._next = col, 0
@@ -106,6 +107,7 @@ class MapWriter:
                 f"{self.grid.height} rows in all"
             )
         while values.shape[1]:
+            # rows wait until a row of tiles is full: GDAL would compress half a row twice
             filled = self._next % BLOCK
             part, values = values[:, : BLOCK - filled], values[:, BLOCK - filled :]
             self._rows[:, filled : filled + part.shape[1]] = part

@@ -66,7 +66,7 @@ def read_area(area: str | Path | Sequence[float], grid: Grid) -> Polygons:
 
 def _rectangle(bounds: Sequence[float], turn: float | None) -> Rings:
     """Bounds as a ring; west > east is across the date line if the way over it is the short one."""
-    if len(bounds) == 4 and turn is not None and bounds[0] - bounds[2] > 0.75 * turn:
+    if len(bounds) == 4 and turn is not None and bounds[0] - bounds[2] > 0.75 * turn:  # 170 to -170, not 20 to 10
         bounds = [bounds[0], bounds[1], bounds[2] + turn, bounds[3]]
     if len(bounds) != 4 or not (bounds[0] < bounds[2] and bounds[1] < bounds[3] and np.isfinite(bounds).all()):
         raise DataError(
@@ -112,6 +112,7 @@ def _onto(polygons: list[Rings], crs: str | None, grid: Grid, path: Path) -> lis
         turn = period(grid.crs)
         if crs is None or same_ground(crs, grid.crs):
             return brought_to(polygons, *x_range(grid), turn)
+        # in the file's CRS: to the turn where the scene is, and cut to its surroundings; then split and projected
         box = _surroundings(grid, crs)
         polygons = brought_to(polygons, float(box[0, 0]), float(box[1, 0]), period(crs))
         near = [[_clipped(ring, box) for ring in rings] for rings in polygons]
@@ -119,7 +120,7 @@ def _onto(polygons: list[Rings], crs: str | None, grid: Grid, path: Path) -> lis
         moved = [
             [np.stack(transform(crs, grid.crs, *_split(ring, step).T), axis=1) for ring in rings if len(ring)]
             for rings in near
-            if len(rings[0])
+            if len(rings[0])  # an outline that is cut off wholly takes its holes with it
         ]
     except Exception as error:  # PROJ's errors have no class of their own that rasterio makes public
         raise DataError(

@@ -109,6 +109,7 @@ class Polygons:
         if not shapes:
             return np.zeros((_BLOCK, _BLOCK), dtype=bool)
         with in_pixels():
+            # in pixels of the scene: the square's first corner is (col, row), and rows run downwards as they are
             return geometry_mask(shapes, (_BLOCK, _BLOCK), Affine(1, 0, col, 0, 1, row), invert=True)
 
     def _cut(self, row: int) -> dict[int, Rings]:

@@ -173,6 +173,7 @@ def _placed(pieces: Pieces, grid: Grid, min_area: float, simplify: float, to_deg
     matrix, origin = np.array([[a, d], [b, e]]), np.array([c, f])  # (x, y) = (col, row) @ matrix + origin
     ground = shapely.transform(polygons[large], lambda points: points @ matrix + origin)
     if simplify:
+        # an outline stays valid nearly always; the few that would cross themselves stay as they were
         simple = shapely.simplify(ground, simplify, preserve_topology=True)
         ground = np.where(shapely.is_valid(simple), simple, ground)
     if to_degrees:

@@ -22,7 +22,7 @@ from vfmseg.geo.labels import LabelRaster
 from vfmseg.metrics import Confusion, comparable, mean_text
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, parse_recipe
-from vfmseg.training import loop
+from vfmseg.training.objectives import segmentation
 
 NAMES = ("ground", "disc", "tree")
 
@@ -95,7 +95,7 @@ def test_progress_table_and_card_are_marked(
 ) -> None:
     scores = scores_of([0, 0], [0, 0], classes=2)
     marked = "1.000 over 1 of 2 classes (no disc)"
-    TrainingProgress(2, 1).epoch(1, 1, scores)
+    TrainingProgress(2, 1).epoch(1, 1, segmentation.in_words(scores))
     assert f"val mIoU {marked}" in capsys.readouterr().err
     assert marked in cli._table(scores)
     assert json.loads(json.dumps(scores))["classes_in_mean"] == 1
@@ -112,7 +112,7 @@ def test_a_validation_of_one_class_chooses_no_epoch(
         confusion.update(torch.zeros(9), torch.zeros(9))
         return confusion
 
-    monkeypatch.setattr(loop, "score_windows", all_ground)
+    monkeypatch.setattr(segmentation, "score_windows", all_ground)
     result = finetune(recipe)
     told = capsys.readouterr().err
     assert result["best_epoch"] == 2  # not the first, whose 1.000 no other can exceed

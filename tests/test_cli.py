@@ -204,7 +204,7 @@ def test_a_new_segmenter_leaves_what_others_have_put_beside_the_old_one(tmp_path
 @pytest.mark.pitfall("F3")
 def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     from vfmseg.disk.files import whole_folder
-    from vfmseg.training.run_folder import remove_leftovers
+    from vfmseg.training.run_folder import segmenter_run
 
     run, disk = tmp_path / "run", tmp_path / "disk"
     run.mkdir()
@@ -216,7 +216,7 @@ def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Pat
         with whole_folder(run / "best") as aside:
             (aside / "a").write_bytes(content)
         assert (run / "best" / "a").read_bytes() == content
-    remove_leftovers(run)
+    segmenter_run(run).remove_leftovers()
     assert [path.name for path in run.iterdir()] == ["best"]
     assert (disk / "a").read_bytes() == b"old"
 
@@ -343,10 +343,11 @@ def test_another_process_that_has_ended_is_one_line(monkeypatch: pytest.MonkeyPa
 
 def test_a_validation_without_a_score_is_shown_as_none(capsys: pytest.CaptureFixture[str]) -> None:
     from vfmseg.progress import TrainingProgress
+    from vfmseg.training.objectives.segmentation import in_words
 
     progress = TrainingProgress(2, 1)
-    progress.epoch(1, 1, {"miou": 0.5})
-    progress.epoch(2, 1, {"miou": None})
+    progress.epoch(1, 1, in_words({"miou": 0.5}))
+    progress.epoch(2, 1, in_words({"miou": None}))
     assert re.findall(r"val mIoU [^,]+", capsys.readouterr().err) == ["val mIoU 0.500", "val mIoU none"]
 
 

@@ -13,7 +13,8 @@ from vfmseg.errors import MachineError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
 from vfmseg.training import curves, loop
-from vfmseg.training.curves import Curves, scalars
+from vfmseg.training.curves import Curves
+from vfmseg.training.objectives.segmentation import as_curves
 
 
 def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -56,10 +57,10 @@ def test_curves_of_a_stopped_run_are_those_of_its_log(tmp_path: Path, monkeypatc
     content["seed"] = 2
     honest = loop.Loop._step
 
-    def until(self: loop.Loop, epoch: int, group: list[Any]) -> None:
-        honest(self, epoch, group)
-        if epoch == 1:  # after a step of the second epoch
+    def until(self: loop.Loop, epoch: int, group: list[Any]) -> loop.StepReport:
+        if self.state.step == self.steps_per_epoch + 1:  # after a step of the second epoch
             raise KeyboardInterrupt
+        return honest(self, epoch, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_step", until)
@@ -88,14 +89,18 @@ def test_curves_without_tensorboard_are_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_has_no_value_has_no_point() -> None:
+def test_what_has_no_value_has_no_point(tmp_path: Path) -> None:
     scores = {"miou": 0.5, "overall_accuracy": 0.75, "kappa": None, "classes": {"a": {"iou": 0.5}, "b": {"iou": None}}}
-    record = {"kind": "epoch", "step": 4, "epoch": 1, "validation": scores}
-    assert scalars(record) == {"val/miou": 0.5, "val/overall_accuracy": 0.75, "val/iou/a": 0.5}
-    assert scalars({"kind": "epoch", "step": 4, "epoch": 1}) == {}
+    written = Curves(tmp_path, as_curves)
+    written.update([{"kind": "epoch", "step": 2, "epoch": 1}])
+    written.update([{"kind": "epoch", "step": 2, "epoch": 1}, {"kind": "epoch", "step": 4, "validation": scores}])
+    written.close()
+    assert shown(tmp_path) == {
+        "val/miou": [(4, 0.5)], "val/overall_accuracy": [(4, 0.75)], "val/iou/a": [(4, 0.5)],
+    }  # fmt: skip
 
 
 def test_nothing_is_written_before_the_first_record(tmp_path: Path) -> None:
-    written = Curves(tmp_path / "tensorboard")
+    written = Curves(tmp_path / "tensorboard", as_curves)
     written.close()
     assert list(tmp_path.iterdir()) == []

@@ -47,10 +47,10 @@ def stopped_in_the_second_epoch() -> Iterator[None]:
 
     honest = loop.Loop._train_epoch
 
-    def until(self: loop.Loop, number: int) -> None:
+    def until(self: loop.Loop, number: int, tell: Any) -> None:
         if number == 1:
             raise KeyboardInterrupt
-        honest(self, number)
+        honest(self, number, tell)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Loop, "_train_epoch", until)

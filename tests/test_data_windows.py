@@ -20,7 +20,7 @@ from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.image import Image
 from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.data.scene import Scene
-from vfmseg.data.windows import Draw, Purpose, epoch_order, rank_batches, rng
+from vfmseg.data.windows import Draw, Purpose, epoch_draws, epoch_order, rank_batches, rng
 from vfmseg.errors import DataError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
@@ -88,6 +88,7 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only() -> None:
     assert first != epoch_order(50, seed=3, epoch=2)
     assert first != epoch_order(50, seed=4, epoch=1)
     assert epoch_order(50, seed=-3, epoch=1) != first
+    assert epoch_order(50, seed=3, epoch=1, source=1) != first
 
 
 @pytest.mark.pitfall("C26")
@@ -102,8 +103,8 @@ def test_streams_of_random_numbers_do_not_overlap() -> None:
 )
 @pytest.mark.pitfall("P54")
 def test_ranks_share_an_epoch_without_repeats_and_keep_in_step(length: int, batch: int, world: int) -> None:
-    order = epoch_order(length, 0, 0)
-    ranks = [rank_batches(order, batch, rank, world, epoch=4) for rank in range(world)]
+    order = epoch_order(length, 0, 4)
+    ranks = [rank_batches(epoch_draws(length, length, 0, 4), batch, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     seen: list[int] = []
     for step in range(len(ranks[0])):
@@ -116,10 +117,18 @@ def test_ranks_share_an_epoch_without_repeats_and_keep_in_step(length: int, batc
     assert all(draw.epoch == 4 for batches in ranks for draws in batches for draw in draws)
 
 
+@pytest.mark.parametrize(("length", "count"), [(7, 7), (3, 2), (2, 7), (11, 4), (1, 3)])
 @pytest.mark.pitfall("P57")
-def test_forgetting_the_epoch_is_an_error() -> None:
-    with pytest.raises(TypeError):
-        rank_batches([0, 1], 1, 0, 1)  # type: ignore[call-arg]
+def test_a_source_goes_round_and_its_laps_are_other_draws(length: int, count: int) -> None:
+    """An epoch goes on where the one before has ended; a lap visits each sample once, in an order of its own."""
+    epochs = [epoch_draws(length, count, 5, epoch, source=1) for epoch in range(length * 4)]
+    assert {len(draws) for draws in epochs} == {count}
+    walk = [draw for draws in epochs for draw in draws]
+    for lap, start in enumerate(range(0, len(walk), length)):
+        assert walk[start : start + length] == [Draw(lap, i) for i in epoch_order(length, 5, lap, source=1)]
+    assert len(set(walk)) == len(walk)
+    if length == count:
+        assert all(draw.epoch == epoch for epoch, draws in enumerate(epochs) for draw in draws)
 
 
 # ------------------------------------------------------------------------------------------------------ windows
@@ -263,7 +272,7 @@ def test_augmentation_differs_between_epochs_and_samples() -> None:
 @pytest.mark.pitfall("P57")
 def test_workers_do_not_change_the_samples(tmp_path: Path) -> None:
     data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment(), "all")
-    batches = rank_batches(epoch_order(len(data), 5, 1), 4, 0, 1, epoch=1)
+    batches = rank_batches(epoch_draws(len(data), len(data), 5, 1), 4, 0, 1)
 
     def run(workers: int) -> list[Batch]:
         torch.manual_seed(workers)  # the global state is another one each time
@@ -285,9 +294,9 @@ def test_workers_do_not_change_the_samples(tmp_path: Path) -> None:
 @pytest.mark.pitfall("C26")
 def test_ranks_draw_what_one_process_draws(tmp_path: Path) -> None:
     data = TrainingWindows(file_scenes(tmp_path), 16, 5, full_augment(), "all")
-    order = epoch_order(len(data), 5, 2)
-    (first, *_), (second, *_) = (rank_batches(order, 3, rank, 2, epoch=2) for rank in range(2))
-    (both, *_) = rank_batches(order, 6, 0, 1, epoch=2)
+    draws = epoch_draws(len(data), len(data), 5, 2)
+    (first, *_), (second, *_) = (rank_batches(draws, 3, rank, 2) for rank in range(2))
+    (both, *_) = rank_batches(draws, 6, 0, 1)
     two = [data[d] for d in first + second]
     assert all(equal(a, b) for a, b in zip(two, [data[d] for d in both], strict=True))
 
@@ -310,7 +319,7 @@ def test_reading_a_sample_leaves_the_global_random_states_alone(tmp_path: Path) 
 def test_batch_of_one_and_a_short_last_batch_keep_their_axes() -> None:
     data = TrainingWindows([ArrayScene(24, 24)], 8, 0, Augment(), "all")
     for size, lengths in ((1, [1] * 9), (4, [4, 4, 1])):
-        loader = DataLoader(data, batch_sampler=rank_batches(range(9), size, 0, 1, epoch=0), collate_fn=collate)
+        loader = DataLoader(data, batch_sampler=rank_batches(epoch_draws(9, 9, 0, 0), size, 0, 1), collate_fn=collate)
         batches = list(loader)
         assert [len(b) for b in batches] == lengths
         for batch in batches:

@@ -27,7 +27,8 @@ from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import guarded
-from vfmseg.training.loop import _plain_errors, dropout_seed, learning_rate
+from vfmseg.training.loop import _plain_errors, dropout_seed
+from vfmseg.training.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("dinov2", "clip", "sam")
@@ -73,10 +74,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, epoch: int) -> Iterator[None]:
 
     honest = loop.Loop._train_epoch
 
-    def until(self: loop.Loop, number: int) -> None:
+    def until(self: loop.Loop, number: int, tell: Any) -> None:
         if number == epoch:
             raise KeyboardInterrupt
-        honest(self, number)
+        honest(self, number, tell)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_train_epoch", until)
@@ -92,7 +93,7 @@ def records(run_folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def trained_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
     state = torch.load(run_folder / "state.pt", weights_only=True)
-    return dict(state["model"])
+    return dict(state["tensors"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +107,7 @@ def test_frozen_tensors_stay_bit_identical(family: str, data: Path, encoders: di
     assert (encoders[family] / "model.safetensors").read_bytes() == before
     trained = trained_tensors(tmp_path / "run")
     for name in trained:
-        assert "lora_" in name or name.startswith("decoder."), name
+        assert "lora_" in name or name.startswith("model.decoder."), name
     loaded = Segmenter.from_pretrained(tmp_path / "run" / "best")
     assert loaded.record["encoder"]["sha256"]
     # the adapter opens in plain peft on the upstream model and holds only the encoder's own layers
@@ -304,6 +305,36 @@ def test_a_state_that_does_not_fit_is_refused(
         run(tmp_path, content, resume=True)
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.pitfall("P55")
+def test_a_state_of_an_earlier_version_is_refused_by_its_format(
+    data: Path, encoders: dict[str, Path], tmp_path: Path, sealed: bool
+) -> None:
+    """It had no format, its trained tensors under `model` by other names, and at first no seal."""
+    from vfmseg.disk.seal import seal
+
+    content = recipe_dict(data, encoders["dinov2"], tmp_path / "run")
+    with interrupted(pytest.MonkeyPatch(), epoch=1):
+        run(tmp_path, content)
+    path = tmp_path / "run" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["format"]
+    state["model"] = {name.removeprefix("model."): tensor for name, tensor in state.pop("tensors").items()}
+    torch.save(state, path)
+    if sealed:
+        seal(path, "state")
+    before = path.read_bytes()
+    message = (
+        f"{path}: is the state of a run in format 1, but this version of vfmseg goes on with format 2; finish the run "
+        "with the version that began it, or start anew with --overwrite"
+    )
+    for how in ({}, {"accept_changed_data": True}):
+        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+            run(tmp_path, content, resume=True, **how)
+    assert path.read_bytes() == before
+    assert run(tmp_path, content, overwrite=True)["best_epoch"]
+
+
 @pytest.mark.pitfall("P63")
 def test_resume_goes_on_with_a_run_or_says_that_there_is_none(
     data: Path, encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -446,11 +477,11 @@ def training(folder: Path, content: dict[str, Any], how: str) -> Iterator[None]:
     there, go_on, errors = threading.Event(), threading.Event(), []
     honest = loop.Loop._train_epoch
 
-    def wait(self: loop.Loop, number: int) -> None:
+    def wait(self: loop.Loop, number: int, tell: Any) -> None:
         if number == 1 and threading.current_thread() is thread:
             there.set()
             assert go_on.wait(60)
-        honest(self, number)
+        honest(self, number, tell)
 
     def start() -> None:
         try:
@@ -506,7 +537,7 @@ def test_a_killed_run_leaves_no_lock_that_holds(data: Path, encoders: dict[str, 
     recipe = write_recipe(tmp_path / "r.yaml", recipe_dict(data, encoders["dinov2"], tmp_path / "run"))
     script = (
         "import os, sys; from vfmseg import finetune; from vfmseg.training import loop\n"
-        "loop.Loop._train_epoch = lambda self, number: os.kill(os.getpid(), 9)\n"
+        "loop.Loop._train_epoch = lambda *_: os.kill(os.getpid(), 9)\n"
         "finetune.main([sys.argv[1]])"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(recipe)], capture_output=True, check=False)
@@ -619,10 +650,10 @@ def step(self, closure=None):
     unused.extend(p for group in self.param_groups for p in group["params"] if p.grad is None)
     return adamw_step(self, closure)
 
-def epoch(self, number):
-    train_epoch(self, number)
+def epoch(self, number, tell):
+    train_epoch(self, number, tell)
     digest = hashlib.sha256()
-    for name, tensor in sorted(self.model.state_dict().items()):
+    for name, tensor in sorted(self.step.model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     searches = getattr(self.wrapped, "find_unused_parameters", False)
     seen = {"epoch": number, "weights": digest.hexdigest(), "unused": len(unused), "searches": searches}

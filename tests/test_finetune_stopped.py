@@ -15,7 +15,7 @@ from makers import recipe_dict, save_encoder, stopped_anywhere, toy_folder, writ
 from vfmseg.errors import CheckpointError, MachineError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import load_recipe
-from vfmseg.training.run_folder import check_output
+from vfmseg.training.run_folder import segmenter_run
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def run(folder: Path, content: dict[str, Any], **how: bool) -> dict[str, Any]:
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(torch.load(folder / "state.pt", weights_only=True)["model"])
+    return dict(torch.load(folder / "state.pt", weights_only=True)["tensors"])
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
@@ -59,7 +59,7 @@ def test_wherever_a_run_is_stopped_there_is_something_to_go_on_with(stops: Path)
     assert any((folder / "last").is_dir() != (folder / "best").is_dir() for folder in left)
     assert len(left) > 10
     for folder in left:
-        check_output(folder, resume=True, overwrite=False)
+        segmenter_run(folder).require_own(resume=True, overwrite=False)
 
 
 def goes_on(place: Path, stops: Path, folder: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_run_that_was_stopped_anywhere_goes_on(place: Path, stops: Path, tmp_p
 def test_a_run_that_meets_a_full_disk_in_its_first_save_goes_on(
     place: Path, stops: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vfmseg import finetune as script
     from vfmseg.checkpoint import folder as checkpoint
     from vfmseg.disk import files
+    from vfmseg.training import run_folder
 
     def full(target: Path, *own: Any) -> Any:
         if target.name == file:
@@ -107,7 +107,7 @@ def test_a_run_that_meets_a_full_disk_in_its_first_save_goes_on(
         if file in ("best", "last"):
             patch.setattr(checkpoint, "whole_folder", full)
         else:
-            patch.setattr(script, "whole_file", full)
+            patch.setattr(run_folder, "whole_file", full)
         with pytest.raises((OSError, MachineError)):
             run(tmp_path, recipe(place, tmp_path / "run"))
     goes_on(place, stops, tmp_path / "run")
@@ -120,7 +120,7 @@ def test_a_run_that_fails_before_anything_is_reached_leaves_nothing(
     """It can be started again by the same command."""
     from vfmseg.training import loop
 
-    def broken(self: loop.Loop, number: int) -> None:
+    def broken(*_: Any) -> None:
         assert (tmp_path / "run" / "state.pt").is_file()
         raise MachineError("no room")
 
@@ -143,7 +143,7 @@ def scored(patch: pytest.MonkeyPatch, *scores: float) -> None:
             classes = {name: {"iou": score, "support": 1} for name in ("ground", "disc")}
             return {"miou": score, "classes": classes, "absent": [], "classes_in_mean": 2}
 
-    patch.setattr("vfmseg.training.loop.score_windows", lambda *_: Confusion())
+    patch.setattr("vfmseg.training.objectives.segmentation.score_windows", lambda *_: Confusion())
 
 
 def head(folder: Path) -> bytes:
@@ -211,9 +211,9 @@ def test_a_best_segmenter_that_goes_while_the_run_lasts_is_told(
     scored(monkeypatch, 0.5, 0.4)
     honest = loop.Loop._train_epoch
 
-    def removed(self: loop.Loop, number: int) -> None:
+    def removed(self: loop.Loop, number: int, tell: Any) -> None:
         shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)
-        honest(self, number)
+        honest(self, number, tell)
 
     monkeypatch.setattr(loop.Loop, "_train_epoch", removed)
     with pytest.raises(CheckpointError, match="best: is missing"):

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from vfmseg.training.losses import (
     IGNORE,
     LOSSES,
-    PIXEL_LOSSES,
-    REGION_LOSSES,
+    Loss,
     counts,
     cross_entropy,
     dice,
@@ -21,6 +20,7 @@ from vfmseg.training.losses import (
 )
 
 EVERY = sorted(LOSSES)
+PIXEL_LOSSES = {"cross_entropy", "focal"}
 CLASS_WEIGHTS = (0.5, 2.0, 3.0)
 
 
@@ -35,8 +35,12 @@ def make_batch(
     return logits, labels
 
 
+def made(name: str, weights: tuple[float, ...] | None = CLASS_WEIGHTS) -> Loss:
+    return LOSSES[name](class_weights=weights) if name in PIXEL_LOSSES else LOSSES[name]()
+
+
 def loss_sum(name: str, logits: Tensor, labels: Tensor, weights: tuple[float, ...] | None = CLASS_WEIGHTS) -> Tensor:
-    return LOSSES[name].sum(logits, labels, weights, 2.0)
+    return made(name, weights).sum(logits, labels)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -136,13 +140,12 @@ def test_float64_is_kept(name: str) -> None:
     assert loss_sum(name, logits, labels).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_gradients_match_finite_differences(name: str, gamma: float) -> None:
+@pytest.mark.parametrize(
+    "loss", [*map(made, EVERY), LOSSES["focal"](class_weights=CLASS_WEIGHTS, gamma=0.5)], ids=[*EVERY, "focal, 0.5"]
+)
+def test_gradients_match_finite_differences(loss: Loss) -> None:
     logits, labels = make_batch(samples=2, size=3)
-    assert torch.autograd.gradcheck(
-        lambda z: LOSSES[name].sum(z, labels, CLASS_WEIGHTS, gamma), logits.requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda z: loss.sum(z, labels), logits.requires_grad_())
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -157,7 +160,7 @@ def test_a_batch_of_one_is_one_term_of_a_larger_batch(name: str) -> None:
 def test_a_right_answer_costs_nothing_and_a_wrong_one_much(name: str) -> None:
     labels = torch.randint(0, 3, (2, 8, 8))
     right = 50 * F.one_hot(labels, 3).permute(0, 3, 1, 2).double()
-    divisor = float(counts(labels)[LOSSES[name].count])
+    divisor = float(counts(labels)[made(name).count])
     assert loss_sum(name, right, labels, None) / divisor < 1e-9
     assert loss_sum(name, right.roll(1, dims=1), labels, None) / divisor > 0.99
 
@@ -171,13 +174,23 @@ def test_apples_gpus_count_in_a_type_that_they_know() -> None:
 
 
 def test_each_loss_is_a_pixel_or_a_region_loss() -> None:
-    assert set(LOSSES) == PIXEL_LOSSES | REGION_LOSSES == {"cross_entropy", "dice", "focal", "lovasz"}
-    assert not PIXEL_LOSSES & REGION_LOSSES
+    assert {name: made(name).count for name in LOSSES} == {
+        "cross_entropy": "pixels", "dice": "samples", "focal": "pixels", "lovasz": "samples",
+    }  # fmt: skip
     # what the count of a kind means: doubling the pixels of a sample doubles a pixel loss, not a region loss
     logits, labels = make_batch()
     for name in EVERY:
         ratio = loss_sum(name, torch.cat([logits] * 2, 2), torch.cat([labels] * 2, 1)) / loss_sum(name, logits, labels)
         assert torch.allclose(ratio, torch.tensor(2.0 if name in PIXEL_LOSSES else 1.0).double(), rtol=0.03), name
+
+
+def test_a_loss_takes_its_own_settings_and_no_others() -> None:
+    logits, labels = make_batch()
+    sharp = LOSSES["focal"](class_weights=CLASS_WEIGHTS, gamma=4.0)
+    assert torch.equal(sharp.sum(logits, labels), focal(logits, labels, CLASS_WEIGHTS, 4.0))
+    for name, settings in (("dice", {"class_weights": CLASS_WEIGHTS}), ("cross_entropy", {"gamma": 2.0})):
+        with pytest.raises(TypeError):
+            LOSSES[name](**settings)
 
 
 def test_cross_entropy_divided_by_its_count_is_the_weighted_mean() -> None:

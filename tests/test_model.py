@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from encoder_models import picture, save_all, upstream
 from makers import an_input, images_of, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 
@@ -25,8 +24,11 @@ from vfmseg.finetune import finetune
 from vfmseg.model import Network
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
-from vfmseg.training.loop import Schedule, parameter_groups, score_windows
 from vfmseg.training.losses import IGNORE, cross_entropy
+from vfmseg.training.objectives.segmentation import score_windows
+from vfmseg.training.processes import connect
+from vfmseg.training.schedule import Schedule, parameter_groups
+from vfmseg.training.step import Step
 
 RGB = (an_input(),)
 
@@ -162,7 +164,7 @@ def test_the_mode_of_the_model_decides_nothing_about_what_learns(families: dict[
         for mode in (None, True, False, True):
             if mode is not None:
                 model.train(mode)
-            groups = parameter_groups(model, Schedule(epochs=1, batch_size=1))
+            groups = parameter_groups(Step(model, {}).parts(), Schedule(epochs=1, batch_size=1))
             found.append([(g["weight_decay"], [id(p) for p in g["params"]]) for g in groups])
         assert found == [found[0]] * 4
         assert model.backbone.training
@@ -185,7 +187,7 @@ def test_scores_are_those_of_the_native_grid(families: dict[str, Path], upscale:
     labels = torch.randint(0, 2, (3, 45, 61))
     labels[2, 30:] = IGNORE
     samples = [Sample({"rgb": Image(i, v[0])}, y) for i, v, y in zip(images, valid, labels, strict=True)]
-    found: Any = score_windows(Accelerator(cpu=True), model, samples, 2, batch_size=2, rule="all")  # type: ignore[arg-type]
+    found: Any = score_windows(connect("no"), model, samples, 2, batch_size=2, rule="all")  # type: ignore[arg-type]
     with torch.no_grad():
         answers = model(images_of({"rgb": images}, {"rgb": valid[:, 0]})).argmax(1)
     counted = valid[:, 0] & (labels != IGNORE)

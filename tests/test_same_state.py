@@ -1,4 +1,4 @@
-"""Three small runs end in exactly the weights, optimizer state and losses that were recorded once.
+"""Small runs end in exactly the weights, optimizer state and losses that were recorded once.
 
 The digests in `same_state.json` were made before data, objectives and the model were taken apart; they do not depend
 on the names of tensors. How numbers are rounded depends on the processor and on torch, so the file also holds the
@@ -45,14 +45,15 @@ def probe() -> str:
     tokens, norm, out = nn.Linear(16, 48), nn.LayerNorm(16), nn.Conv2d(8, 3, 3, padding=1)
     layers = nn.ModuleList([convolution, upwards, tokens, norm, out, nn.GroupNorm(4, 8)])
     optimizer = torch.optim.AdamW(layers.parameters(), lr=0.01)
-    for _ in range(3):
+    for half in (False, False, True):
         found = convolution(torch.randn(4, 3, 32, 32))
-        flat = norm(found.flatten(2).transpose(1, 2))
-        q, k, v = tokens(flat).chunk(3, dim=-1)
-        flat = flat + F.gelu(F.scaled_dot_product_attention(q, k, v)) + (q @ k.transpose(1, 2)).softmax(-1) @ v
-        maps = layers[5](upwards(flat.transpose(1, 2).reshape(4, 16, 8, 8)))
-        logits = F.interpolate(out(F.relu(maps)), size=(32, 32), mode="bilinear", align_corners=False)
-        F.cross_entropy(logits, torch.randint(0, 3, (4, 32, 32)), reduction="sum").backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            flat = norm(found.flatten(2).transpose(1, 2))
+            q, k, v = tokens(flat).chunk(3, dim=-1)
+            flat = flat + F.gelu(F.scaled_dot_product_attention(q, k, v)) + (q @ k.transpose(1, 2)).softmax(-1) @ v
+            maps = layers[5](upwards(flat.transpose(1, 2).reshape(4, 16, 8, 8)))
+            logits = F.interpolate(out(F.relu(maps)), size=(32, 32), mode="bilinear", align_corners=False)
+        F.cross_entropy(logits.float(), torch.randint(0, 3, (4, 32, 32)), reduction="sum").backward()
         nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -136,7 +137,14 @@ def sixteen_bits(folder: Path) -> dict[str, Any]:
     return content
 
 
-RUNS = {run.__name__: run for run in (whole_encoder, two_modalities, sixteen_bits)}
+def half_precision(folder: Path) -> dict[str, Any]:
+    """As `two_modalities`, in bfloat16 where that is made for it."""
+    content = two_modalities(folder)
+    content["train"]["precision"] = "bf16"
+    return content
+
+
+RUNS = {run.__name__: run for run in (whole_encoder, two_modalities, sixteen_bits, half_precision)}
 
 
 def digests(name: str, folder: Path) -> dict[str, str]:
@@ -146,7 +154,7 @@ def digests(name: str, folder: Path) -> dict[str, str]:
     moments = [tensor for of_one in state["optimizer"]["state"].values() for tensor in of_one.values()]
     records = [{k: v for k, v in record.items() if k != "seconds"} for record in state["state"]["records"]]
     return {
-        "weights": digest_of(state["model"].values()),
+        "weights": digest_of(state["tensors"].values()),
         "optimizer": digest_of(moments),
         "records": hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest(),
     }

@@ -179,9 +179,9 @@ def test_a_trained_encoder_travels_with_the_segmenter(place: Path, tmp_path: Pat
     content["data"]["samples_per_epoch"] = 4
     finetune(load_recipe(write_recipe(tmp_path / "r.yaml", content)))
     segmenter = Segmenter.from_pretrained(tmp_path / "run" / "best")
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"]
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["tensors"]
     loaded = dict(segmenter.model.named_parameters())
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    assert all(torch.equal(loaded[name.removeprefix("model.")], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.pitfall("P42")

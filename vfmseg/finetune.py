@@ -10,36 +10,24 @@ if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(_
     sys.path.pop(0)
 
 import argparse
-import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from vfmseg.disk.files import whole_file, write_json
 from vfmseg.errors import RecipeError
 from vfmseg.geo.trust import close_services
 from vfmseg.launch import several
-from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
-from vfmseg.recipe.train import PredictSection
 from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
-from vfmseg.training.curves import Curves, remove_curves
+from vfmseg.training.curves import Curves, require_tensorboard
 from vfmseg.training.processes import connect, launch_command
-from vfmseg.training.run_folder import (
-    CURVES_FOLDER,
-    STATE_FILE,
-    alone,
-    check_output,
-    check_place,
-    forget_beginning,
-    remove_leftovers,
-    require_best,
-    with_the_others,
-)
+from vfmseg.training.run_folder import BEST, RunFolder, segmenter_run
 
 if TYPE_CHECKING:
+    from vfmseg.data.inputs import Inputs
     from vfmseg.model import Network
+    from vfmseg.training.keeper import Product
     from vfmseg.training.loop import RunState
 
 
@@ -55,172 +43,80 @@ def finetune(
     `accept_changed_data`.
     """
     quiet_libraries()
-    check_place(recipe.output_dir, resume, overwrite)
+    folder = segmenter_run(recipe.output_dir, recipe.name)
+    folder.require_place(resume, overwrite)
     if accept_changed_data and not resume:
         raise RecipeError("--accept-changed-data is about going on with a run: add --resume, or leave it out")
     with ExitStack() as stack:
         if is_main_process():
-            stack.enter_context(alone(recipe.output_dir, recipe.name, several()))
-        check_output(recipe.output_dir, resume, overwrite)
-        return _train(recipe, resume, accept_changed_data, stack)
+            stack.enter_context(folder.alone(several()))
+        folder.require_own(resume, overwrite)
+        if recipe.train.track == "tensorboard":
+            require_tensorboard()
+        return _train(recipe, folder, resume, accept_changed_data, stack)
 
 
-def _train(recipe: Recipe, resume: bool, accept_changed_data: bool, stack: ExitStack) -> dict[str, Any]:
-    output = recipe.output_dir
-    curves = Curves(output / CURVES_FOLDER) if recipe.train.track == "tensorboard" else None
+def _train(
+    recipe: Recipe, folder: RunFolder, resume: bool, accept_changed_data: bool, stack: ExitStack
+) -> dict[str, Any]:
     accelerator = connect(recipe.train.precision)
     if not is_main_process():  # which has come as far, and so has the folder
-        stack.enter_context(with_the_others(output, recipe.name))
+        stack.enter_context(folder.with_the_others())
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-    from vfmseg.build.data import inputs_of, open_training, value_ranges
-    from vfmseg.build.model import build_model, rule_of
-    from vfmseg.checkpoint.folder import saved_epoch
-    from vfmseg.checkpoint.writing import save_segmenter
-    from vfmseg.data.augment import Augment, Radiometry
-    from vfmseg.data.dataset import CoverWindows, TrainingWindows
+    from vfmseg.build.data import inputs_of, open_training
+    from vfmseg.build.model import build_model
+    from vfmseg.build.training import objectives_of, schedule_of, sources_of, validation_of, what_decides
     from vfmseg.data.traces import Traces
-    from vfmseg.metrics import mean_text
-    from vfmseg.training.loop import Loop, Schedule, StepReport, score_windows
-    from vfmseg.training.objectives.segmentation import Segmentation, class_weight_tuple
-    from vfmseg.training.resume import Origin, as_then, load_run, noted, save_run
+    from vfmseg.training.keeper import Keeper
+    from vfmseg.training.loop import Loop
+    from vfmseg.training.objectives.segmentation import as_curves, in_words
+    from vfmseg.training.resume import Origin, as_then, load_run, noted
+    from vfmseg.training.step import Step
 
-    known = resume and (output / STATE_FILE).is_file()
+    known = resume and folder.state.is_file()
     traces = Traces()
     scenes = open_training(recipe, traces)
     inputs = inputs_of(recipe, scenes["train"])
-    if known and accept_changed_data:  # the weights were learned from values that were normalised as they were then
-        inputs = as_then(inputs, output / STATE_FILE)
+    if known and accept_changed_data:
+        inputs = as_then(inputs, folder.state)
     model = build_model(recipe, inputs)
     say(_parameter_lines(model))
-    section = recipe.train
-    augment = Augment(
-        flip=section.augment.flip,
-        rotate90=section.augment.rotate90,
-        scale=section.augment.scale,
-        rotate=section.augment.rotate,
-        radiometry={
-            name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue)
-            for name, r in section.augment.radiometry.items()
-        },
-        value_range=value_ranges(inputs),
-    )
-    ids = tuple(sorted(recipe.data.classes))
-    names = [recipe.data.classes[i].name for i in ids]
-    gamma = 2.0 if section.focal_gamma is None else section.focal_gamma
-    cover = CoverWindows(scenes["val"], recipe.data.tile) if "val" in scenes else None
-    if cover is None:
-        say("no validation split: the last epoch is kept as best; add data.val to choose on unseen scenes")
-
-    def validate() -> dict[str, Any] | None:
-        if cover is None:
-            return None
-        return score_windows(accelerator, model, cover, len(ids), section.batch_size, rule_of(recipe)).scores(names)
-
-    def save(name: str, state: RunState) -> None:
-        metrics = {"epoch": state.epoch, "validation": state.records[-1].get("validation")}
-        save_segmenter(output / name, model, recipe, inputs, metrics)
-
-    def keep(state: RunState) -> None:
-        save("last", state)
-        _write_records(output / "metrics.jsonl", state)
-        with whole_file(output / "recipe.yaml") as aside:
-            aside.write_text(dump_recipe(recipe), encoding="utf-8")
-
-    def on_step(report: StepReport) -> None:
-        progress.step(report.step, report.epoch, report.loss, report.images)
-        if curves and curves.started:
-            curves.update(loop.state.records)
-
-    def on_epoch(state: RunState, improved: bool) -> None:
-        scores = state.records[-1].get("validation")
-        progress.epoch(state.step, state.epoch, scores)
-        if is_main_process():
-            if state.epoch == 1:  # of an earlier run, whose segmenter is replaced now
-                (output / "metrics.json").unlink(missing_ok=True)
-                remove_curves(output / CURVES_FOLDER)
-            keep(state)
-            save_run(output / STATE_FILE, loop, origin)
-            if improved:  # after the state, from which it can be made again if the run is stopped in between
-                save("best", state)
-            if curves:  # not before there is a run to go on with: until then the folder may hold another one's
-                curves.update(state.records)
-        accelerator.wait_for_everyone()
-
-    loop = Loop(
-        accelerator,
-        model,
-        Segmentation(
-            dict(section.loss.items()), rule_of(recipe), class_weight_tuple(section.class_weights, ids), gamma
-        ),
-        TrainingWindows(
-            scenes["train"], recipe.data.tile, recipe.seed, augment, rule_of(recipe), recipe.data.samples_per_epoch
-        ),
-        Schedule(
-            epochs=section.epochs,
-            batch_size=section.batch_size,
-            accumulate=section.accumulate,
-            clip=section.clip,
-            lr=section.optimizer.lr,
-            encoder_lr=section.optimizer.encoder_lr,
-            weight_decay=section.optimizer.weight_decay,
-            warmup=section.optimizer.warmup,
-            seed=recipe.seed,
-            workers=recipe.data.workers,
-        ),
-        validate,
-        on_step,
-        on_epoch,
-    )
+    step, sources = Step(model, objectives_of(recipe)), sources_of(recipe, scenes["train"], inputs)
+    loop = Loop(accelerator, step, sources, schedule_of(recipe), validation_of(recipe, model, scenes.get("val")))
     origin = Origin(
-        _what_decides(recipe), model.backbone.base.sha256, noted(inputs), accelerator.num_processes, traces.found
+        what_decides(recipe), model.backbone.base.sha256, noted(inputs), accelerator.num_processes, traces.found
     )
     if known:
-        load_run(output / STATE_FILE, loop, origin, accept_changed_data)
+        load_run(folder.state, loop, origin, accept_changed_data)
     if loop.state.epoch:
-        say(f"resuming after epoch {loop.state.epoch} of {section.epochs}")
+        say(f"resuming after epoch {loop.state.epoch} of {recipe.train.epochs}")
     elif resume:
-        say(f"{output}: no epoch was finished there, so the run starts with the first one")
+        say(f"{folder.path}: no epoch was finished there, so the run starts with the first one")
+    curves = Curves(folder.curves, as_curves) if recipe.train.track == "tensorboard" else None
+    keeper = Keeper(loop, folder, _segmenter(recipe, model, inputs), origin, dump_recipe(recipe), curves)
     if is_main_process():
-        remove_leftovers(output)
-        texts = all((output / name).is_file() for name in ("metrics.jsonl", "recipe.yaml"))
-        if loop.state.epoch and not (texts and saved_epoch(output / "last") == loop.state.epoch):
-            keep(loop.state)
-        there = saved_epoch(output / "best")
-        if loop.state.epoch and loop.state.epoch == loop.state.best_epoch != there:
-            save("best", loop.state)
-        elif loop.state.epoch and there is None:
-            require_best(output, there, loop.state.best_epoch, loop.state.epoch)
-        if not known:
-            # first of all, so that --resume goes on with this run wherever it is stopped; what an earlier one has
-            # reached stays until the first epoch ends
-            save_run(output / STATE_FILE, loop, origin)
-    progress = TrainingProgress(loop.steps_total, section.epochs, loop.state.step)
-    try:
-        state = loop.run()
-    except BaseException:
-        if is_main_process() and not known:
-            forget_beginning(output)
-        raise
-    finally:
-        progress.close()
-        if curves:
-            curves.close()
+        keeper.begin(known)
+    state = keeper.run(known)
     result = _result(recipe, model, state)
     if is_main_process():
-        require_best(output, saved_epoch(output / "best"), state.best_epoch, state.epoch)
-        write_json(output / "metrics.json", result)
-        reached = f" (val mIoU {mean_text(result['validation'])})" if result["validation"] else ""
-        say(f"done: best epoch {state.best_epoch}{reached}, segmenter in {output / 'best'}")
+        keeper.finish(result)
+        reached = f" ({in_words(result['validation'])})" if result["validation"] else ""
+        say(f"done: best epoch {state.best_epoch}{reached}, segmenter in {folder.path / BEST}")
     accelerator.end_training()
     return result
 
 
-def _what_decides(recipe: Recipe) -> str:
-    """The recipe without what may change between sittings: it decides no weight."""
-    train = recipe.train.model_copy(update={"track": "none"})
-    data = recipe.data.model_copy(update={"workers": 0})
-    update = {"train": train, "data": data, "predict": PredictSection(), "output_dir": Path()}
-    return dump_recipe(recipe.model_copy(update=update))
+def _segmenter(recipe: Recipe, model: Network, inputs: Inputs) -> Product:
+    """What this verb makes: a segmenter folder."""
+    from vfmseg.checkpoint.folder import saved_epoch
+    from vfmseg.checkpoint.writing import save_segmenter
+    from vfmseg.training.keeper import Product
+    from vfmseg.training.objectives.segmentation import in_words
+
+    def save(folder: Path, metrics: Mapping[str, Any]) -> None:
+        save_segmenter(folder, model, recipe, inputs, metrics)
+
+    return Product(save, saved_epoch, in_words)
 
 
 def _parameter_lines(model: Network) -> str:
@@ -233,11 +129,6 @@ def _parameter_lines(model: Network) -> str:
     if sites:
         lines.append(f"adapter {model.attached.name} on {len(sites)} layers: {sites[0]} ... {sites[-1]}")
     return "\n".join(lines)
-
-
-def _write_records(path: Path, state: RunState) -> None:
-    with whole_file(path) as aside:
-        aside.write_text("".join(json.dumps(record) + "\n" for record in state.records), encoding="utf-8")
 
 
 def _result(recipe: Recipe, model: Network, state: RunState) -> dict[str, Any]:

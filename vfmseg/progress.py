@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from vfmseg.metrics import mean_text
 from vfmseg.terminal import on_terminal, say
 
 
@@ -47,7 +45,7 @@ class Bar:
 
 
 class TrainingProgress:
-    """Shows loss, validation mIoU, images a second and the time left of a training run."""
+    """Shows loss, score, images a second and the time left of a training run."""
 
     def __init__(self, steps_total: int, epochs: int, steps_done: int = 0) -> None:
         self.steps_total = steps_total
@@ -56,7 +54,7 @@ class TrainingProgress:
         self.started = time.perf_counter()
         self.images = 0
         self.loss = float("nan")
-        self.best = ""
+        self.score = ""
         self.bar = Bar("starting", steps_total, steps_done)
 
     def step(self, step: int, epoch: int, loss: float, images: int) -> None:
@@ -66,10 +64,10 @@ class TrainingProgress:
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
         self.bar.update(self._line(step, epoch), step)
 
-    def epoch(self, step: int, epoch: int, scores: dict[str, Any] | None) -> None:
-        """One epoch and its validation are done."""
-        if scores:
-            self.best = f", val mIoU {mean_text(scores)}"
+    def epoch(self, step: int, epoch: int, score: str) -> None:
+        """One epoch and its validation are done. score: what that has found in words; empty without a validation."""
+        if score:
+            self.score = f", {score}"
         if not self.bar.shown:
             say(self._line(step, epoch))
 
@@ -82,7 +80,7 @@ class TrainingProgress:
         done = step - self.first_step
         left = seconds / max(1, done) * (self.steps_total - step)
         return (
-            f"epoch {epoch}/{self.epochs}: loss {self.loss:.3f}{self.best}, "
+            f"epoch {epoch}/{self.epochs}: loss {self.loss:.3f}{self.score}, "
             f"{self.images / max(seconds, 1e-9):.1f} images/s, {clock(left)} left"
         )
 

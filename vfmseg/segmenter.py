@@ -38,7 +38,7 @@ from vfmseg.inference.views import averaged
 from vfmseg.inference.votes import filled_up, voter
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import Recipe, load_recipe
-from vfmseg.training.run_folder import holds_run
+from vfmseg.training.run_folder import segmenter_run
 from vfmseg.vector.area import read_area
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -268,7 +268,7 @@ class Segmenter:
         if source in target.parents or target in source.parents:
             raise CheckpointError(f"{folder}: one of it and {self.folder} lies in the other; choose a folder beside it")
         # a run's best/ and last/ are written under the run's own lock
-        lock = target.parent / LOCK if holds_run(target.parent) else lock_beside(target)
+        lock = target.parent / LOCK if segmenter_run(target.parent).holds_run() else lock_beside(target)
         with held(lock, target, "saving a segmenter"), segmenter_folder(target) as aside:
             shutil.copytree(self.folder, aside, dirs_exist_ok=True)
             if fingerprint_of(aside) != self.fingerprint:

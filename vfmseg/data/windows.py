@@ -8,7 +8,7 @@ random generator; nothing here touches a global random state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -38,24 +38,37 @@ def rng(purpose: Purpose, seed: int, epoch: int, index: int = 0) -> np.random.Ge
     return np.random.default_rng([int(purpose), abs(seed), int(seed < 0), epoch, index])
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of 0..length-1 that depends on (seed, epoch) only."""
-    return [int(i) for i in rng(Purpose.ORDER, seed, epoch).permutation(length)]
+def epoch_order(length: int, seed: int, epoch: int, source: int = 0) -> list[int]:
+    """A permutation of 0..length-1 that depends on (seed, epoch, source) only; source 0 is the first of a run."""
+    return [int(i) for i in rng(Purpose.ORDER, seed, epoch, source).permutation(length)]
 
 
-def rank_batches(order: Sequence[int], batch_size: int, rank: int, world: int, *, epoch: int) -> list[list[Draw]]:
-    """The batches of one process in one epoch.
+def epoch_draws(length: int, count: int, seed: int, epoch: int, source: int = 0) -> list[Draw]:
+    """The `count` samples that a source of `length` samples gives in one epoch of a run, in order.
 
-    Global step i takes order[i * batch_size * world : (i + 1) * batch_size * world]; process `rank` of `world`
+    The source goes round: a lap visits each sample once, in an order of its own, and an epoch begins where the one
+    before has ended. `Draw.epoch` is the number of the lap, so that a sample met again is another window of its scene.
+    Of 3 samples, 2 an epoch, the epochs are (lap 0, lap 0), (lap 0, lap 1), (lap 1, lap 1). With count == length every
+    epoch is one lap of the same number.
+    """
+    first, last = epoch * count, (epoch + 1) * count
+    laps = range(first // length, (last - 1) // length + 1)
+    draws = [Draw(lap, index) for lap in laps for index in epoch_order(length, seed, lap, source)]
+    return draws[first - laps.start * length :][:count]
+
+
+def rank_batches(draws: Sequence[Draw], batch_size: int, rank: int, world: int) -> list[list[Draw]]:
+    """The batches of one process, of the draws of one epoch.
+
+    Global step i takes draws[i * batch_size * world : (i + 1) * batch_size * world]; process `rank` of `world`
     takes the rank-th run of at most batch_size of it. Nothing is drawn twice and nothing is dropped. In a short
     last step a process left without samples gets one filler, so that all processes take the same number of steps.
     """
     if batch_size < 1 or world < 1 or not 0 <= rank < world:
         raise ValueError(f"batch_size = {batch_size}, rank = {rank}, world = {world}: expected 0 <= rank < world")
     batches = []
-    for start in range(0, len(order), batch_size * world):
+    for start in range(0, len(draws), batch_size * world):
         first = start + rank * batch_size
-        taken = order[first : min(first + batch_size, start + batch_size * world)]
-        draws = [Draw(epoch, index) for index in taken]
-        batches.append(draws or [Draw(epoch, order[start], filler=True)])
+        taken = list(draws[first : min(first + batch_size, start + batch_size * world)])
+        batches.append(taken or [replace(draws[start], filler=True)])
     return batches

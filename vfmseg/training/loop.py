@@ -1,9 +1,10 @@
-"""The one training loop, on Accelerate: takes a model, a data set and an objective, and sees no recipe and no file.
+"""The one training loop, on Accelerate: steps through sources of samples and minimises what a `Step` computes.
 
-Order: the caller builds, freezes and attaches; the loop makes the optimizer over what `requires_grad`, prepares,
-and steps. A step may gather several batches (accumulation) on several processes; its losses are sums divided by
-the counts of the whole step, so how the step was cut does not change it. All randomness follows from
-(seed, epoch, sample), so a run that goes on from the end of an epoch ends like one that was never stopped.
+It sees no recipe, no scene, no particular model, objective or score: these meet it as protocols. The caller builds,
+freezes and attaches; the loop makes the optimizer over what `requires_grad`, prepares, and steps. A step may gather
+several batches (accumulation) on several processes; its losses are sums divided by the counts of the whole step, so how
+the step was cut does not change it. All randomness follows from (seed, epoch, sample), so a run that goes on from the
+end of an epoch ends like one that was never stopped.
 """
 
 from __future__ import annotations
@@ -11,40 +12,47 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from vfmseg.data.dataset import CoverWindows, TrainingWindows
-from vfmseg.data.image import Known
-from vfmseg.data.sample import Batch, collate
-from vfmseg.data.windows import Draw, epoch_order, rank_batches
+from vfmseg.data.sample import Batch, Sample, collate
+from vfmseg.data.windows import Draw, epoch_draws, rank_batches
 from vfmseg.errors import MachineError, RecipeError, VfmsegError
-from vfmseg.metrics import Confusion, comparable
-from vfmseg.model import Network
-from vfmseg.training.objectives.segmentation import Segmentation, total
+from vfmseg.training.schedule import Schedule, learning_rate, parameter_groups
+from vfmseg.training.step import Step, total
+
+Batches = dict[str, Batch]
+"""One batch of each source."""
+
+
+class Stream(Protocol):
+    """A source of samples. What a draw gives depends on the draw alone, in whatever process it is read."""
+
+    def __len__(self) -> int:
+        """Samples of one lap."""
+        ...
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """The sample of a draw, whose index is 0..len-1; a filler must count nowhere, so its labels are IGNORE."""
+        ...
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long and how fast: the plain numbers of a run."""
+class Score:
+    """What a validation found. best: what epochs are compared by, higher is better; None: nothing to compare by.
 
-    epochs: int
-    batch_size: int  # samples of one process and one forward pass
-    accumulate: int = 1
-    clip: float = 1.0  # largest gradient norm; 0 leaves it alone
-    lr: float = 3e-4
-    encoder_lr: float | None = None
-    weight_decay: float = 0.05
-    warmup: float = 0.05  # share of all steps
-    seed: int = 0
-    workers: int = 0
+    values: everything there is to note, ready for JSON; empty without a validation.
+    """
+
+    best: float | None
+    values: dict[str, Any]
 
 
 @dataclass
@@ -71,32 +79,16 @@ class StepReport:
     images: int
 
 
-def learning_rate(step: int, steps_total: int, base: float, warmup: float) -> float:
-    """Rate of optimizer step `step` (0-based): linear warm-up over `warmup * steps_total`, then half a cosine to 0.
+class Watcher(Protocol):
+    """Told of everything on every process; it decides which of them writes or prints."""
 
-    A closed form of the step number alone: equal on every rank and after a resume.
-    """
-    rising = math.ceil(warmup * steps_total)
-    if step < rising:
-        return base * (step + 1) / rising
-    done = (step - rising) / max(1, steps_total - rising)
-    return base * 0.5 * (1.0 + math.cos(math.pi * done))
+    def step(self, report: StepReport) -> None:
+        """An optimizer step is done."""
+        ...
 
-
-def parameter_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
-    """AdamW groups over what is trainable: encoder and head apart, no decay on norms and biases (1-d tensors)."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            key = (name.startswith("backbone."), parameter.ndim > 1)
-            groups.setdefault(key, []).append(parameter)
-    if not groups:
-        raise RecipeError("model: nothing in this model is trainable; choose another adapter or decoder")
-    rates = {True: schedule.encoder_lr or schedule.lr, False: schedule.lr}
-    return [
-        {"params": tensors, "base_lr": rates[of_encoder], "weight_decay": schedule.weight_decay if decays else 0.0}
-        for (of_encoder, decays), tensors in groups.items()
-    ]
+    def epoch(self, state: RunState, improved: bool) -> None:
+        """An epoch and its validation are done. improved: no epoch before was as good, or nothing can tell."""
+        ...
 
 
 def dropout_seed(seed: int, epoch: int, rank: int) -> int:
@@ -115,129 +107,149 @@ def global_sum(values: Tensor) -> Tensor:
 
 @dataclass
 class Loop:
-    """A run in progress. `on_step` and `on_epoch` are told on every rank; they decide who writes or prints."""
+    """A run in progress: a step, the sources of its batches, and a validation after each epoch.
+
+    An epoch is as long as the first source. The others give as many samples, going round as often as that takes, and
+    a process that is left without samples of a source gets a filler, so that every objective runs in every step.
+    """
 
     accelerator: Accelerator
-    model: Network  # not prepared: the loop wraps it, the caller keeps the plain module
-    objective: Segmentation
-    data: TrainingWindows
+    step: Step  # not prepared: the loop wraps it, the caller keeps the plain module
+    sources: Mapping[str, Stream]
     schedule: Schedule
-    validate: Callable[[], dict[str, Any] | None]
-    on_step: Callable[[StepReport], None]
-    on_epoch: Callable[[RunState, bool], None]
+    validate: Callable[[Accelerator], Score]  # of the plain model, on every process
     state: RunState = field(default_factory=RunState)
 
     def __post_init__(self) -> None:
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.schedule), lr=self.schedule.lr)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.batches_per_epoch = len(self._batches(0))
-        self.steps_per_epoch = math.ceil(self.batches_per_epoch / self.schedule.accumulate)
+        unknown = self.step.sources() ^ set(self.sources)
+        if unknown:
+            raise RecipeError(
+                f"train: sources {', '.join(sorted(self.sources))}, but the objectives take "
+                f"{', '.join(sorted(self.step.sources()))}; each source needs an objective, and each objective a source"
+            )
+        optimizer = torch.optim.AdamW(parameter_groups(self.step.parts(), self.schedule), lr=self.schedule.lr)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.step, optimizer)
+        self.samples_per_epoch = len(next(iter(self.sources.values())))
+        samples_per_step = self.schedule.batch_size * self.accelerator.num_processes
+        self.steps_per_epoch = math.ceil(
+            math.ceil(self.samples_per_epoch / samples_per_step) / self.schedule.accumulate
+        )
         self.steps_total = self.steps_per_epoch * self.schedule.epochs
 
-    def run(self) -> RunState:
-        """Train the epochs that are left; after each one validate, note whether it is the best, and report."""
+    def run(self, tell: Watcher) -> RunState:
+        """Train the epochs that are left; after each one validate, note whether it is the best, and tell."""
         for epoch in range(self.state.epoch, self.schedule.epochs):
             started = time.perf_counter()
-            self._train_epoch(epoch)
+            self._train_epoch(epoch, tell)
             self._require_numbers(epoch)
             seconds = time.perf_counter() - started
-            scores = self.validate()
-            score = comparable(scores) if scores else None
-            # without a validation split, or with one of a single class, there is nothing to choose by: the newest stays
-            improved = score is None or score > self.state.best_score
+            score = self.validate(self.accelerator)
+            # where there is nothing to choose by, the newest stays
+            improved = score.best is None or score.best > self.state.best_score
             if improved:
-                self.state.best_score = -math.inf if score is None else score
+                self.state.best_score = -math.inf if score.best is None else score.best
                 self.state.best_epoch = epoch + 1
             self.state.epoch = epoch + 1
             self.state.seconds += time.perf_counter() - started
             record = {"kind": "epoch", "epoch": epoch + 1, "step": self.state.step, "seconds": round(seconds, 2)}
-            self.state.records.append(record | ({"validation": scores} if scores else {}))
-            self.on_epoch(self.state, improved)
+            self.state.records.append(record | ({"validation": score.values} if score.values else {}))
+            tell.epoch(self.state, improved)
         return self.state
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int, tell: Watcher) -> None:
         self.wrapped.train()
         # dropout is the only randomness outside the data; seeded anew each epoch it survives a resume
         torch.manual_seed(dropout_seed(self.schedule.seed, epoch, self.accelerator.process_index))
         for group in self._steps(epoch):
-            self._step(epoch, [batch.to(self.accelerator.device) for batch in group])
+            tell.step(self._step(epoch, group))
 
-    def _step(self, epoch: int, group: list[Batch]) -> None:
-        divisors = self._global_counts(group)
-        rate = 0.0
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = learning_rate(
-                self.state.step, self.steps_total, parameters["base_lr"], self.schedule.warmup
-            )
-            rate = max(rate, parameters["lr"])
-        loss = torch.zeros((), device=self.accelerator.device)
-        for i, batch in enumerate(group):
-            last = i == len(group) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.accelerator.autocast():
-                    terms = self.objective.terms(self.wrapped, batch)
-                part = total(terms, divisors)
-                # DDP averages the gradients of its ranks; the sum was meant
-                self.accelerator.backward(part * self.accelerator.num_processes)
-            loss = loss + part.detach()
-        value = float(global_sum(loss))
+    def _step(self, epoch: int, group: list[Batches]) -> StepReport:
+        """One optimizer step over a group of batches."""
+        on_device = [
+            {source: batch.to(self.accelerator.device) for source, batch in batches.items()} for batches in group
+        ]
+        rate = self._set_rates()
+        value = self._backward(on_device)
         if not math.isfinite(value):
             raise VfmsegError(
                 f"training: the loss became {value} in epoch {epoch + 1}, step {self.state.step + 1}; expected a "
                 "finite number; try a lower train.optimizer.lr, or precision bf16 or no instead of fp16"
             )
         if self.schedule.clip > 0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
+            self.accelerator.clip_grad_norm_(self.step.parameters(), self.schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
+        self.step.after_step(self.state.step)
         self.state.records.append({"kind": "step", "step": self.state.step, "loss": value, "lr": rate})
-        images = sum(len(batch) for batch in group) * self.accelerator.num_processes
-        self.on_step(StepReport(epoch + 1, self.state.step, self.steps_total, value, rate, images))
+        images = sum(len(batch) for batches in group for batch in batches.values()) * self.accelerator.num_processes
+        return StepReport(epoch + 1, self.state.step, self.steps_total, value, rate, images)
+
+    def _set_rates(self) -> float:
+        """Set the rate of each group for this step; returns the highest."""
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate(
+                self.state.step, self.steps_total, parameters["base_lr"], self.schedule.warmup
+            )
+        return max(parameters["lr"] for parameters in self.optimizer.param_groups)
+
+    def _backward(self, group: list[Batches]) -> float:
+        """Gradients of a group of batches, added up; returns its loss over all processes."""
+        divisors = self._global_counts(group)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for i, batches in enumerate(group):
+            last = i == len(group) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    terms = self.wrapped(batches)
+                part = total(terms, divisors)
+                # DDP averages the gradients of its ranks; the sum was meant
+                self.accelerator.backward(part * self.accelerator.num_processes)
+            loss = loss + part.detach()
+        return float(global_sum(loss))
 
     def _require_numbers(self, epoch: int) -> None:
         """An error where the last steps have made a weight infinite or NaN: the loss has not seen it yet."""
-        lost = [name for name, tensor in self.model.trainable().items() if not torch.isfinite(tensor).all()]
+        lost = [name for name, tensor in self.step.kept().items() if not torch.isfinite(tensor).all()]
         if lost:
             raise VfmsegError(
                 f"training: {len(lost)} tensors hold NaN or infinity after epoch {epoch + 1} ({', '.join(lost[:3])}); "
                 "expected finite weights, so this epoch is not saved; try a lower train.optimizer.lr"
             )
 
-    def _global_counts(self, group: list[Batch]) -> dict[str, Tensor]:
+    def _global_counts(self, group: list[Batches]) -> dict[str, Tensor]:
         """The divisors of this step: counts summed over its batches and over all processes."""
         sums: dict[str, Tensor] = {}
-        for batch in group:
-            for kind, count in self.objective.counts(batch).items():
+        for batches in group:
+            for kind, count in self.step.counts(batches).items():
                 sums[kind] = sums.get(kind, torch.zeros_like(count)) + count
         return {kind: global_sum(value) for kind, value in sums.items()}
 
-    def _batches(self, epoch: int) -> list[list[Draw]]:
-        order = epoch_order(len(self.data), self.schedule.seed, epoch)
-        return rank_batches(
-            order,
-            self.schedule.batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            epoch=epoch,
-        )
-
-    def _steps(self, epoch: int) -> Iterator[list[Batch]]:
-        loader = DataLoader(
-            self.data,
-            batch_sampler=self._batches(epoch),
-            collate_fn=collate,
-            num_workers=self.schedule.workers,
-            multiprocessing_context="spawn" if self.schedule.workers else None,
-        )
-        group: list[Batch] = []
-        for batch in _plain_errors(loader):
-            group.append(batch)
+    def _steps(self, epoch: int) -> Iterator[list[Batches]]:
+        """The batches of this process in one epoch, as many at once as one optimizer step takes."""
+        streams = [_plain_errors(self._loader(epoch, number)) for number in range(len(self.sources))]
+        group: list[Batches] = []
+        for batches in zip(*streams, strict=True):
+            group.append(dict(zip(self.sources, batches, strict=True)))
             if len(group) == self.schedule.accumulate:
                 yield group
                 group = []
         if group:
             yield group
+
+    def _loader(self, epoch: int, number: int) -> Iterable[Batch]:
+        """The batches of the number-th source."""
+        source = list(self.sources.values())[number]
+        draws = epoch_draws(len(source), self.samples_per_epoch, self.schedule.seed, epoch, number)
+        return DataLoader(
+            cast("Dataset[Sample]", source),
+            batch_sampler=rank_batches(
+                draws, self.schedule.batch_size, self.accelerator.process_index, self.accelerator.num_processes
+            ),
+            collate_fn=collate,
+            num_workers=self.schedule.workers,
+            multiprocessing_context="spawn" if self.schedule.workers else None,
+        )
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -259,25 +271,3 @@ def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
         # the last paragraph of torch's report: class, colon, message
         message = text[text.rindex(f"{type(error).__name__}: ") :].partition(": ")[2]
         raise type(error)(message) from None
-
-
-@torch.no_grad()
-def score_windows(
-    accelerator: Accelerator, model: nn.Module, data: CoverWindows, classes: int, batch_size: int, rule: Known
-) -> Confusion:
-    """One confusion matrix over all windows, each on exactly one process, the same on every process afterwards.
-
-    The plain module is run, not the wrapped one: nothing has to be synchronised, so uneven shares cannot hang.
-    """
-    was_training = model.training
-    model.eval()
-    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
-    confusion = Confusion(classes)
-    for first in range(0, len(mine), batch_size):
-        batch = collate([data[i] for i in mine[first : first + batch_size]]).to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(batch.images)
-        confusion.update(logits.argmax(dim=1), batch.targets(rule))
-    confusion.matrix = global_sum(confusion.matrix.to(accelerator.device)).cpu()
-    model.train(was_training)
-    return confusion

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -105,23 +106,39 @@ def _jaccard_steps(hits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss as a sum, and the count that divides it.
+    """One loss with its settings: `sum(logits, labels)` is a scalar, `count` the kind of count that divides it."""
 
-    `sum(logits, labels, class_weights, gamma)`: all are called alike, and each takes what it knows.
-    """
-
-    sum: Callable[[Tensor, Tensor, Sequence[float] | None, float], Tensor]
+    sum: Callable[[Tensor, Tensor], Tensor]
     count: Literal["pixels", "samples"]
 
 
-LOSSES: dict[str, Loss] = {
-    "cross_entropy": Loss(lambda z, y, weights, gamma: cross_entropy(z, y, weights), "pixels"),
-    "dice": Loss(lambda z, y, weights, gamma: dice(z, y), "samples"),
-    "focal": Loss(focal, "pixels"),
-    "lovasz": Loss(lambda z, y, weights, gamma: lovasz(z, y), "samples"),
+def cross_entropy_loss(class_weights: Sequence[float] | None = None) -> Loss:
+    """`cross_entropy` with its class weights."""
+    return Loss(partial(cross_entropy, class_weights=class_weights), "pixels")
+
+
+def focal_loss(class_weights: Sequence[float] | None = None, gamma: float = 2.0) -> Loss:
+    """`focal` with its class weights and exponent."""
+    return Loss(partial(focal, class_weights=class_weights, gamma=gamma), "pixels")
+
+
+def dice_loss() -> Loss:
+    """`dice`, which has no settings."""
+    return Loss(dice, "samples")
+
+
+def lovasz_loss() -> Loss:
+    """`lovasz`, which has no settings."""
+    return Loss(lovasz, "samples")
+
+
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "cross_entropy": cross_entropy_loss,
+    "dice": dice_loss,
+    "focal": focal_loss,
+    "lovasz": lovasz_loss,
 }
-PIXEL_LOSSES = frozenset(name for name, loss in LOSSES.items() if loss.count == "pixels")
-REGION_LOSSES = frozenset(name for name, loss in LOSSES.items() if loss.count == "samples")
+"""Each name takes the settings of its own loss and no others: `LOSSES["focal"](gamma=1.5)`, `LOSSES["dice"]()`."""
 
 
 def counts(labels: Tensor, class_weights: Sequence[float] | None = None) -> dict[str, Tensor]:

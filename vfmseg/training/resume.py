@@ -15,9 +15,12 @@ from vfmseg.data.inputs import Inputs
 from vfmseg.disk.files import whole_file
 from vfmseg.disk.seal import is_intact, seal
 from vfmseg.disk.tensors import load_strictly, plain_tensors
-from vfmseg.errors import CheckpointError, MachineError
+from vfmseg.errors import CheckpointError, MachineError, show
 from vfmseg.terminal import say
 from vfmseg.training.loop import Loop, RunState
+
+FORMAT = 2
+"""Number of the way the file is written, kept in it. The first had no number, and other names of tensors."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,12 @@ class Origin:
 
 
 def save_run(path: Path, loop: Loop, origin: Origin) -> None:
-    """Write everything a run needs to go on after this epoch: trained tensors, optimizer, scaler, records."""
+    """Write everything a run needs to go on after this epoch: what it has changed, optimizer, scaler, records."""
     scaler = loop.accelerator.scaler
     content = {
+        "format": FORMAT,
         "origin": asdict(origin),
-        "model": plain_tensors(loop.model.trainable()),
+        "tensors": plain_tensors(loop.step.kept()),
         "optimizer": loop.optimizer.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "state": asdict(loop.state),
@@ -90,7 +94,10 @@ def _no_state(path: Path, error: Exception) -> CheckpointError:
 
 
 def _never_sealed(path: Path) -> bool:
-    """Whether a state of before there were seals may be in a file: one that ends where its archive ends."""
+    """Whether a state may have been written without a seal, as format 1 was at first: it ends where its archive ends.
+
+    Such a file is read, so that the message is about its format, and not about damage.
+    """
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 22))
         return file.read(4) == b"PK\5\6"
@@ -109,6 +116,14 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: not a readable run state ({type(error).__name__}: {error}); copy it again if there is a copy, or "
             "start anew with --overwrite"
         ) from None
+    found = (
+        content.get("format", 1) if isinstance(content, dict) else FORMAT
+    )  # what else it is, is told where it is used
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: is the state of a run in format {show(found)}, but this version of vfmseg goes on with format "
+            f"{FORMAT}; finish the run with the version that began it, or start anew with --overwrite"
+        )
     return content
 
 
@@ -127,7 +142,7 @@ def _restore(path: Path, loop: Loop, origin: Origin, content: dict[str, Any], ac
             f"{path}: {state.step} steps in {state.epoch} epochs, but now an epoch has {loop.steps_per_epoch} steps: "
             "the training scenes have changed; resume with the same, or start anew with --overwrite"
         )
-    load_strictly(content["model"], loop.model.trainable(), path)
+    load_strictly(content["tensors"], loop.step.kept(), path)
     loop.optimizer.load_state_dict(content["optimizer"])
     if content["scaler"] is not None and loop.accelerator.scaler is not None:
         loop.accelerator.scaler.load_state_dict(content["scaler"])

@@ -1,60 +1,62 @@
-"""Supervised segmentation: what one training step minimises."""
+"""Supervised segmentation: what one training step minimises, and the scores by which epochs are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vfmseg.data.dataset import CoverWindows
 from vfmseg.data.image import Known
-from vfmseg.data.sample import Batch
-from vfmseg.training.losses import LOSSES, counts
+from vfmseg.data.sample import Batch, collate
+from vfmseg.metrics import Confusion, comparable, mean_text
+from vfmseg.training.loop import Score, global_sum
+from vfmseg.training.losses import Loss, counts
+from vfmseg.training.step import Term
 
 
-@dataclass(frozen=True)
-class Term:
-    """One summed loss: `sum` over pixels or samples, to be divided by the global count of that kind and weighted."""
-
-    sum: Tensor
-    weight: float
-    count: str  # "pixels" or "samples"
-
-
-class Segmentation:
-    """Weighted sum of pixel and region losses over the valid, labelled pixels.
-
-    The counts depend on the batch alone, so the caller can add them up over ranks and accumulated batches before
-    the first backward pass and divide each sum once; the result then does not depend on how a batch was cut.
-    """
+class Segmentation(nn.Module):
+    """Weighted sum of pixel and region losses over the valid, labelled pixels of the stream `source`."""
 
     def __init__(
         self,
-        losses: Mapping[str, float],
+        losses: Mapping[str, Loss],
+        weights: Mapping[str, float],
         rule: Known,
         class_weights: tuple[float, ...] | None = None,
-        focal_gamma: float = 2.0,
+        source: str = "train",
     ) -> None:
-        """`rule`: where several modalities have an answer; pixels without one count nowhere."""
-        self.rule = rule
+        """`weights` {loss: its factor}; `rule`: where several modalities have an answer, other pixels count nowhere.
+
+        `class_weights`: those that the pixel losses were made with, as they weigh the count of pixels too.
+        """
+        super().__init__()
         self.losses = dict(losses)
+        self.weights = dict(weights)
+        self.rule = rule
         self.class_weights = class_weights
-        self.focal_gamma = focal_gamma
+        self.source = source
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Weighted number of valid labelled pixels, and number of samples that have any."""
+        """`pixels`: weighted number of valid labelled pixels; `samples`: number of samples that have any."""
         return counts(batch.targets(self.rule), self.class_weights)
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Run the model once and return the sum of each loss."""
         logits = model(batch.images)  # (B, K, H, W)
+        # half precision ends here, once, so that the gradients of several losses are added up in float32
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets(self.rule)
-        out: dict[str, Term] = {}
-        for name, weight in self.losses.items():
-            loss = LOSSES[name]
-            out[name] = Term(loss.sum(logits, targets, self.class_weights, self.focal_gamma), weight, loss.count)
-        return out
+        return {
+            name: Term(loss.sum(logits, targets), self.weights[name], loss.count) for name, loss in self.losses.items()
+        }
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Nothing: this objective keeps no averages."""
 
 
 def class_weight_tuple(weights: Mapping[int, float] | None, ids: tuple[int, ...]) -> tuple[float, ...] | None:
@@ -62,7 +64,53 @@ def class_weight_tuple(weights: Mapping[int, float] | None, ids: tuple[int, ...]
     return None if weights is None else tuple(float(weights.get(i, 1.0)) for i in ids)
 
 
-def total(terms: Mapping[str, Term], divisors: Mapping[str, Tensor], scale: float = 1.0) -> Tensor:
-    """Sum of weight * sum / count over the terms, times `scale`; a count of zero gives zero."""
-    parts = [term.weight * term.sum / divisors[term.count].clamp(min=1e-12) for term in terms.values()]
-    return torch.stack(parts).sum() * scale
+@dataclass(frozen=True)
+class Validation:
+    """Scores of a model on windows that it does not learn from; without windows there is nothing to choose by."""
+
+    model: nn.Module
+    windows: CoverWindows | None
+    names: Sequence[str]  # of the classes, in index order
+    batch_size: int
+    rule: Known
+
+    def __call__(self, accelerator: Accelerator) -> Score:
+        """`values` as `Confusion.scores` gives them, `best` the mean IoU of the classes that have labels."""
+        if self.windows is None:
+            return Score(None, {})
+        confusion = score_windows(accelerator, self.model, self.windows, len(self.names), self.batch_size, self.rule)
+        found = confusion.scores(self.names)
+        return Score(comparable(found), found)
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Scores as a person reads them while a run lasts: `val mIoU 0.897`."""
+    return f"val mIoU {mean_text(values)}"
+
+
+def as_curves(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """{curve: value} of scores: `miou`, `overall_accuracy`, `kappa`, and `iou/NAME` of each class."""
+    found: dict[str, float | None] = {name: values[name] for name in ("miou", "overall_accuracy", "kappa")}
+    return found | {f"iou/{name}": one["iou"] for name, one in values["classes"].items()}
+
+
+@torch.no_grad()
+def score_windows(
+    accelerator: Accelerator, model: nn.Module, data: CoverWindows, classes: int, batch_size: int, rule: Known
+) -> Confusion:
+    """One confusion matrix over all windows, each on exactly one process, the same on every process afterwards.
+
+    The plain module is run, not the wrapped one: nothing has to be synchronised, so uneven shares cannot hang.
+    """
+    was_training = model.training
+    model.eval()
+    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
+    confusion = Confusion(classes)
+    for first in range(0, len(mine), batch_size):
+        batch = collate([data[i] for i in mine[first : first + batch_size]]).to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(batch.images)
+        confusion.update(logits.argmax(dim=1), batch.targets(rule))
+    confusion.matrix = global_sum(confusion.matrix.to(accelerator.device)).cpu()
+    model.train(was_training)
+    return confusion

@@ -1,0 +1,100 @@
+"""Where a recipe meets the training: sources, objectives and schedule as its sections say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vfmseg.build.data import value_ranges
+from vfmseg.build.model import rule_of
+from vfmseg.data.augment import Augment, Radiometry
+from vfmseg.data.dataset import CoverWindows, TrainingWindows
+from vfmseg.data.inputs import Inputs
+from vfmseg.data.scene import Scene
+from vfmseg.recipe import Recipe, dump_recipe
+from vfmseg.recipe.train import PredictSection
+from vfmseg.terminal import say
+from vfmseg.training.loop import Stream
+from vfmseg.training.losses import LOSSES, Loss
+from vfmseg.training.objectives.segmentation import Segmentation, Validation, class_weight_tuple
+from vfmseg.training.schedule import Schedule
+from vfmseg.training.step import Objective
+
+
+def sources_of(recipe: Recipe, scenes: Sequence[Scene], inputs: Inputs) -> dict[str, Stream]:
+    """The streams to learn from, by name: random windows of the training scenes, augmented."""
+    section = recipe.train.augment
+    augment = Augment(
+        flip=section.flip,
+        rotate90=section.rotate90,
+        scale=section.scale,
+        rotate=section.rotate,
+        radiometry={
+            name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue) for name, r in section.radiometry.items()
+        },
+        value_range=value_ranges(inputs),
+    )
+    data = recipe.data
+    return {"train": TrainingWindows(scenes, data.tile, recipe.seed, augment, rule_of(recipe), data.samples_per_epoch)}
+
+
+def segmentation_of(recipe: Recipe) -> Segmentation:
+    """Supervised segmentation: each loss of the recipe with its own settings and weight."""
+    section = recipe.train
+    weights = class_weight_tuple(section.class_weights, tuple(sorted(recipe.data.classes)))
+    settings: dict[str, dict[str, Any]] = {
+        "cross_entropy": {"class_weights": weights},
+        "focal": {"class_weights": weights, "gamma": section.focal_gamma},
+    }
+    losses: dict[str, Loss] = {name: LOSSES[name](**settings.get(name, {})) for name in section.loss}
+    return Segmentation(losses, dict(section.loss.items()), rule_of(recipe), weights)
+
+
+OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"segmentation": segmentation_of}
+
+
+def objectives_of(recipe: Recipe) -> dict[str, Objective]:
+    """What is minimised, by name."""
+    return {recipe.train.objective: OBJECTIVES[recipe.train.objective](recipe)}
+
+
+def validation_of(recipe: Recipe, model: nn.Module, scenes: Sequence[Scene] | None) -> Validation:
+    """Scores of the model on all windows of the validation scenes; without any it is said what that means."""
+    if scenes is None:
+        say("no validation split: the last epoch is kept as best; add data.val to choose on unseen scenes")
+    return Validation(
+        model,
+        None if scenes is None else CoverWindows(scenes, recipe.data.tile),
+        [recipe.data.classes[i].name for i in sorted(recipe.data.classes)],
+        recipe.train.batch_size,
+        rule_of(recipe),
+    )
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The plain numbers of the run. What learns inside the encoder, its adapter included, may have its own rate."""
+    section = recipe.train
+    of_encoder = section.optimizer.encoder_lr
+    return Schedule(
+        epochs=section.epochs,
+        batch_size=section.batch_size,
+        accumulate=section.accumulate,
+        clip=section.clip,
+        lr=section.optimizer.lr,
+        rates={} if of_encoder is None else {"encoder": of_encoder, "adapter": of_encoder},
+        weight_decay=section.optimizer.weight_decay,
+        warmup=section.optimizer.warmup,
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+    )
+
+
+def what_decides(recipe: Recipe) -> str:
+    """The recipe as text without what may change between sittings: it decides no weight."""
+    train = recipe.train.model_copy(update={"track": "none"})
+    data = recipe.data.model_copy(update={"workers": 0})
+    update = {"train": train, "data": data, "predict": PredictSection(), "output_dir": Path()}
+    return dump_recipe(recipe.model_copy(update=update))

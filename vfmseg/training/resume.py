@@ -116,10 +116,8 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: not a readable run state ({type(error).__name__}: {error}); copy it again if there is a copy, or "
             "start anew with --overwrite"
         ) from None
-    found = (
-        content.get("format", 1) if isinstance(content, dict) else FORMAT
-    )  # what else it is, is told where it is used
-    if found != FORMAT:
+    found = content.get("format", 1) if isinstance(content, dict) else None
+    if found not in (None, FORMAT):
         raise CheckpointError(
             f"{path}: is the state of a run in format {show(found)}, but this version of vfmseg goes on with format "
             f"{FORMAT}; finish the run with the version that began it, or start anew with --overwrite"
@@ -129,7 +127,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _restore(path: Path, loop: Loop, origin: Origin, content: dict[str, Any], accept_changed_data: bool) -> None:
     then = Origin(**content["origin"])
-    other = list(_other_data(then.data, origin.data)) if then.data else []  # states of before have noted none
+    other = list(_other_data(then.data, origin.data)) if then.data else []  # empty: none were noted
     if other and accept_changed_data:
         say(f"the data have changed since the run was started, and it goes on with what there is now: {_some(other)}")
         then = replace(then, data=origin.data)

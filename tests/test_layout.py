@@ -265,3 +265,18 @@ def test_the_site_lists_each_page_once_and_every_link_leads_somewhere() -> None:
     local = [(page, link) for page, link in links if "://" not in link]
     assert len(local) > 10
     assert [f"{page.name}: {link}" for page, link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["clip", "sam"])
+def test_a_family_of_encoders_costs_a_file_a_line_and_its_row_of_the_catalog(name: str) -> None:
+    """Whoever adds one touches no other place: recipes, statistics, the demo and reading know it by these."""
+    places = {
+        module_name(path)
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if (isinstance(node, ast.Constant) and node.value == name)
+        or (isinstance(node, ast.ImportFrom) and node.module == f"vfmseg.encoders.{name}")
+    }
+    assert places == {"vfmseg.catalog", "vfmseg.encoders.build", f"vfmseg.encoders.{name}"}
+    lines = (PACKAGE / "encoders" / "build.py").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if f'"{name}"' in line]) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from encoder_models import KINDS, family, picture, save_all
+from encoder_models import KINDS, encoder_of, family, picture, save_all
 
 from vfmseg.encoders.build import build_backbone, build_backbone_from_config, config_of
 from vfmseg.errors import CheckpointError
@@ -67,9 +67,10 @@ def test_attention_that_comes_with_torch_is_what_the_config_says(
 ) -> None:
     folder = changed(folders["dinov2"], tmp_path / "e", {"_attn_implementation": name})
     encoder = build_backbone("dinov2", str(folder))
-    assert encoder.backbone.config._attn_implementation == name
+    assert encoder.network.config._attn_implementation == name
     plain = build_backbone("dinov2", str(folders["dinov2"]))
-    for one, two in zip(encoder(*picture(40, 70)).maps, plain(*picture(40, 70)).maps, strict=True):
+    found = [encoder_of(one, 3)(*picture(40, 70)).maps for one in (encoder, plain)]
+    for one, two in zip(*found, strict=True):
         assert (one - two).abs().max() < 1e-4
 
 
@@ -97,8 +98,8 @@ def test_what_the_class_does_not_declare_reaches_nothing(folders: dict[str, Path
     folder = changed(changed(folders[kind], tmp_path / "a", strange), tmp_path / "b", strange, inner)
     encoder, plain = (build_backbone(family(kind), str(place)) for place in (folder, folders[kind]))
     assert encoder.base.sha256 == plain.base.sha256
-    assert encoder.config() == plain.config()
-    assert not set(strange) & set(vars(encoder.backbone.config)) - set(vars(plain.backbone.config))
+    assert config_of(encoder) == config_of(plain)
+    assert not set(strange) & set(vars(encoder.network.config)) - set(vars(plain.network.config))
 
 
 @pytest.mark.pitfall("F9")

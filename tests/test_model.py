@@ -134,8 +134,8 @@ def test_everything_that_may_learn_gets_a_gradient(
     cross_entropy(model(images_of({"rgb": images}, {"rgb": valid[:, 0]})), labels).backward()
     assert [n for n, p in model.trainable().items() if p.grad is None] == []
     assert [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None] == []
-    parts = {n.split(".")[1] if n.startswith("encoder.") else n.split(".")[0] for n in model.trainable()}
-    assert parts == {"stem", "decoder"} | (set() if adapter == "none" else {"backbone"})
+    learning = {part for part, found in model.parts().items() if any(p.requires_grad for p in found.values())}
+    assert learning == {"stem", "decoder"} | {"none": set(), "full": {"encoder"}}.get(adapter, {"adapter"})
 
 
 @pytest.mark.pitfall("P12")

@@ -1,119 +1,46 @@
-"""Two versions of vfmseg against each other: the same bytes, and how fast a large scene is labelled.
+"""Two versions of vfmseg against each other: the same bytes, how fast a scene is labelled, and a step of training.
 
     git worktree add ../before COMMIT
     python benchmarks/versions.py same ../before .                          # a minute
-    python benchmarks/scene.py make FOLDER --sizes 4096
-    python benchmarks/versions.py speed ../before . FOLDER --rounds 5       # some minutes of a quiet machine
+    python benchmarks/scene.py make FOLDER --sizes 4096 8192
+    python benchmarks/versions.py speed ../before . FOLDER --sizes 4096,8192 --rounds 5
+    python benchmarks/versions.py step ../before . --rounds 5               # some minutes of a quiet machine, too
 
-`same` trains three small segmenters (8-bit RGB, 16 bit with a frame of nodata, floating point with NaN) and labels a
-scene of each with both versions, the newer one also with the segmenters of the older; it prints which digests differ,
-and ends with 1 if any does. `speed` measures both in turn, rounds and order alternating, by `scene.py run --model conv
---sizes 4096 --only vfmseg` of each tree, and prints the medians and their ratio.
+`same` gives one recipe of each kind to both versions: 8-bit RGB with everything learned, 16 bit with a frame of nodata
+and LoRA, floating point with NaN and bottleneck adapters, and RGB with heights on a grid of their own. Both train and
+label; the newer one also labels with the segmenters of the older, which must give the same files byte for byte, and
+goes on with its interrupted runs or refuses them in one line. Weights are compared by shape and content, not by name.
+It ends with 1 if anything differs.
+
+`speed` measures `scene_peers.py vfmseg --model conv` of each tree, `step` a short training on one thread; each
+measurement in a process of its own, rounds and order alternating. Both print median (least to most) and the ratio.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import rasterio
-import yaml
-from rasterio.transform import from_origin
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
 
-KINDS = ("rgb8", "u16", "f32")
-RESULT = "conv.4096x4096.*.vfmseg.*.json"
+from scene import answer, environment, read_through, scene_file, size  # noqa: E402
+from versions_make import make, make_step  # noqa: E402
 
-
-def picture(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A bright disc on dark ground: uint8 (3, H, W), and its labels."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    disc = (y - height * random.uniform(0.3, 0.7)) ** 2 + (x - width * random.uniform(0.3, 0.7)) ** 2 < height**2 / 12
-    image = np.where(disc, 170, 70)[None] + random.normal(0, 20, (3, height, width))
-    return image.clip(1, 254).astype(np.uint8), disc.astype(np.uint8)
+OF_THE_VERSION = {"vfmseg_version", "vfmseg_work"}  # tags; the second is a digest of the first and more
+OF_THE_SEGMENTER = {"vfmseg_checkpoint"}
 
 
-def stored(kind: str, image: np.ndarray) -> tuple[np.ndarray, float | None]:
-    """The picture in one of the kinds, and its nodata value."""
-    if kind == "rgb8":
-        return image, None
-    if kind == "u16":
-        wide = np.concatenate([image, image[:1]]).astype(np.uint16) * 40
-        wide[:, :5] = 0
-        return wide, 0
-    real = image.astype(np.float32) / 7
-    real[0, :4] = np.nan
-    return real, None
-
-
-def save(path: Path, array: np.ndarray, place: int, nodata: float | None = None) -> None:
-    """Write a GeoTIFF."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bands = array[None] if array.ndim == 2 else array
-    with rasterio.open(
-        path, "w", driver="GTiff", count=len(bands), height=bands.shape[1], width=bands.shape[2], dtype=bands.dtype,
-        crs="EPSG:32633", transform=from_origin(500000 + 10000 * place, 5000000, 10, 10), nodata=nodata,
-    ) as file:  # fmt: skip
-        file.write(bands)
-
-
-def make(folder: Path) -> None:
-    """Scenes of all kinds: two to train on, one to choose by, one to label."""
-    for kind in KINDS:
-        for number, split in enumerate(("train", "train", "val")):
-            image, labels = picture(number, 64, 64)
-            array, nodata = stored(kind, image)
-            save(folder / kind / split / "images" / f"s{number}.tif", array, number, nodata)
-            save(folder / kind / split / "labels" / f"s{number}.tif", labels, number)
-        array, nodata = stored(kind, picture(9, 300, 411)[0])
-        save(folder / kind / "scene.tif", array, 9, nodata)
-
-
-def digests(folder: Path, who: str) -> dict[str, str]:
-    """{what: digest} of trainings and maps by the vfmseg that this process imports."""
-    import torch
-
-    torch.set_num_threads(1)
-    from vfmseg.finetune import finetune
-    from vfmseg.inference.how import How
-    from vfmseg.recipe import load_recipe
-    from vfmseg.segmenter import Segmenter
-
-    found = {}
-    for kind in KINDS:
-        sources = {
-            s: {"rgb": f"{kind}/{s}/images/*.tif", "labels": f"{kind}/{s}/labels/*.tif"} for s in ("train", "val")
-        }
-        recipe: dict[str, Any] = {
-            "name": "same",
-            "data": {"classes": {0: "ground", 1: "disc"}, "modalities": {"rgb": {}}, "tile": 32, **sources},
-            "model": {"encoder": {"name": "builtin"}, "adapter": {"name": "full"}, "decoder": {"name": "fpn"}},
-            "train": {"epochs": 1, "batch_size": 4},
-            "output_dir": f"{who}-{kind}",
-        }
-        (folder / f"{who}-{kind}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        finetune(load_recipe(folder / f"{who}-{kind}.yaml"))
-        state = torch.load(folder / f"{who}-{kind}" / "state.pt", map_location="cpu", weights_only=True)["model"]
-        tensors = b"".join(state[name].numpy().tobytes() for name in sorted(state))
-        found[f"{kind}: tensors"] = hashlib.sha256(tensors).hexdigest()
-        for by in sorted({"before", who}):
-            segmenter = Segmenter.from_pretrained(folder / f"{by}-{kind}" / "best")
-            target = folder / f"{who}-{by}-{kind}.tif"
-            files = segmenter.label(folder / kind / "scene.tif", target, How(tile=64), extras=["confidence"]).files
-            for name, file in files.items():
-                with rasterio.open(file) as stored_map:
-                    role = "own" if by == who else "older"
-                    found[f"{kind}: {name} of the {role} segmenter"] = hashlib.sha256(stored_map.read()).hexdigest()
-    return found
+# --------------------------------------------------------------------------------------------------------------- same
 
 
 def same(options: argparse.Namespace) -> int:
@@ -123,44 +50,139 @@ def same(options: argparse.Namespace) -> int:
         make(folder)
         found = {}
         for who, tree in (("before", options.before), ("now", options.now)):
-            command = [sys.executable, __file__, "digests", str(folder), who]
-            subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree)}, check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, str(HERE / "versions_child.py"), str(folder), who]
+            child = subprocess.run(command, env=alone(tree), capture_output=True, text=True, check=False)
+            if child.returncode:
+                raise SystemExit(f"{who}: {child.stderr[-3000:]}")
             found[who] = json.loads((folder / f"{who}.json").read_text(encoding="utf-8"))
     wrong = 0
-    for what, digest in found["now"].items():
-        expected = found["before"][what.replace("older", "own")]
-        wrong += digest != expected
-        print(f"{what:<45}{'same' if digest == expected else 'DIFFERS'}")
+    for what, verdict in compared(found["before"], found["now"]):
+        print(f"{what:<58}{verdict}")
+        wrong += "DIFFERS" in verdict
+    print(f"{wrong} of them differ" if wrong else "nothing differs")
     return int(bool(wrong))
 
 
-def speed(options: argparse.Namespace) -> int:
-    """Measure both versions in turn."""
-    trees = {"before": options.before, "now": options.now}
-    seconds: dict[str, list[float]] = {who: [] for who in trees}
-    for turn in range(options.rounds):
+def alone(tree: Path, **more: str) -> dict[str, str]:
+    """Environment of a process that imports the vfmseg of a tree, computes on one thread and downloads nothing."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **threads, "PYTHONPATH": str(tree), **more}
+
+
+def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, verdict) line by line; a verdict with DIFFERS is one too many."""
+    for kind, then in before.items():
+        for what, digest in then["run"].items():
+            yield f"{kind}: {what} of the training", "same" if now[kind]["run"][what] == digest else "DIFFERS"
+        maps = then["maps by before"]
+        for whose, may, made in (
+            ("older", OF_THE_VERSION, now[kind]["maps by before"]),
+            ("own", OF_THE_VERSION | OF_THE_SEGMENTER, now[kind]["maps by now"]),
+        ):
+            for product in sorted({*maps, *made}):
+                verdict = alike(maps.get(product), made.get(product), may)
+                yield f"{kind}: {product} of the {whose} segmenter", verdict
+        yield f"{kind}: the older state.pt", went_on(now[kind]["resumed"], then["run"])
+
+
+def alike(then: dict[str, Any] | None, now: dict[str, Any] | None, may_differ: set[str]) -> str:
+    """How a product of one version compares with that of the other; a few tags may differ."""
+    if then is None or now is None:
+        return f"DIFFERS: made by {'one version only' if then or now else 'neither version'}"
+    if then["file"] == now["file"]:
+        return "same, byte for byte"
+    before, after = (one.get("tags", {}) for one in (then, now))
+    tags = {tag for tag in {*before, *after} if before.get(tag) != after.get(tag)}
+    others = [part for part in ("pixels", "form") if then.get(part) != now.get(part) or part not in then]
+    if others or tags - may_differ:
+        return f"DIFFERS: {', '.join([*others, *sorted(tags - may_differ)])}"
+    return f"same pixels and form; other {', '.join(sorted(tags)) or 'bytes round them'}"
+
+
+def went_on(resumed: Mapping[str, Any], run: Mapping[str, str]) -> str:
+    """What became of a run of the older version that the newer one was to go on with."""
+    lines = [line for line in resumed["told"].splitlines() if line.startswith("vfmseg: ")]
+    if resumed["code"] == 0:
+        same = resumed["run"] == run
+        return "goes on, and ends like the uninterrupted run" if same else "DIFFERS: goes on, and ends otherwise"
+    if resumed["code"] == 2 and len(lines) == 1 and "Traceback" not in resumed["told"]:
+        return f"refused: {lines[0][lines[0].find('state.pt') :]}"
+    return f"DIFFERS: exit code {resumed['code']}, {resumed['told'][-300:]}"
+
+
+# ------------------------------------------------------------------------------------------------------------ measured
+
+
+def in_turn(rounds: int, trees: Mapping[str, Path], measure: Callable[[Path], dict[str, float]]) -> dict[str, Any]:
+    """{version: {figure: [one of each round]}}; the order alternates, so that no version always comes first."""
+    found: dict[str, dict[str, list[float]]] = {who: {} for who in trees}
+    for turn in range(rounds):
         for who in sorted(trees, reverse=bool(turn % 2)):
-            results = trees[who] / "benchmarks" / "results" / "scene"
-            kept = {file: file.read_bytes() for file in results.glob(RESULT)}
-            for file in kept:
-                file.unlink()
-            command = [sys.executable, "benchmarks/scene.py", "run", str(options.folder), "--model", "conv"]
-            command += ["--sizes", "4096", "--pairs", "1", "--only", "vfmseg"]
-            try:
-                environment = {**os.environ, "PYTHONPATH": str(trees[who])}
-                subprocess.run(command, cwd=trees[who], env=environment, check=True, capture_output=True)
-                seconds[who] += [json.loads(file.read_text())["seconds"] for file in results.glob(RESULT)]
-            finally:
-                for file in results.glob(RESULT):
-                    file.unlink()
-                for file, content in kept.items():
-                    file.write_bytes(content)
-        print(
-            f"round {turn + 1}: " + ", ".join(f"{who} {times[-1]:.2f} s" for who, times in seconds.items()), flush=True
-        )
-    medians = {who: statistics.median(times) for who, times in seconds.items()}
-    ratio = medians["now"] / medians["before"]
-    print(f"medians: before {medians['before']:.2f} s, now {medians['now']:.2f} s, ratio {ratio:.3f}")
+            for figure, value in measure(trees[who]).items():
+                found[who].setdefault(figure, []).append(value)
+        last = [f"{who} {values[-1]:.2f} {figure}" for who, one in found.items() for figure, values in one.items()]
+        print(f"    round {turn + 1}: {', '.join(last)}", file=sys.stderr, flush=True)
+    return found
+
+
+def show(what: str, found: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """A line for each figure: median (least to most) of both versions, and the ratio of the medians."""
+    for figure in found["now"]:
+        middle = {who: statistics.median(one[figure]) for who, one in found.items()}
+        shown = [
+            f"{who} {middle[who]:.2f} ({min(one[figure]):.2f} to {max(one[figure]):.2f})" for who, one in found.items()
+        ]
+        ratio = middle["now"] / middle["before"] if middle["before"] else float("nan")
+        print(f"{what}, {figure}: {', '.join(shown)}, ratio {ratio:.3f}", flush=True)
+
+
+def speed(options: argparse.Namespace) -> int:
+    """Measure how both versions label scenes."""
+    child = argparse.Namespace(threads=options.threads, env=[])
+    for pixels in options.sizes:
+        scene = scene_file(options.folder, pixels)
+        if not scene.is_file():
+            raise SystemExit(f"{scene}: no such file; make it: scene.py make {options.folder} --sizes {pixels}")
+        read_through(scene)
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            labels = Path(name) / "labels.tif"
+
+            def measure(tree: Path, scene: Path = scene, labels: Path = labels) -> dict[str, float]:
+                labels.unlink(missing_ok=True)
+                command = [sys.executable, str(tree / "benchmarks" / "scene_peers.py"), "vfmseg", str(scene)]
+                command += [str(labels), "--model", "conv", "--threads", str(options.threads)]
+                result = answer(command, environment(child) | {"PYTHONPATH": str(tree)}, 60)
+                if "failed" in result:
+                    raise SystemExit(f"{tree}: {result['failed']}")
+                return {"s": result["seconds"], "MiB more RSS": result["growth_mib"]}
+
+            show(f"conv {pixels}", in_turn(options.rounds, options.trees, measure))
+    return 0
+
+
+def step(options: argparse.Namespace) -> int:
+    """Measure a short training of both versions."""
+    with tempfile.TemporaryDirectory() as name:
+        for what, recipe, images in make_step(Path(name)):
+
+            def measure(tree: Path, recipe: Path = recipe, images: int = images) -> dict[str, float]:
+                output = recipe.with_suffix("")
+                command = [sys.executable, "-m", "vfmseg.cli", "finetune", str(recipe), f"output_dir={output}"]
+                with tempfile.TemporaryFile() as told:
+                    child = subprocess.Popen(
+                        [*command, "--overwrite"], env=alone(tree), stderr=told, stdout=subprocess.DEVNULL, cwd=name
+                    )
+                    _, status, used = os.wait4(child.pid, 0)
+                    child.returncode = os.waitstatus_to_exitcode(status)
+                    if child.returncode:
+                        told.seek(0)
+                        raise SystemExit(f"{tree}: {told.read().decode()[-3000:]}")
+                records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+                seconds = [record["seconds"] for record in records if record["kind"] == "epoch"]
+                # the first epoch warms up
+                return {"images/s": images * len(seconds[1:]) / sum(seconds[1:]), "MiB peak RSS": used.ru_maxrss / 1024}
+
+            show(what, in_turn(options.rounds, options.trees, measure))
     return 0
 
 
@@ -168,22 +190,20 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("same", "speed"):
+    for verb in ("same", "speed", "step"):
         options = verbs.add_parser(verb)
-        options.add_argument("before", type=lambda text: Path(text).resolve())
-        options.add_argument("now", type=lambda text: Path(text).resolve())
+        options.add_argument("before", type=lambda text: Path(text).resolve(), help="tree of the older version")
+        options.add_argument("now", type=lambda text: Path(text).resolve(), help="tree of the newer version")
         if verb == "speed":
-            options.add_argument("folder", type=lambda text: Path(text).resolve())
+            options.add_argument("folder", type=lambda text: Path(text).resolve(), help="of the scenes of scene.py")
+            options.add_argument("--sizes", type=lambda text: [size(one) for one in text.split(",")], default="4096")
+            options.add_argument("--threads", type=int, default=os.cpu_count())
+        if verb != "same":
             options.add_argument("--rounds", type=int, default=5)
-    child = verbs.add_parser("digests")  # for `same`, in a process of its own
-    child.add_argument("folder", type=Path)
-    child.add_argument("who")
     chosen = parser.parse_args()
-    if chosen.verb == "digests":
-        found = digests(chosen.folder, chosen.who)
-        (chosen.folder / f"{chosen.who}.json").write_text(json.dumps(found), encoding="utf-8")
-        return 0
-    return same(chosen) if chosen.verb == "same" else speed(chosen)
+    chosen.trees = {"before": chosen.before, "now": chosen.now}
+    verbs_of: dict[str, Callable[[argparse.Namespace], int]] = {"same": same, "speed": speed, "step": step}
+    return verbs_of[chosen.verb](chosen)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def alike(then: dict[str, Any] | None, now: dict[str, Any] | None, may_differ: s
         return "same, byte for byte"
     before, after = (one.get("tags", {}) for one in (then, now))
     tags = {tag for tag in {*before, *after} if before.get(tag) != after.get(tag)}
-    others = [part for part in ("pixels", "form") if then.get(part) != now.get(part) or part not in then]
+    parts = ("pixels", "form") if "pixels" in then else ("file",)
+    others = [part for part in parts if then[part] != now[part]]
     if others or tags - may_differ:
         return f"DIFFERS: {', '.join([*others, *sorted(tags - may_differ)])}"
     return f"same pixels and form; other {', '.join(sorted(tags)) or 'bytes round them'}"

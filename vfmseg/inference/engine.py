@@ -80,7 +80,7 @@ def label_run(
         stages.start("batcher", work.cut)
         stages.start("sink", lambda: work.write(sink))
         # float64 is not known to every accelerator
-        dtype = torch.float64 if plan.deep and not model.device.startswith("mps") else torch.float32
+        dtype = torch.float64 if plan.float64 and not model.device.startswith("mps") else torch.float32
         band = Band(model.classes, plan.tile, work.left, work.width, work.tile_top, blend, model.device, dtype)
         _consume(work, model.vote, product, band, report, progress)
         work.finish()

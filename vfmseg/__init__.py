@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vfmseg.inference.output import Output
     from vfmseg.recipe import Recipe, load_recipe
     from vfmseg.segmenter import Segmenter
 
-__all__ = ["Recipe", "Segmenter", "load_recipe"]
+__all__ = ["Output", "Recipe", "Segmenter", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from vfmseg.segmenter import Segmenter
 
         return Segmenter
+    if name == "Output":
+        from vfmseg.inference.output import Output
+
+        return Output
     if name in ("Recipe", "load_recipe"):
         from vfmseg import recipe
 

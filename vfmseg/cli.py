@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,96 +74,137 @@ def finetune(
     _end(verb, again)
 
 
+# the options of `predict`, one line each below
+_Checkpoint = Annotated[str, typer.Argument(help="Segmenter: a folder or a hub id.")]
+_Scene = Annotated[
+    str, typer.Argument(help="Any path that GDAL reads; or a folder, pattern, list (.txt) or STAC file (.json).")
+]
+_Output = Annotated[str, typer.Option("--output", "-o", help="GeoTIFF to write; for several scenes a folder.")]
+_Modality = Annotated[
+    list[str] | None, typer.Option("--modality", help="Further modality as name=path; on any grid. Repeat it.")
+]
+_Bands = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[NAME=]1,2,3", help="Which bands of the scene are those of the model, in its order."),
+]
+_Encoder = Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")]
+_Tile = Annotated[int | None, typer.Option(help="Tile in pixels.")]
+_Overlap = Annotated[float | None, typer.Option(help="Overlap as a share of the tile, 0 to below 0.9.")]
+_Blend = Annotated[str | None, typer.Option(help="hann, gaussian, average or none.")]
+_BatchSize = Annotated[int | None, typer.Option(help="Tiles run at a time.")]
+_Average = Annotated[str | None, typer.Option(help="What is averaged: probabilities or logits.")]
+_Tta = Annotated[str | None, typer.Option(help="Test-time augmentation: none, flips or d4.")]
+_Scales = Annotated[str | None, typer.Option(help="Sizes at which the model looks, such as 0.75,1,1.5.")]
+_Confidence = Annotated[bool, typer.Option("--confidence", help="Also write the label's probability.")]
+_Uncertainty = Annotated[bool, typer.Option("--uncertainty", help="Also write the entropy.")]
+_Probabilities = Annotated[bool, typer.Option("--probabilities", help="Also write all probabilities.")]
+_Cog = Annotated[bool, typer.Option("--cog", help="Write cloud-optimised GeoTIFFs with overviews.")]
+_Compress = Annotated[str, typer.Option(help="Compression of the maps: deflate, zstd or lzw.")]
+_Polygons = Annotated[
+    str | None, typer.Option(help="Also write polygons: .gpkg, .geojson or .fgb (needs vfmseg[vector]).")
+]
+_MinArea = Annotated[float, typer.Option(help="Smallest polygon, in square units of the CRS.")]
+_Simplify = Annotated[float, typer.Option(help="Tolerance of the outlines, in units of the CRS.")]
+_Area = Annotated[str | None, typer.Option(help="Polygons of the area to label (GeoJSON, GeoPackage).")]
+_Bounds = Annotated[
+    str | None, typer.Option(help="Bounds of the area to label: west,south,east,north in the scene's CRS.")
+]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted labelling.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+_SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Damaged blocks become nodata instead of an error.")
+]
+_Readers = Annotated[int | None, typer.Option(help="Threads that read files.")]
+_MemoryLimit = Annotated[int | None, typer.Option(help="MiB for the buffers of a strip.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+_Dtype = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+_Compile = Annotated[bool, typer.Option("--compile", help="torch.compile; for long runs.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
 @app.command(epilog="Example: vfmseg predict runs/oam_buildings/best scene.tif -o labels.tif --confidence --cog")
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="Segmenter: a folder or a hub id.")],
-    scene: Annotated[
-        str, typer.Argument(help="Any path that GDAL reads; or a folder, pattern, list (.txt) or STAC file (.json).")
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", help="GeoTIFF to write; for several scenes a folder.")],
-    modality: Annotated[
-        list[str] | None, typer.Option("--modality", help="Further modality as name=path; on any grid. Repeat it.")
-    ] = None,
-    bands: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]1,2,3", help="Which bands of the scene are those of the model, in its order."),
-    ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")] = None,
-    tile: Annotated[int | None, typer.Option(help="Tile in pixels.")] = None,
-    overlap: Annotated[float | None, typer.Option(help="Overlap as a share of the tile, 0 to below 1.")] = None,
-    blend: Annotated[str | None, typer.Option(help="hann, gaussian, average or none.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Tiles run at a time.")] = None,
-    average: Annotated[str | None, typer.Option(help="What is averaged: probabilities or logits.")] = None,
-    tta: Annotated[str | None, typer.Option(help="Test-time augmentation: none, flips or d4.")] = None,
-    scales: Annotated[str | None, typer.Option(help="Sizes at which the model looks, such as 0.75,1,1.5.")] = None,
-    confidence: Annotated[bool, typer.Option("--confidence", help="Also write the label's probability.")] = False,
-    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write the entropy.")] = False,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write all probabilities.")] = False,
-    cog: Annotated[bool, typer.Option("--cog", help="Write cloud-optimised GeoTIFFs with overviews.")] = False,
-    compress: Annotated[str, typer.Option(help="Compression of the maps: deflate, zstd or lzw.")] = "deflate",
-    polygons: Annotated[
-        str | None, typer.Option(help="Also write polygons: .gpkg, .geojson or .fgb (needs vfmseg[vector]).")
-    ] = None,
-    min_area: Annotated[float, typer.Option(help="Smallest polygon, in square units of the CRS.")] = 0.0,
-    simplify: Annotated[float, typer.Option(help="Tolerance of the outlines, in units of the CRS.")] = 0.0,
-    area: Annotated[str | None, typer.Option(help="Polygons of the area to label (GeoJSON, GeoPackage).")] = None,
-    bounds: Annotated[
-        str | None, typer.Option(help="Bounds of the area to label: west,south,east,north in the scene's CRS.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted labelling.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Damaged blocks become nodata instead of an error.")
-    ] = False,
-    readers: Annotated[int | None, typer.Option(help="Threads that read files.")] = None,
-    memory_limit: Annotated[int | None, typer.Option(help="MiB for the buffers of a strip.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile; for long runs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    context: typer.Context,
+    checkpoint: _Checkpoint,
+    scene: _Scene,
+    output: _Output,
+    modality: _Modality = None,
+    bands: _Bands = None,
+    encoder: _Encoder = None,
+    tile: _Tile = None,
+    overlap: _Overlap = None,
+    blend: _Blend = None,
+    batch_size: _BatchSize = None,
+    average: _Average = None,
+    tta: _Tta = None,
+    scales: _Scales = None,
+    confidence: _Confidence = False,
+    uncertainty: _Uncertainty = False,
+    probabilities: _Probabilities = False,
+    cog: _Cog = False,
+    compress: _Compress = "deflate",
+    polygons: _Polygons = None,
+    min_area: _MinArea = 0.0,
+    simplify: _Simplify = 0.0,
+    area: _Area = None,
+    bounds: _Bounds = None,
+    resume: _Resume = False,
+    overwrite: _Overwrite = False,
+    skip_unreadable: _SkipUnreadable = False,
+    readers: _Readers = None,
+    memory_limit: _MemoryLimit = None,
+    device: _Device = None,
+    dtype: _Dtype = "fp32",
+    compile: _Compile = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Label scenes of any size. On several devices: accelerate launch -m vfmseg.cli predict ..."""
+    given = context.params  # what stands above, by name
+    _end(lambda: _predict(given), _resumed())
 
-    def verb() -> None:
-        import gc
 
-        quiet_libraries()
-        others = _inputs(modality or [])
-        if area is not None and bounds is not None:
-            raise RecipeError("--area and --bounds exclude each other: give polygons, or a rectangle")
-        if polygons is None and (min_area or simplify):
-            raise RecipeError("--min-area and --simplify are used by polygons alone; add --polygons, or leave them out")
-        # importing makes millions of objects that live to the end; looking for garbage among them costs half a second
-        gc.disable()
-        from vfmseg.inference.how import How
-        from vfmseg.inference.worklist import scenes_of
-        from vfmseg.predict import Wanted, require_all, summary
-        from vfmseg.predict import predict as label
-        from vfmseg.segmenter import Segmenter
+_HOW = ("tile", "overlap", "blend", "batch_size", "average", "tta", "readers", "memory_limit")
+_OUTPUT = ("cog", "compress", "polygons", "min_area", "simplify", "resume", "overwrite", "skip_unreadable")
+_EXTRAS = ("confidence", "uncertainty", "probabilities")
 
-        segmenter = Segmenter.from_pretrained(checkpoint, device=device, dtype=dtype, encoder=encoder, compile=compile)
-        gc.freeze()
-        gc.enable()
-        chosen = {"confidence": confidence, "uncertainty": uncertainty, "probabilities": probabilities}
-        how = How(
-            tile, overlap, blend, batch_size, average, tta, _numbers("--scales", scales), readers, memory_limit,
-            _bands(bands or [], segmenter.inputs[0].name),
-        )  # fmt: skip
-        wanted = Wanted(
-            extras=tuple(name for name, on in chosen.items() if on),
-            area=_numbers("--bounds", bounds, 4) if area is None else os.path.expanduser(area),
-            cog=cog, compress=compress, polygons=polygons, min_area=min_area, simplify=simplify,
-            resume=resume, overwrite=overwrite, skip_unreadable=skip_unreadable,
-        )  # fmt: skip
-        scenes = scenes_of(scene)
-        records = label(segmenter, scenes or scene, others, output, how, wanted)
-        if as_json and records:
-            deliver(json.dumps({"scenes": records} if scenes else records[0]) + "\n")
-        elif records:
-            say(summary(records))
-        require_all(records, len(scenes or [scene]))
 
-    _end(verb, _resumed())
+def _predict(given: Mapping[str, Any]) -> None:
+    """Label as the options of `predict` say, {name: value}, and tell of it."""
+    import gc
+
+    quiet_libraries()
+    others = _inputs(given["modality"] or [])
+    if given["area"] is not None and given["bounds"] is not None:
+        raise RecipeError("--area and --bounds exclude each other: give polygons, or a rectangle")
+    if given["polygons"] is None and (given["min_area"] or given["simplify"]):
+        raise RecipeError("--min-area and --simplify are used by polygons alone; add --polygons, or leave them out")
+    # importing makes millions of objects that live to the end; looking for garbage among them costs half a second
+    gc.disable()
+    from vfmseg.inference.output import Output
+    from vfmseg.inference.worklist import scenes_of
+    from vfmseg.predict import predict as label
+    from vfmseg.predict import require_all, summary
+    from vfmseg.segmenter import Segmenter
+
+    model = {name: given[name] for name in ("device", "dtype", "encoder", "compile")}
+    segmenter = Segmenter.from_pretrained(given["checkpoint"], **model)
+    gc.freeze()
+    gc.enable()
+    how = {name: given[name] for name in _HOW} | {"scales": _numbers("--scales", given["scales"])}
+    output = Output(
+        given["output"],
+        extras=tuple(name for name in _EXTRAS if given[name]),
+        area=_numbers("--bounds", given["bounds"], 4) if given["area"] is None else os.path.expanduser(given["area"]),
+        **{name: given[name] for name in _OUTPUT},
+    )
+    bands = _bands(given["bands"] or [], segmenter.inputs[0].name)
+    scenes = scenes_of(given["scene"])
+    records = label(segmenter, scenes or given["scene"], output, how, others, bands)
+    if given["as_json"] and records:
+        deliver(json.dumps({"scenes": records} if scenes else records[0]) + "\n")
+    elif records:
+        say(summary(records))
+    require_all(records, len(scenes or [given["scene"]]))
 
 
 def _resumed() -> str:
@@ -187,7 +228,7 @@ def _numbers(name: str, text: str | None, count: int | None = None) -> tuple[flo
     return numbers
 
 
-def _bands(given: list[str], first: str) -> dict[str, tuple[int, ...]]:
+def _bands(given: Sequence[str], first: str) -> dict[str, tuple[int, ...]]:
     """{modality: numbers of bands} of --bands 1,2,3 (of the first modality) and --bands NAME=1,2,3."""
     chosen: dict[str, tuple[int, ...]] = {}
     for text in given:
@@ -199,7 +240,7 @@ def _bands(given: list[str], first: str) -> dict[str, tuple[int, ...]]:
     return chosen
 
 
-def _inputs(modality: list[str]) -> dict[str, str]:
+def _inputs(modality: Sequence[str]) -> dict[str, str]:
     pairs = [item.partition("=") for item in modality]
     for item, (name, sign, path) in zip(modality, pairs, strict=True):
         if not (name and sign and path):

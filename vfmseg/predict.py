@@ -9,128 +9,114 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vfmseg.disk.files import local_path, never_an_input, require_new, unfit_name
+from vfmseg.disk.files import never_an_input, require_new
 from vfmseg.errors import DataError, OutsideError, RecipeError
+from vfmseg.geo.grid import Window
 from vfmseg.geo.rasterfile import RasterFile, files_of
 from vfmseg.geo.validity import Hidden
 from vfmseg.inference.contracts import WAITING, Report, Tick
-from vfmseg.inference.how import How
-from vfmseg.inference.job import Job, targets_of
+from vfmseg.inference.job import Job
+from vfmseg.inference.output import ALONE, Output, Team, Watch
 from vfmseg.inference.ranks import gather, joined
 from vfmseg.inference.shards import pieces_folder
 from vfmseg.inference.worklist import targets_for
+from vfmseg.labeller import BandsChosen, How, Labelled, Labeller
 from vfmseg.progress import LabelProgress, stage_shares
-from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import complain, say
-from vfmseg.vector.polygons import check_place, check_polygons, unfit_vector_name, write_polygons
-from vfmseg.vector.vectorfile import is_ours
+from vfmseg.vector.polygons import check_place
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be written, and how an existing target is treated. polygons: also a vector file of this suffix."""
-
-    extras: tuple[str, ...] = ()
-    area: str | tuple[float, ...] | None = None
-    cog: bool = False
-    compress: str = "deflate"
-    polygons: str | None = None  # such as ".gpkg"
-    min_area: float = 0.0
-    simplify: float = 0.0
-    resume: bool = False
-    overwrite: bool = False
-    skip_unreadable: bool = False
-
-
 def predict(
-    segmenter: Segmenter,
+    labeller: Labeller,
     scene: str | Sequence[str],
-    others: Mapping[str, str],
-    output: str | Path,
-    how: How,
-    wanted: Wanted,
+    output: Output,
+    how: How | None = None,
+    others: Mapping[str, str] | None = None,
+    bands: BandsChosen | None = None,
 ) -> list[dict[str, Any]]:
-    """Label a scene, or every scene of a list (worklist.py makes it) into `output` (then a folder).
+    """Label a scene, or every scene of a list (worklist.py makes it) into the folder `output.target`.
 
-    `others` {modality: path} of a single scene. Processes share the scenes of a list that has at least as many as there
-    are processes, and the pieces of each scene otherwise. Returns a record for each scene to the first process, and
-    none to the others. Where a process has scenes of its own, a DataError of one does not stop the list: it is told,
-    and its record is {"scene": path, "error": message}.
+    `others` {modality: path} of a single scene; `how` and `bands` as in `Labeller.label`. Processes share the scenes of
+    a list that has at least as many as there are processes, and the pieces of each scene otherwise. Returns a record
+    for each scene to the first process, and none to the others. Where a process has scenes of its own, a DataError of
+    one does not stop the list: it is told, and its record is {"scene": path, "error": message}.
     """
-    output = local_path(output)
-    if not output.name:
+    jobs = _jobs(labeller, scene, output, others or {})
+    unfit = {number: why for number, job in enumerate(jobs) if (why := job.output.unfit()) is not None}
+    fit = [job for number, job in enumerate(jobs) if number not in unfit]
+    _spare_inputs(fit)
+    for job in fit:
+        job.output.check_vector()
+
+    def one(number: int, team: Team) -> dict[str, Any]:
+        if number in unfit:
+            raise DataError(unfit[number])
+        return _one(labeller, jobs[number], how, bands, team)
+
+    with joined() as (rank, ranks):
+        return _shared(one, [job.path for job in jobs], Team(rank, ranks))
+
+
+@dataclass(frozen=True)
+class _SceneJob:
+    """One scene: the path of its first modality, {modality: path} of all, and what is written of it."""
+
+    path: str
+    inputs: Mapping[str, str]
+    output: Output
+
+
+def _jobs(labeller: Labeller, scene: str | Sequence[str], output: Output, others: Mapping[str, str]) -> list[_SceneJob]:
+    """What is to be done; RecipeError or DataError for what does not fit together."""
+    output.check_words()
+    target = output.path
+    if not target.name:
         raise DataError(
-            f"{output}: is a folder; expected the name of a GeoTIFF to write, or of a new folder for a list"
+            f"{target}: is a folder; expected the name of a GeoTIFF to write, or of a new folder for a list"
         )
-    first = segmenter.inputs[0].name
+    first = labeller.inputs[0].name
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
     if isinstance(scene, str):
-        jobs = [(os.path.expanduser(scene), output)]
-        others = {name: os.path.expanduser(path) for name, path in others.items()}
-    else:
-        if others:
-            raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
-        jobs = list(zip(scene, targets_for(scene, output, wanted.extras), strict=True))
-    if wanted.polygons is not None and not wanted.polygons.startswith("."):
-        raise RecipeError(f"--polygons {wanted.polygons}: expected a suffix with its dot, such as .gpkg")
-    unfit = {number: why for number, (_, target) in enumerate(jobs) if (why := _unfit(target, wanted)) is not None}
-    _spare_inputs([job for number, job in enumerate(jobs) if number not in unfit], others, wanted)
-    vectors = [None if number in unfit else _vector_of(target, wanted) for number, (_, target) in enumerate(jobs)]
-
-    def one(number: int, rank: int, ranks: int) -> dict[str, Any]:
-        path, target = jobs[number]
-        if number in unfit:
-            raise DataError(unfit[number])
-        return _one(segmenter, {first: path, **others}, path, target, vectors[number], how, wanted, rank, ranks)
-
-    with joined() as (rank, ranks):
-        return _shared(one, [path for path, _ in jobs], rank, ranks)
+        path = os.path.expanduser(scene)
+        paths = {first: path, **{name: os.path.expanduser(other) for name, other in others.items()}}
+        return [_SceneJob(path, paths, output.to(target))]
+    if others:
+        raise RecipeError("--modality goes with one scene; a list of scenes has one modality")
+    targets = targets_for(scene, target, output.extras)
+    return [_SceneJob(path, {first: path}, output.to(file)) for path, file in zip(scene, targets, strict=True)]
 
 
-def _spare_inputs(jobs: Sequence[tuple[str, Path]], others: Mapping[str, str], wanted: Wanted) -> None:
+def _spare_inputs(jobs: Sequence[_SceneJob]) -> None:
     """DataError if what is written for one scene would replace a file that any of them is read from.
 
     Asked before the first of many scenes is labelled, as is what exists already; nothing is opened where nothing is
     there to be replaced.
     """
-    maps = [file for _, target in jobs for file in targets_of(target, ("labels", *wanted.extras)).values()]
-    vectors = [target.with_suffix(wanted.polygons) for _, target in jobs] if wanted.polygons else []
-    inputs = [*(path for path, _ in jobs), *others.values()]
-    if any(file.exists() or pieces_folder(file).exists() for file in [*maps, *vectors]):
+    maps = [file for job in jobs for file in job.output.maps.values()]
+    written = [*maps, *(job.output.vector for job in jobs if job.output.vector is not None)]
+    inputs = sorted({path for job in jobs for path in job.inputs.values()})
+    if any(file.exists() or pieces_folder(file).exists() for file in written):
         inputs = [file for path in inputs for file in files_of(path)]
-    if isinstance(wanted.area, str):
-        inputs.append(wanted.area)
-    never_an_input([*maps, *vectors], inputs)
-    if len(jobs) > 1 and not wanted.resume and not wanted.overwrite:
+    areas = sorted({area for job in jobs for area in job.output.named_area})
+    never_an_input(written, [*inputs, *areas])
+    if len(jobs) > 1 and not any(job.output.resume or job.output.overwrite for job in jobs):
         for file in maps:
             require_new(file)
 
 
-def _unfit(target: Path, wanted: Wanted) -> str | None:
-    """Why a scene's files cannot be written under their names; None if they can."""
-    for file in targets_of(target, ("labels", *wanted.extras)).values():
-        if (why := unfit_name(file)) is not None:
-            return why
-    if wanted.polygons is None or not wanted.polygons.startswith("."):  # `_vector_of` refuses these
-        return None
-    vector = target.with_suffix(wanted.polygons)
-    return unfit_name(vector) or unfit_vector_name(vector)
-
-
-def _shared(
-    one: Callable[[int, int, int], dict[str, Any]], paths: Sequence[str], rank: int, ranks: int
-) -> list[dict[str, Any]]:
-    """Do `one` (number of the scene, rank, ranks) for all scenes; the records, on the first process."""
+def _shared(one: Callable[[int, Team], dict[str, Any]], paths: Sequence[str], team: Team) -> list[dict[str, Any]]:
+    """Do `one` (number of the scene, who labels it) for all scenes; the records, on the first process."""
+    rank, ranks = team
     alone = len(paths) >= ranks  # a process labels scenes of its own
     records: dict[int, dict[str, Any]] = {}
     outside: dict[int, str] = {}
     for number in range(rank, len(paths), ranks) if alone else range(len(paths)):
         try:
-            records[number] = one(number, *((0, 1) if alone else (rank, ranks)))
+            records[number] = one(number, ALONE if alone else team)
         except OutsideError as error:
             if len(paths) == 1:
                 raise
@@ -154,87 +140,80 @@ def _united(parts: Sequence[Mapping[K, V]]) -> dict[K, V]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _vector_of(target: Path, wanted: Wanted) -> Path | None:
-    """Where the polygons go. What would stop them is found before hours of labelling, not after."""
-    if wanted.polygons is None:
-        return None
-    vector = target.with_suffix(wanted.polygons)
-    check_polygons(vector, wanted.min_area, wanted.simplify)
-    if not wanted.overwrite and not (wanted.resume and target.exists() and vector.is_file() and is_ours(vector)):
-        require_new(vector)
-    return vector
+class _Display:
+    """Tells of one scene: a line before it begins, and a bar while it lasts."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.bar: LabelProgress | None = None
 
-def _one(
-    segmenter: Segmenter,
-    inputs: Mapping[str, str],
-    path: str,
-    target: Path,
-    vector: Path | None,
-    how: How,
-    wanted: Wanted,
-    rank: int,
-    ranks: int,
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    if vector is not None:
-        check_place(vector, RasterFile(path).info.grid, path)
-    shown: list[LabelProgress] = []
-
-    def planned(job: Job, pixels: int) -> None:
+    def planned(self, job: Job, pixels: int) -> None:
+        """Before the first tile."""
         tiles = sum(job.plan.tiles_in(run) for run in job.plan.runs(job.plan.shards))
         grid, count = job.grid, len(job.plan.strips)
         most = "" if job.area is None else "at most "
         say(
-            f"{path}: {grid.height} x {grid.width} px, {most}{tiles} tiles of {job.settings.tile} px in "
+            f"{self.path}: {grid.height} x {grid.width} px, {most}{tiles} tiles of {job.settings.tile} px in "
             f"{count} strip{'s' * (count > 1)}, about {job.memory / 2**20:.0f} MiB beside the model"
         )
-        shown.append(LabelProgress(Path(path).name, pixels, WAITING))
+        self.bar = LabelProgress(Path(self.path).name, pixels, WAITING)
 
-    def tick(done: Tick) -> None:
-        shown[0].add(done.pixels, done.busy, done.queued)
+    def tick(self, done: Tick) -> None:
+        """Rows are finished."""
+        if self.bar is not None:
+            self.bar.add(done.pixels, done.busy, done.queued)
 
-    def polygons(labels: Path) -> None:
-        for bar in shown:
-            bar.close()
-        # also of a map that was there: older polygons may be of another scene or other options
-        if vector is not None:
-            write_polygons(labels, vector, min_area=wanted.min_area, simplify=wanted.simplify)
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self.bar is not None:
+            self.bar.close()
 
+    @property
+    def fills(self) -> list[float | None]:
+        """How full the queue before the model was, where anything was done."""
+        return [] if self.bar is None else [self.bar.queue_fill]
+
+
+def _one(labeller: Labeller, job: _SceneJob, how: How | None, bands: BandsChosen | None, team: Team) -> dict[str, Any]:
+    started = time.perf_counter()
+    if job.output.vector is not None:
+        check_place(job.output.vector, RasterFile(job.path).info.grid, job.path)
+    display = _Display(job.path)
     try:
-        labelled = segmenter.label(
-            inputs, target, how, extras=wanted.extras, area=wanted.area, cog=wanted.cog, compress=wanted.compress,
-            resume=wanted.resume, overwrite=wanted.overwrite, skip_unreadable=wanted.skip_unreadable,
-            rank=rank, ranks=ranks, beside={} if vector is None else {vector: polygons}, planned=planned, progress=tick,
-        )  # fmt: skip
+        watch = Watch(display.planned, display.tick, display.close)
+        labelled = labeller.label(job.inputs, job.output, how, bands, team, watch)
     finally:
-        for bar in shown:
-            bar.close()
-    if labelled.before and rank == 0:
-        say(f"{target} is there already")
+        display.close()
+    if labelled.before and team.rank == 0:
+        say(f"{job.output.path} is there already")
     files = {name: str(file) for name, file in labelled.files.items()}
-    if vector is not None:
-        files["polygons"] = str(vector)
-    report, lost, fills = labelled.report, labelled.unreadable.blocks, [bar.queue_fill for bar in shown]
-    hidden = dict(labelled.hidden)
-    if ranks > 1:
-        report = Report()
-        for one in gather(labelled.report):
-            report.add(one)
-        lost = _united(gather(lost))
-        hidden = {}
-        for part in gather(labelled.hidden):
-            for name, counts in part.items():
-                hidden.setdefault(name, Hidden()).add(counts)
-        fills = [fill for part in gather(fills) for fill in part]
-    if rank == 0:  # of a scene, that is: where each process has its own, each is the first one of its scene
+    if job.output.vector is not None:
+        files["polygons"] = str(job.output.vector)
+    report, lost, hidden, fills = _of_the_team(labelled, display.fills, team)
+    if team.rank == 0:  # of a scene, that is: where each process has its own, each is the first one of its scene
         _tell_unreadable(list(lost.values()))
         for name, counts in hidden.items():
             if counts.causes:
-                say(f"{path}: of the pixels read of {name}, hidden were {counts.text()}")
+                say(f"{job.path}: of the pixels read of {name}, hidden were {counts.text()}")
     lost_pixels = sum(block.height * block.width for block in lost)
     shares = {name: {cause: round(share, 4) for cause, share in h.shares().items()} for name, h in hidden.items()}
-    return _record(path, files, report, fills, lost_pixels, time.perf_counter() - started) | {"hidden": shares}
+    return _record(job.path, files, report, fills, lost_pixels, time.perf_counter() - started) | {"hidden": shares}
+
+
+def _of_the_team(
+    labelled: Labelled, fills: list[float | None], team: Team
+) -> tuple[Report, dict[Window, str], dict[str, Hidden], list[float | None]]:
+    """What all processes of a scene did: tiles and pixels, unreadable blocks, hidden pixels, how full queues were."""
+    if team.ranks == 1:
+        return labelled.report, labelled.unreadable.blocks, dict(labelled.hidden), fills
+    report, hidden = Report(), dict[str, Hidden]()
+    for one in gather(labelled.report):
+        report.add(one)
+    for part in gather(labelled.hidden):
+        for name, counts in part.items():
+            hidden.setdefault(name, Hidden()).add(counts)
+    lost = _united(gather(labelled.unreadable.blocks))
+    return report, lost, hidden, [fill for part in gather(fills) for fill in part]
 
 
 def _tell_unreadable(messages: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.scene import Scene
 from vfmseg.recipe import Recipe, dump_recipe
-from vfmseg.recipe.train import PredictSection
+from vfmseg.recipe.predict import PredictSection
 from vfmseg.terminal import say
 from vfmseg.training.loop import Stream
 from vfmseg.training.losses import LOSSES, Loss

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vfmseg.data.image import Images, Known
+from vfmseg.data.inputs import Inputs
 from vfmseg.geo.grid import Window
+from vfmseg.recipe.data import ClassSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +89,53 @@ class Area:
 
     touches: Callable[[Window], bool]
     mask: Callable[[Window], np.ndarray]
+
+
+class Votes(Protocol):
+    """Who says what tiles show: a trained model, or one that follows words or prompts.
+
+    identity: what decides its answers, as tags that every map carries; pieces and maps of another identity are never
+    taken for its own. runs_on: what else the last bits hang on (type, device), which only resuming asks.
+    """
+
+    @property
+    def classes(self) -> Mapping[int, ClassSpec]:
+        """{id in the map: name and colour}; votes are in the order of the ids."""
+        ...
+
+    @property
+    def inputs(self) -> Inputs:
+        """The modalities that tiles must have, and how files are read for them."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the answers lie."""
+        ...
+
+    @property
+    def known(self) -> Known:
+        """Where several modalities have an answer; other pixels get no label."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Tags, such as {"vfmseg_checkpoint": a hash}."""
+        ...
+
+    @property
+    def runs_on(self) -> Mapping[str, Any]:
+        """Plain values, such as {"dtype": "torch.float32"}."""
+        ...
+
+    @property
+    def one_batch_size(self) -> bool:
+        """Whether all batches should have one size, the places that are left over filled with nothing."""
+        ...
+
+    def __call__(self, tiles: Tiles) -> Tensor:
+        """Logits float32 (B, K, t, t) on the device; their softmax are the probabilities."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,24 +17,15 @@ from vfmseg.geo.layer import Layer
 from vfmseg.geo.writer import BLOCK
 from vfmseg.inference.contracts import Area, Model, Product, Report, Sink, Tick
 from vfmseg.inference.engine import label_run
+from vfmseg.inference.output import ALONE, SILENT, Output, Team, Watch, targets_of
 from vfmseg.inference.plan import WIDEST_STRIP, Plan, Run, many_meet, share_of
 from vfmseg.inference.products import ROWS
 from vfmseg.inference.ranks import meet
 from vfmseg.inference.reading import SceneSource, Stored, chunk_rows
 from vfmseg.inference.shards import Parts, RunSink
+from vfmseg.recipe.predict import PredictSection
 
 MEBI = 2**20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a scene is labelled. `overlap`: share of a tile. `memory_limit`: bytes for the buffers of a strip."""
-
-    tile: int
-    overlap: float = 0.25
-    blend: str = "hann"
-    batch_size: int = 4
-    memory_limit: int = 1024 * MEBI
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class Job:
     stored: Stored
     model: Model
     product: Product
-    settings: Settings
+    settings: PredictSection  # with its tile, no larger than the scene
     plan: Plan
     memory: int  # bytes of the buffers, as estimated
     area: Area | None = None
@@ -64,7 +54,7 @@ def prepare(
     model: Model,
     product: Product,
     product_bytes: int,
-    settings: Settings,
+    settings: PredictSection,
     area: Area | None = None,
 ) -> Job:
     """Plan a job. Strips are as wide as `settings.memory_limit` allows; MachineError if one tile is too much.
@@ -73,20 +63,20 @@ def prepare(
     """
     grid = scenes[0].grid
     # a tile larger than the scene would be mostly padding
-    settings = replace(settings, tile=min(settings.tile, max(grid.height, grid.width)))
-    tile = settings.tile
+    tile = min(tile_of(settings), max(grid.height, grid.width))
+    settings = settings.model_copy(update={"tile": tile})
     if tile > WIDEST_STRIP:
         raise MachineError(
             f"tiles of {tile} px are wider than a strip may be ({WIDEST_STRIP} px): choose a smaller tile"
         )
     fixed, column = _memory(stored, bands, model.classes, product_bytes, settings)
-    room = (settings.memory_limit - fixed) // column
+    room = (settings.memory_limit * MEBI - fixed) // column
     # a strip's tiles reach beyond it on both sides
     widest = min(WIDEST_STRIP, room if grid.width <= room else room - 2 * tile)
     if widest < tile:
         least = (fixed + column * min(grid.width, 3 * tile)) // MEBI + 1
         raise MachineError(
-            f"predict.memory_limit = {settings.memory_limit // MEBI} MiB is too little for tiles of {tile} px in "
+            f"predict.memory_limit = {settings.memory_limit} MiB is too little for tiles of {tile} px in "
             f"batches of {settings.batch_size} with {model.classes} classes; it takes at least {least} MiB: raise it, "
             "or choose a smaller tile or batch"
         )
@@ -97,13 +87,13 @@ def prepare(
 
 
 def _memory(
-    stored: Stored, bands: Mapping[str, int], classes: int, product_bytes: int, settings: Settings
+    stored: Stored, bands: Mapping[str, int], classes: int, product_bytes: int, settings: PredictSection
 ) -> tuple[int, int]:
     """Bytes of the buffers: what does not depend on the width of a strip, and what each pixel column adds.
 
     The terms are those of engine.py.
     """
-    tile, batch = settings.tile, settings.batch_size
+    tile, batch = tile_of(settings), settings.batch_size
     channels = sum(bands.values())
     size = max((np.dtype(stored.types.get(name, np.float32)).itemsize for name in bands), default=4)
     chunk = chunk_rows(stored.block[0], tile)
@@ -115,6 +105,13 @@ def _memory(
     deep = settings.blend != "none" and many_meet(tile, settings.overlap)
     band = (8 if deep else 4) * (classes + 1) * tile
     return fixed, band + chunks + rows + products + written
+
+
+def tile_of(settings: PredictSection) -> int:
+    """Side of a tile in pixels; whoever asks for a job has settled it (ValueError if not)."""
+    if settings.tile is None:
+        raise ValueError("the side of a tile is not settled: fill predict.tile before a job is prepared")
+    return settings.tile
 
 
 @dataclass
@@ -143,26 +140,19 @@ def into(job: Job, sink: Sink, progress: Callable[[Tick], None] | None = None) -
 
 def into_files(
     job: Job,
-    target: Path,
+    output: Output,
     layers: Mapping[str, Layer],
-    fingerprint: Mapping[str, Any],
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-    cog: bool = False,
-    compress: str = "deflate",
-    planned: Callable[[Job, int], None] | None = None,
-    progress: Callable[[Tick], None] | None = None,
+    work: Mapping[str, Any],
+    team: Team = ALONE,
+    watch: Watch = SILENT,
 ) -> Report:
-    """Label the scene into `target` and, for other products, files named after it; each process does its share.
+    """Label the scene into the maps of `output`, one for each layer; each process of the team does its share.
 
-    Finished pieces are kept beside the target until all are there. The caller sees to it that no other run writes there
-    meanwhile (`ranks.alone`). `planned` is told the job and how many pixels this process has to label. Returns what
-    this process did.
+    Finished pieces of this `work` are kept beside the target until all are there. The caller sees to it that no other
+    run writes there meanwhile (`ranks.alone`). Returns what this process did.
     """
-    parts = Parts(target, job.plan, job.grid, layers, fingerprint)
+    target, (rank, ranks) = output.path, team
+    parts = Parts(target, job.plan, job.grid, layers, work)
 
     def together() -> None:
         if ranks > 1:  # processes that label scenes of their own have nothing to wait for
@@ -170,7 +160,7 @@ def into_files(
 
     together()  # first of all: processes that are not connected must not touch the pieces
     if rank == 0:
-        parts.prepare(resume, overwrite)
+        parts.prepare(output.resume, output.overwrite)
     together()
     if not parts.folder.is_dir():
         raise MachineError(
@@ -179,16 +169,16 @@ def into_files(
         )
     report = Report()
     mine = share_of(tuple(parts.missing(job.plan.shards)), rank, ranks)
-    if planned is not None:
-        planned(job, sum(shard.window.height * shard.window.width for shard in mine))
+    if watch.planned is not None:
+        watch.planned(job, sum(shard.window.height * shard.window.width for shard in mine))
     together()  # nobody may finish a shard before everybody has looked
     try:
         for run in job.plan.runs(mine):
             with RunSink(parts, run, parts.show if rank == 0 else _nothing) as sink:
-                report.add(_label(job, run, sink, progress))
+                report.add(_label(job, run, sink, watch.progress))
         together()
         if rank == 0:
-            parts.assemble(targets_of(target, layers), cog, compress)
+            parts.assemble(targets_of(target, layers), output.cog, output.compress)
     except BaseException as error:
         done, pieces = len(parts.finished()), len(job.plan.shards)
         if not done and ranks == 1:
@@ -198,16 +188,6 @@ def into_files(
         raise
     together()
     return report
-
-
-def targets_of(target: Path, products: Iterable[str]) -> dict[str, Path]:
-    """{product: its file}: the labels have the name of the target, others one made from it."""
-    return {name: target if name == "labels" else product_path(target, name) for name in products}
-
-
-def product_path(target: Path, product: str) -> Path:
-    """labels.tif -> labels_confidence.tif."""
-    return target.with_name(f"{target.stem}_{product}{target.suffix}")
 
 
 def _nothing() -> None:

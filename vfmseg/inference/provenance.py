@@ -18,22 +18,18 @@ from vfmseg.geo.grid import Window
 from vfmseg.geo.mosaic import map_tags
 from vfmseg.geo.reader import Raster
 from vfmseg.geo.trust import is_remote
-from vfmseg.inference.how import Settled
 from vfmseg.inference.job import Job
+from vfmseg.inference.output import Output
 
 WORK_TAG = "vfmseg_work"
 """Tag of a finished map that tells by which work it was made."""
 
 
-def work_of(
-    scene: RasterScene,
-    job: Job,
-    settled: Settled,
-    extras: Sequence[str],
-    area: str | Path | Sequence[float] | None,
-    skip_unreadable: bool,
-) -> dict[str, Any]:
-    """What is labelled, and how: with another of these, finished pieces are of no use."""
+def work_of(scene: RasterScene, job: Job, output: Output, bands: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What is labelled, and how: with another of these, finished pieces are of no use.
+
+    `bands` {modality: numbers}: which bands of the scene were named to be those of the model.
+    """
     return {
         "scene": {
             name: [_file(path, info) for path, info in raster.infos.items()] + _glance(raster)
@@ -43,14 +39,14 @@ def work_of(
         "overlap": job.settings.overlap,
         "blend": job.settings.blend,
         "batch_size": job.settings.batch_size,
-        "average": "logits" if settled.logits else "probabilities",
-        "tta": settled.tta,
-        "scales": list(settled.scales),
-        "products": ["labels", *extras],
-        "area": _area(area),
+        "average": job.settings.average,
+        "tta": job.settings.tta,
+        "scales": list(job.settings.scales),
+        "products": ["labels", *output.extras],
+        "area": _area(output.area),
         "strips": len(job.plan.strips),
-        "skip_unreadable": skip_unreadable,
-    } | ({"bands": {name: list(numbers) for name, numbers in settled.bands.items()}} if settled.bands else {})
+        "skip_unreadable": output.skip_unreadable,
+    } | ({"bands": {name: list(numbers) for name, numbers in bands.items()}} if bands else {})
 
 
 def mark_of(work: Mapping[str, Any], form: dict[str, Any]) -> dict[str, str]:

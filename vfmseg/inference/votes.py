@@ -1,4 +1,4 @@
-"""From a model to the votes that the engine blends: device, precision, and probabilities or logits."""
+"""From a model to the votes that the engine blends: device, precision, and probabilities instead of logits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ def voter(
     model: Callable[[Images], Tensor],
     device: torch.device,
     dtype: torch.dtype,
-    logits: bool,
 ) -> Predictor:
-    """A predictor that runs `model` (images -> logits) on `device` in `dtype` and answers in float32.
-
-    `logits`: it answers with them; else with probabilities.
-    """
+    """A predictor that runs `model` (images -> logits) on `device` in `dtype` and answers with logits in float32."""
 
     def vote(tiles: Tiles) -> Tensor:
         images = {
@@ -30,10 +26,19 @@ def voter(
         }
         enabled = dtype is not torch.float32
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            answer = model(images).float()  # (B, K, t, t)
-            return answer if logits else answer.softmax(dim=1)
+            return model(images).float()  # (B, K, t, t)
 
     return vote
+
+
+def as_probabilities(vote: Predictor) -> Predictor:
+    """A predictor that answers with the probabilities of what `vote` answers with, logits."""
+
+    def predict(tiles: Tiles) -> Tensor:
+        with torch.inference_mode():
+            return vote(tiles).softmax(dim=1)
+
+    return predict
 
 
 def filled_up(vote: Predictor, size: int) -> Predictor:

@@ -11,7 +11,7 @@ from typing import Any
 from vfmseg.disk.jsonfile import read_json
 from vfmseg.disk.paths import readings, require_file
 from vfmseg.errors import DataError
-from vfmseg.inference.job import product_path
+from vfmseg.inference.output import product_path
 
 IMAGES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 """Suffixes that count as scenes in a folder."""

@@ -11,7 +11,8 @@ from vfmseg.errors import nearest
 from vfmseg.recipe.base import Name, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import DataSection
 from vfmseg.recipe.model import ModelSection
-from vfmseg.recipe.train import PredictSection, TrainSection
+from vfmseg.recipe.predict import PredictSection
+from vfmseg.recipe.train import TrainSection
 
 
 class Recipe(Section):

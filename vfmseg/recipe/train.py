@@ -1,4 +1,4 @@
-"""The `train` section: objective, losses, schedule, optimizer and augmentation; and the `predict` section."""
+"""The `train` section: objective, losses, schedule, optimizer and augmentation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from vfmseg.recipe.base import Flag, Number, Problem, Section, Whole
-from vfmseg.recipe.data import ClassId, TileSide
+from vfmseg.recipe.data import ClassId
 
 LossName = Literal["cross_entropy", "dice", "focal", "lovasz"]
-LARGEST_SCALE = 8.0  # of a tile at prediction: it then takes 64 times the memory
-MOST_SCALES = 16  # of one prediction; each is another run of the model
 LARGEST_BATCH = 4096  # windows or tiles in memory at once
-MOST_READERS = 256  # threads, each with files open
-LARGEST_LIMIT = 2**24  # MiB: 16 TiB
 LARGEST_RATE = 100.0  # of learning; AdamW moves each weight by about as much in a step
 Share = Annotated[Number, Field(ge=0, le=1)]
 
@@ -111,28 +107,3 @@ class TrainSection(Section):
             yield Problem("focal_gamma", f"= {self.focal_gamma} is used by no loss; drop it, or add focal")
         if self.class_weights is not None and not {"cross_entropy", "focal"} & set(self.loss):
             yield Problem("class_weights", "is used by no loss; drop it, or add cross_entropy or focal")
-
-
-class PredictSection(Section):
-    """How a scene is labelled: overlapping tiles, blended."""
-
-    tile: TileSide | None = Field(default=None, examples=[512])
-    """Side of a tile in pixels; left out: data.tile."""
-    overlap: Annotated[Number, Field(ge=0, lt=0.9)] = 0.25
-    """Share of a tile that it has in common with its neighbour."""
-    blend: Literal["hann", "gaussian", "average", "none"] = "hann"
-    """Weight of a tile's pixels where tiles overlap; none: each tile answers for its core alone."""
-    average: Literal["probabilities", "logits"] = "probabilities"
-    """What is averaged where tiles overlap."""
-    batch_size: Annotated[Whole, Field(ge=1, le=LARGEST_BATCH)] = 4
-    """Tiles in one call of the model."""
-    tta: Literal["none", "flips", "d4"] = "none"
-    """Test-time augmentation: the mean over 1, 4 or all 8 symmetries of the square."""
-    scales: Annotated[
-        tuple[Annotated[Number, Field(gt=0, le=LARGEST_SCALE)], ...], Field(min_length=1, max_length=MOST_SCALES)
-    ] = (1.0,)
-    """Sizes of the tile, relative to itself, at which the model looks; the mean over all."""
-    readers: Annotated[Whole, Field(ge=1, le=MOST_READERS)] = 2
-    """Threads that read files."""
-    memory_limit: Annotated[Whole, Field(ge=16, le=LARGEST_LIMIT)] = 1024
-    """MiB for the buffers of a strip; a wider scene is labelled strip by strip."""

@@ -32,7 +32,6 @@ from vfmseg.build.data import bands_of
 from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.geo.grid import Spans, Window
 from vfmseg.geo.reader import Raster
-from vfmseg.inference.how import How, settle
 from vfmseg.inference.plan import Plan
 from vfmseg.segmenter import DTYPES, Segmenter
 
@@ -63,7 +62,7 @@ def steps(probabilities: np.ndarray, axis: int) -> np.ndarray:
 
 def seam_score(segmenter: Segmenter, scene: np.ndarray, tile: int, overlap: float, blend: str) -> float | None:
     """Mean step across tile borders over the mean step at the same places without; None if the scene is one tile."""
-    how = How(blend=blend, overlap=overlap)
+    how = {"blend": blend, "overlap": overlap}
     shift = (tile - int(tile * overlap)) // 2
     here, there = segmenter.probabilities(scene, how), segmenter.probabilities(scene[:, shift:, shift:], how)
     with_border: list[np.ndarray] = []
@@ -95,7 +94,7 @@ def hole_share(segmenter: Segmenter, scene: np.ndarray, side: int) -> float:
     return round(float((before != after)[near].mean()), 5)
 
 
-def variants(checkpoint: Path, encoder: str | None) -> dict[str, tuple[Segmenter, How]]:
+def variants(checkpoint: Path, encoder: str | None) -> dict[str, tuple[Segmenter, dict[str, Any]]]:
     """Ways to the same labels, by name; the first is what the others are compared with."""
 
     def load(dtype: str = "fp32", merge: bool = True, compile: bool = False, last: bool = False) -> Segmenter:
@@ -106,24 +105,24 @@ def variants(checkpoint: Path, encoder: str | None) -> dict[str, tuple[Segmenter
 
     plain = load()
     return {
-        "as in the recipe, float32": (plain, How()),
-        "adapter not merged": (load(merge=False), How()),
-        "channels last": (load(last=True), How()),
-        "torch.compile": (load(compile=True), How()),
-        "bf16": (load("bf16"), How()),
-        "bf16, channels last": (load("bf16", last=True), How()),
-        "bf16, torch.compile": (load("bf16", compile=True), How()),
-        "overlap 0.125": (plain, How(overlap=0.125)),
-        "bf16, overlap 0.125": (load("bf16"), How(overlap=0.125)),
-        "tile twice as large": (plain, How(tile=2 * settle(How(), plain.recipe).settings.tile)),
-        "batch of 1": (plain, How(batch_size=1)),
-        "logits averaged": (plain, How(average="logits")),
+        "as in the recipe, float32": (plain, {}),
+        "adapter not merged": (load(merge=False), {}),
+        "channels last": (load(last=True), {}),
+        "torch.compile": (load(compile=True), {}),
+        "bf16": (load("bf16"), {}),
+        "bf16, channels last": (load("bf16", last=True), {}),
+        "bf16, torch.compile": (load("bf16", compile=True), {}),
+        "overlap 0.125": (plain, {"overlap": 0.125}),
+        "bf16, overlap 0.125": (load("bf16"), {"overlap": 0.125}),
+        "tile twice as large": (plain, {"tile": 2 * plain.how.tile}),
+        "batch of 1": (plain, {"batch_size": 1}),
+        "logits averaged": (plain, {"average": "logits"}),
     }
 
 
 def floor(segmenter: Segmenter, scene: np.ndarray) -> Callable[[], None]:
     """The forward passes of a scene alone, in float32."""
-    settings = settle(How(), segmenter.recipe).settings
+    settings = segmenter.how
     tile, size = settings.tile, settings.batch_size
     plan = Plan(*scene.shape[1:], tile, settings.overlap, True, size)
     (name,) = (one.name for one in segmenter.inputs)
@@ -187,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
         window = Window((raster.grid.height - height) // 2, (raster.grid.width - width) // 2, height, width)
         chip = raster.read(window)
     scene = np.where(chip.valid, chip.pixels, np.nan).astype(np.float32)
-    tile = settle(How(), segmenter.recipe).settings.tile
+    tile = segmenter.how.tile
     result = {
         "scene": [Path(options.scene).name, height, width],
         "recipe": segmenter.recipe.name,

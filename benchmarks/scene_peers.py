@@ -31,6 +31,9 @@ import torch
 from rasterio.windows import Window
 from torch import Tensor, nn
 
+from vfmseg.inference.output import Output
+from vfmseg.recipe.predict import PredictSection
+
 HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
@@ -136,7 +139,7 @@ def vfmseg(task: Task, blend: str = "hann") -> Callable[[], None]:
     from vfmseg.data.given import open_scene
     from vfmseg.geo.bands import Bands
     from vfmseg.inference.contracts import Model, Tiles
-    from vfmseg.inference.job import Settings, into_files, prepare
+    from vfmseg.inference.job import into_files, prepare
     from vfmseg.inference.products import Products
     from vfmseg.inference.reading import stored_as
 
@@ -149,9 +152,11 @@ def vfmseg(task: Task, blend: str = "hann") -> Callable[[], None]:
         ids = tuple(range(CLASSES))
         products = Products(ids)
         layers = products.layers([str(i) for i in ids], [(25 * i, 25 * i, 25 * i) for i in ids], {})
-        settings = Settings(task.tile, (task.overlap + 0.5) / task.tile, blend, task.batch)
+        settings = PredictSection(
+            tile=task.tile, overlap=(task.overlap + 0.5) / task.tile, blend=blend, batch_size=task.batch
+        )
         job = prepare([scene], stored_as(scene), scene.bands(), Model(vote, CLASSES), products, 1, settings)
-        into_files(job, task.labels, layers, {}, overwrite=True)
+        into_files(job, Output(task.labels, overwrite=True), layers, {})
         scene.close()
 
     return work

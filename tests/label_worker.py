@@ -11,10 +11,12 @@ import torch
 from vfmseg.data.given import open_scene
 from vfmseg.geo.bands import Bands
 from vfmseg.inference.contracts import Model, Tiles
-from vfmseg.inference.job import Settings, into_files, prepare
+from vfmseg.inference.job import into_files, prepare
+from vfmseg.inference.output import Output, Team
 from vfmseg.inference.products import Products
 from vfmseg.inference.ranks import joined
 from vfmseg.inference.reading import stored_as
+from vfmseg.recipe.predict import PredictSection
 
 torch.set_num_threads(1)
 
@@ -30,8 +32,18 @@ if __name__ == "__main__":
     opened = open_scene({"x": sys.argv[1]}, {"x": Bands()})
     products = Products((0, 1, 2), ("confidence",))
     layers = products.layers(("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), {"vfmseg_recipe": "toy"})
-    job = prepare([opened], stored_as(opened), {"x": 1}, Model(vote, 3), products, 2, Settings(32, 0.25, "hann", 4))
+    job = prepare(
+        [opened],
+        stored_as(opened),
+        {"x": 1},
+        Model(vote, 3),
+        products,
+        2,
+        PredictSection(tile=32),
+    )
     with joined() as (rank, ranks):
-        report = into_files(job, Path(sys.argv[2]), layers, {}, rank=rank, ranks=ranks, resume="--resume" in sys.argv)
+        report = into_files(
+            job, Output(Path(sys.argv[2]), resume="--resume" in sys.argv), layers, {}, Team(rank, ranks)
+        )
     # unbuffered, as torchrun starts it, `print` writes a line and its end apart: lines of two processes would mix
     sys.stdout.write(f"rank{rank} {report.tiles}\n")

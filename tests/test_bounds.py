@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_data_windows import ArrayScene
@@ -16,11 +17,11 @@ from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Grid
 from vfmseg.inference.contracts import Model
-from vfmseg.inference.how import How, settle
-from vfmseg.inference.job import Settings, prepare
+from vfmseg.inference.job import prepare
 from vfmseg.inference.products import Products
 from vfmseg.inference.reading import stored_as
 from vfmseg.recipe import load_recipe
+from vfmseg.recipe.predict import PredictSection, settled
 
 ABSURD = {
     "data.samples_per_epoch=1000000000": "data.samples_per_epoch = 1000000000 must be at most 1e+07; for example 500",
@@ -59,19 +60,19 @@ def test_numbers_that_no_run_means_are_refused(tmp_path: Path, override: str) ->
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (How(readers=10**9), "readers = 1000000000; expected a whole number of at least 1 and at most 256"),
-        (How(batch_size=10**9), "batch_size = 1000000000; expected a whole number of at least 1 and at most 4096"),
-        (How(memory_limit=10**9), "memory_limit = 1000000000; expected a whole number of at least 1 and at most"),
-        (How(tile=10**9), "tile = 1000000000; expected a whole number of at least 1 and at most 65536"),
-        (How(scales=(8.0,) * 1000), r"scales = \[8.0, .*\.\.\.; expected numbers above 0 and at most 8, 16 in all"),
+        ({"readers": 10**9}, "predict: readers = 1000000000 must be at most 256"),
+        ({"batch_size": 10**9}, "batch_size = 1000000000 must be at most 4096"),
+        ({"memory_limit": 10**9}, "memory_limit = 1000000000 must be at most"),
+        ({"tile": 10**9}, "tile = 1000000000 must be at most 65536"),
+        ({"scales": (8.0,) * 1000}, r"scales = \[8.0, .*\.\.\. must have 16 entries at most"),
     ],
 )
 @pytest.mark.pitfall("F6")
-def test_callers_are_held_to_the_bounds_of_the_recipe(tmp_path: Path, how: How, words: str) -> None:
+def test_callers_are_held_to_the_bounds_of_the_recipe(tmp_path: Path, how: dict[str, Any], words: str) -> None:
     (tmp_path / "r.yaml").write_text(SMALL)
     recipe = load_recipe(tmp_path / "r.yaml")
     with pytest.raises(RecipeError, match=words) as caught:
-        settle(how, recipe)
+        settled(recipe.predict, how)
     assert len(str(caught.value)) < 200
 
 
@@ -120,7 +121,7 @@ def test_a_small_file_that_claims_billions_of_pixels_is_planned_without_memory(
     scene = open_scene({"rgb": str(file)}, {"rgb": Bands(indexes=(1,))})
     tracemalloc.start()
     model = Model(lambda tiles: tiles.images["rgb"].pixels, 2)
-    job = prepare([scene], stored_as(scene), {"rgb": 1}, model, Products((0, 1)), 1, Settings(256))
+    job = prepare([scene], stored_as(scene), {"rgb": 1}, model, Products((0, 1)), 1, PredictSection(tile=256))
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
     scene.close()

@@ -275,7 +275,7 @@ def test_ctrl_c_prints_the_line_that_resumes(place: Path, tmp_path: Path, sent: 
         (["-o", "x.tif", "--bounds", "0,0,1"], "expected 4 numbers"),
         (["-o", "x.tif", "--min-area", "9"], "add --polygons"),
         (["-o", "x.tif", "--compress", "zst"], "compress = 'zst'; did you mean 'zstd'?"),
-        (["-o", "x.tif", "--scales", "nan"], "expected numbers above 0 and at most 8"),
+        (["-o", "x.tif", "--scales", "nan"], "scales.0 = nan must be a finite number"),
     ],
 )
 @pytest.mark.pitfall("P62")

@@ -24,10 +24,11 @@ from vfmseg.geo.validity import Chip
 from vfmseg.inference.blend import BLENDS, Band, profile
 from vfmseg.inference.contracts import Area, Finished, Model, Report, Tiles
 from vfmseg.inference.engine import label_run
-from vfmseg.inference.job import Arrays, Settings, into, prepare
+from vfmseg.inference.job import Arrays, into, prepare
 from vfmseg.inference.plan import Plan, share_of
 from vfmseg.inference.products import Products
 from vfmseg.inference.reading import SceneSource, Stored
+from vfmseg.recipe.predict import PredictSection
 
 CLASSES = 3
 
@@ -424,7 +425,7 @@ def test_memory_stays_below_the_estimate_whatever_the_height() -> None:
 
     estimates = set()
     for height in (512, 8192):
-        settings = Settings(64, 0.25, "hann", 4)
+        settings = PredictSection(tile=64)
         job = prepare([Endless(height)], Stored((64, 256)), {"x": 1}, Model(pointwise, 3), everything, 20, settings)
         estimates.add(job.memory)
         tracemalloc.start()
@@ -439,7 +440,7 @@ def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
     products = Products((0, 1, 2))
 
     def job(width: int, limit: int) -> Any:
-        settings = Settings(64, 0.25, "hann", 4, limit * 2**20)
+        settings = PredictSection(tile=64).model_copy(update={"memory_limit": limit})  # less than a recipe may say
         return prepare([Endless(300, width)], Stored((64, 64)), {"x": 1}, Model(pointwise, 3), products, 1, settings)
 
     narrow, wide = job(1000, 6), job(16000, 6)
@@ -458,7 +459,7 @@ def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
 def test_sums_of_many_tiles_are_larger_and_counted() -> None:
     def memory(overlap: float, blend: str) -> int:
         scene = Endless(100, 1000)
-        settings = Settings(32, overlap, blend)
+        settings = PredictSection(tile=32, overlap=overlap, blend=blend)
         return prepare([scene], Stored(), {"x": 1}, Model(pointwise, 3), everything, 8, settings).memory
 
     band = 4 * (3 + 1) * 32 * 1000
@@ -475,7 +476,7 @@ def test_a_tile_is_no_larger_than_the_scene() -> None:
         sides.add(tuple(images["x"].shape))
         return pointwise(tiles)
 
-    job = prepare([Endless(30, 50)], Stored(), {"x": 1}, Model(spy, 3), everything, 20, Settings(4000))
+    job = prepare([Endless(30, 50)], Stored(), {"x": 1}, Model(spy, 3), everything, 20, PredictSection(tile=4000))
     into(job, Forgets())
     assert sides == {(1, 1, 50, 50)}
 
@@ -603,7 +604,15 @@ def test_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
 
     products = Products((0, 1, 2))
     model = Model(pointwise, 3)
-    job = prepare([Reading()], Stored((32, 64)), {"x": 1}, model, products, 1, Settings(32, 0.25, "hann", 8))
+    job = prepare(
+        [Reading()],
+        Stored((32, 64)),
+        {"x": 1},
+        model,
+        products,
+        1,
+        PredictSection(tile=32, batch_size=8),
+    )
     into(job, Watch())
     assert behind[0] < 1600
 

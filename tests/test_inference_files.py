@@ -25,12 +25,14 @@ from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Window
 from vfmseg.inference import shards as shards_module
 from vfmseg.inference.contracts import Model, Tiles
-from vfmseg.inference.job import Job, Settings, into_files, prepare, targets_of
+from vfmseg.inference.job import Job, into_files, prepare
+from vfmseg.inference.output import ALONE, Output, Team, targets_of
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import Products
 from vfmseg.inference.reading import stored_as
 from vfmseg.inference.shards import Parts
 from vfmseg.inference.views import averaged
+from vfmseg.recipe.predict import PredictSection
 
 WORKER = Path(__file__).with_name("label_worker.py")
 PRODUCTS = Products((0, 1, 2), ("confidence",))
@@ -68,14 +70,15 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job_of(scene: Path, **changes: Any) -> Job:
     opened = open_scene({"x": str(scene)}, {"x": Bands()})
-    settings = Settings(32, 0.25, changes.get("blend", "hann"), 4)
+    settings = PredictSection(tile=32, overlap=0.25, blend=changes.get("blend", "hann"), batch_size=4)
     vote = averaged(changes.get("vote", pointwise), "none", (1.0,))
     return prepare([opened], stored_as(opened), {"x": 1}, Model(vote, 3), PRODUCTS, 2, settings)
 
 
 def label(scene: Path, target: Path, fingerprint: dict[str, Any] | None = None, **how: Any) -> dict[str, Path]:
     changes = {name: how.pop(name) for name in ("vote", "blend") if name in how}
-    into_files(job_of(scene, **changes), target, LAYERS, fingerprint or {}, **how)
+    team = how.pop("team", ALONE)
+    into_files(job_of(scene, **changes), Output(target, **how), LAYERS, fingerprint or {}, team)
     return targets_of(target, LAYERS)
 
 
@@ -134,7 +137,7 @@ def test_pieces_of_a_wide_map_are_joined_in_bounded_memory(tmp_path: Path, monke
         return joined
 
     monkeypatch.setattr(shards_module.Parts, "_joined", counted)
-    into_files(job, tmp_path / "labels.tif", LAYERS, {})
+    into_files(job, Output(tmp_path / "labels.tif"), LAYERS, {})
     assert max(most) <= 2 * 256 * 256
     with rasterio.open(tmp_path / "labels.tif") as labels:
         np.testing.assert_array_equal(labels.read(), array)
@@ -221,7 +224,7 @@ def test_a_process_that_does_not_see_the_pieces_says_so(
     """On another machine, whose disk is not that of the first process."""
     monkeypatch.setattr("vfmseg.inference.job.meet", lambda: None)
     with pytest.raises(MachineError, match="on a disk that they share"):
-        label(scene, tmp_path / "labels.tif", rank=1, ranks=2)
+        label(scene, tmp_path / "labels.tif", team=Team(1, 2))
 
 
 @pytest.mark.pitfall("P37")

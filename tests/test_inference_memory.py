@@ -24,10 +24,12 @@ from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.validity import Chip
 from vfmseg.inference import job as job_module
 from vfmseg.inference.contracts import Finished, Model, Tiles
-from vfmseg.inference.job import Arrays, Settings, into, into_files, prepare
+from vfmseg.inference.job import Arrays, into, into_files, prepare
+from vfmseg.inference.output import Output
 from vfmseg.inference.plan import Plan
 from vfmseg.inference.products import EXTRAS, Products
 from vfmseg.inference.reading import Stored
+from vfmseg.recipe.predict import PredictSection
 
 CLASSES = 40
 
@@ -98,12 +100,12 @@ def test_memory_stays_below_the_estimate_with_every_product_and_many_classes(
     layers = products.layers(["a"] * CLASSES, [(0, 0, 0)] * CLASSES, {})
     job = prepare(
         [Endless(512, 800)], Stored((64, 256)), {"x": 1}, Model(even, CLASSES), products, products.bytes_a_pixel,
-        Settings(tile, 0.25, "hann", 4),
+        PredictSection(tile=tile, overlap=0.25, blend="hann", batch_size=4),
     )  # fmt: skip
     tracemalloc.start()
     try:
         with Live() as live:
-            into_files(job, tmp_path / "labels.tif", layers, {})
+            into_files(job, Output(tmp_path / "labels.tif"), layers, {})
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -132,7 +134,7 @@ def test_what_a_strip_has_freed_goes_back_to_the_system(tmp_path: Path, monkeypa
     calls = []
     monkeypatch.setattr(job_module, "_give_back", lambda: calls.append(1))
     scene, products = Endless(64, 400), Products((0, 1))
-    job = prepare([scene], Stored(), {"x": 1}, Model(two, 2), products, 1, Settings(32))
+    job = prepare([scene], Stored(), {"x": 1}, Model(two, 2), products, 1, PredictSection(tile=32))
     job = replace(job, plan=Plan(64, 400, 32, 0.25, True, 4, 100))
     assert len(job.plan.strips) > 2
     into(job, Arrays(64, 400))

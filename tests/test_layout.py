@@ -180,7 +180,6 @@ def test_the_top_of_the_package_has_at_most_16_files() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 16
 
 
-@pytest.mark.xfail(strict=True)
 def test_the_longest_function_has_fewer_than_60_lines() -> None:
     long = [
         f"{module_name(path)}.{node.name}: {node.end_lineno - node.lineno + 1}"

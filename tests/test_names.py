@@ -20,9 +20,9 @@ from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.grid import Grid
 from vfmseg.geo.rasterfile import RasterFile
-from vfmseg.inference.how import How
+from vfmseg.inference.output import Output
 from vfmseg.inference.worklist import scenes_of
-from vfmseg.predict import Wanted, predict
+from vfmseg.predict import predict
 from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import guarded
 from vfmseg.vector.area import read_area
@@ -50,14 +50,12 @@ def test_the_longest_name_that_is_taken_can_be_written(segmenter: Segmenter, tmp
     most = os.pathconf(tmp_path, "PC_NAME_MAX") - 30
     scene = str(write_raster(tmp_path / "s.tif", toy_scene(1, 40, 40)[0]))
     name = "n" * (most - len("_confidence.tif")) + ".tif"
-    predict(segmenter, scene, {}, tmp_path / "out" / name, How(), Wanted(("confidence",), cog=True))
+    predict(segmenter, scene, Output(tmp_path / "out" / name, extras=("confidence",), cog=True))
     assert max(map(len, os.listdir(tmp_path / "out"))) == most
     with pytest.raises(DataError, match=f"has {most + 1} bytes.*expected at most {most}.*name the output shorter"):
-        predict(segmenter, scene, {}, tmp_path / "new" / ("n" * (most - 3) + ".tif"), How(), Wanted())
+        predict(segmenter, scene, Output(tmp_path / "new" / ("n" * (most - 3) + ".tif")))
     with pytest.raises(DataError, match="name the output shorter"):  # GeoJSON's ending is longer
-        predict(
-            segmenter, scene, {}, tmp_path / "new" / ("n" * (most - 4) + ".tif"), How(), Wanted(polygons=".geojson")
-        )
+        predict(segmenter, scene, Output(tmp_path / "new" / ("n" * (most - 4) + ".tif"), polygons=".geojson"))
     assert not (tmp_path / "new").exists()
 
 
@@ -67,7 +65,7 @@ def test_a_long_name_ends_no_list(segmenter: Segmenter, tmp_path: Path, capsys: 
         write_raster(tmp_path / "in" / f"{name}.tif", toy_scene(1, 40, 40)[0])
     scenes = scenes_of(str(tmp_path / "in"))
     assert scenes is not None
-    records = predict(segmenter, scenes, {}, tmp_path / "out", How(), Wanted(polygons=".gpkg"))
+    records = predict(segmenter, scenes, Output(tmp_path / "out", polygons=".gpkg"))
     assert ["error" in record for record in records] == [False, True, False]
     assert "name has 250 bytes" in records[1]["error"]
     assert "not labelled: " in capsys.readouterr().err
@@ -93,7 +91,7 @@ def test_a_name_that_is_not_utf_8_is_one_message(segmenter: Segmenter, tmp_path:
     with pytest.raises(DataError, match=r"is not UTF-8.*rename it"):
         RasterFile(name).info  # noqa: B018
     with pytest.raises(DataError, match=r"is not UTF-8.*choose another name"):
-        predict(segmenter, "s.tif", {}, name, How(), Wanted())
+        predict(segmenter, "s.tif", Output(name))
 
 
 # --- line breaks ----------------------------------------------------------------------------------------------
@@ -105,9 +103,9 @@ def test_a_line_break_is_no_full_disk(segmenter: Segmenter, tmp_path: Path, name
     scene = str(write_raster(tmp_path / f"{name}.tif", toy_scene(1, 40, 40)[0]))
     target = tmp_path / "out" / f"{name}.tif"
     with pytest.raises(DataError, match=r"holds a line break or a tab, which pyogrio takes out.*without"):
-        predict(segmenter, scene, {}, target, How(), Wanted(polygons=".gpkg"))
+        predict(segmenter, scene, Output(target, polygons=".gpkg"))
     assert not target.exists()
-    predict(segmenter, scene, {}, target, How(), Wanted())
+    predict(segmenter, scene, Output(target))
     assert target.is_file()
     with pytest.raises(DataError, match="holds a line break"):
         write_polygons(target, target.with_suffix(".gpkg"))

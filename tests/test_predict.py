@@ -22,10 +22,10 @@ from vfmseg.errors import DataError, MachineError, RecipeError
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
-from vfmseg.inference.how import How
+from vfmseg.inference.output import Output
 from vfmseg.inference.shards import Parts
 from vfmseg.inference.worklist import scenes_of
-from vfmseg.predict import Wanted, predict
+from vfmseg.predict import predict
 from vfmseg.progress import LabelProgress
 from vfmseg.segmenter import Segmenter
 
@@ -69,9 +69,9 @@ def run(place: Path, *arguments: object, processes: int = 1) -> str:
 
 
 def label(
-    segmenter: Segmenter, scene: Path, output: Path, how: How | None = None, **wanted: Any
+    segmenter: Segmenter, scene: Path, output: Path, how: dict[str, Any] | None = None, **wanted: Any
 ) -> list[dict[str, Any]]:
-    return predict(segmenter, scenes_of(str(scene)) or str(scene), {}, output, how or How(), Wanted(**wanted))
+    return predict(segmenter, scenes_of(str(scene)) or str(scene), Output(output, **wanted), how or {})
 
 
 def broken(*_: Any) -> None:
@@ -186,11 +186,11 @@ def test_a_folder_of_scenes(place: Path, segmenter: Segmenter, tmp_path: Path) -
     records = label(segmenter, tmp_path / "in", tmp_path / "out", resume=True)
     assert [r["pixels"] for r in records] == [0, 3500]  # of this run
     assert (tmp_path / "out" / "s1.tif").stat().st_mtime_ns == before
-    records = label(segmenter, tmp_path / "in", tmp_path / "out", How(overlap=0.5), resume=True)
+    records = label(segmenter, tmp_path / "in", tmp_path / "out", {"overlap": 0.5}, resume=True)
     assert all("exists already" in r["error"] for r in records)  # finished, but as other work
     assert (tmp_path / "out" / "s1.tif").stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match="goes with one scene"):
-        predict(segmenter, [str(tmp_path / "in" / "s1.tif")], {"dem": "x.tif"}, tmp_path / "o", How(), Wanted())
+        predict(segmenter, [str(tmp_path / "in" / "s1.tif")], Output(tmp_path / "o"), others={"dem": "x.tif"})
 
 
 @pytest.mark.pitfall("P63")
@@ -269,11 +269,11 @@ def test_an_array_is_resumed_with_the_same_array_alone(
         with pytest.raises(MachineError, match="are done and kept"):
             segmenter.label(array, target)
     with pytest.raises(DataError, match=r"other work \(scene was .*array of 3 x 70 x 50 \|u1 "):
-        segmenter.label(other, target, resume=True)
-    assert segmenter.label(array.copy(), target, resume=True).report.pixels == 0
-    assert segmenter.label(array, target, resume=True).before
+        segmenter.label(other, Output(target, resume=True))
+    assert segmenter.label(array.copy(), Output(target, resume=True)).report.pixels == 0
+    assert segmenter.label(array, Output(target, resume=True)).before
     with pytest.raises(DataError, match="exists already"):
-        segmenter.label(other, target, resume=True)
+        segmenter.label(other, Output(target, resume=True))
 
 
 @pytest.mark.pitfall("P63")
@@ -289,7 +289,7 @@ def test_what_a_scene_is_read_from_is_never_replaced(place: Path, segmenter: Seg
     with pytest.raises(DataError, match=r"tile\.tif: is the scene itself, or a part of it"):
         segmenter.predict(tmp_path / "m.vrt", output=tile, overwrite=True)
     with pytest.raises(DataError, match=r"g\.gpkg: is the scene itself"):
-        predict(segmenter, str(package), {}, tmp_path / "g.tif", How(), Wanted(polygons=".gpkg", overwrite=True))
+        predict(segmenter, str(package), Output(tmp_path / "g.tif", polygons=".gpkg", overwrite=True))
     assert [path.read_bytes() for path in (tile, package)] == before
     segmenter.predict(tile, output=tmp_path / "labels.tif")
     with pytest.raises(DataError, match=r"labels\.tif: exists already"):
@@ -327,7 +327,7 @@ def test_no_file_below_a_scene_is_replaced_however_it_is_named(
     ]
     for scene, target, suffix in refused:
         with pytest.raises(DataError, match=r"is the scene itself, or a part of it|its pieces are kept in"):
-            predict(segmenter, scene, {}, tmp_path / target, How(), Wanted(polygons=suffix, overwrite=True))
+            predict(segmenter, scene, Output(tmp_path / target, polygons=suffix, overwrite=True))
     assert [path.read_bytes() for path in kept] == before
 
 
@@ -338,9 +338,7 @@ def test_a_list_replaces_no_part_of_another_of_its_scenes(place: Path, segmenter
     first = write_raster(tmp_path / "a.tif", toy_scene(2, 70, 50)[0])
     before = tile.read_bytes()
     with pytest.raises(DataError, match=r"out/a\.tif: is the scene itself, or a part of it"):
-        predict(
-            segmenter, [str(first), str(tmp_path / "mosaic.vrt")], {}, tmp_path / "out", How(), Wanted(overwrite=True)
-        )
+        predict(segmenter, [str(first), str(tmp_path / "mosaic.vrt")], Output(tmp_path / "out", overwrite=True))
     assert tile.read_bytes() == before
 
 
@@ -470,7 +468,7 @@ def test_a_tilde_is_the_home_folder(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(place)
     write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
-    (record,) = predict(segmenter, "~/scene.tif", {}, "~/labels.tif", How(), Wanted())
+    (record,) = predict(segmenter, "~/scene.tif", Output("~/labels.tif"))
     assert record["output"] == str(tmp_path / "labels.tif")
     assert names_in(tmp_path) == ["labels.tif", "scene.tif"]
 
@@ -482,8 +480,8 @@ def test_a_tilde_in_other_options_is_the_home_folder(
 
     from vfmseg.cli import app
 
-    def told(self: Segmenter, inputs: dict[str, str], *_: Any, area: str, **__: Any) -> None:
-        raise DataError(f"{inputs['dem']} {area}")
+    def told(self: Segmenter, inputs: dict[str, str], output: Output, *_: Any) -> None:
+        raise DataError(f"{inputs['dem']} {output.area}")
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(Segmenter, "label", told)
@@ -540,7 +538,7 @@ def test_other_products_do_not_replace_files_either(place: Path, segmenter: Segm
 @pytest.mark.parametrize("output", ["s3://bucket/labels.tif", "/vsis3/bucket/labels.tif"])
 def test_labels_are_written_to_a_local_disk(place: Path, segmenter: Segmenter, output: str) -> None:
     with pytest.raises(DataError, match="name a local path"):
-        predict(segmenter, str(place / "scene.tif"), {}, output, How(), Wanted())
+        predict(segmenter, str(place / "scene.tif"), Output(output))
     with pytest.raises(DataError, match="name a local path"):
         segmenter.label(str(place / "scene.tif"), output)
 

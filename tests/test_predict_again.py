@@ -30,11 +30,11 @@ from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.mosaic import mosaic
 from vfmseg.geo.reader import Raster
-from vfmseg.inference.how import How
+from vfmseg.inference.output import Output, Team
 from vfmseg.inference.reading import stored_as
 from vfmseg.inference.shards import RunSink
 from vfmseg.inference.tolerant import Tolerant, Unreadable
-from vfmseg.predict import Wanted, predict
+from vfmseg.predict import predict
 from vfmseg.segmenter import Segmenter
 
 
@@ -48,9 +48,11 @@ def segmenter(folder: Path) -> Segmenter:
     return Segmenter.from_pretrained(folder / "run" / "best")
 
 
-def label(segmenter: Segmenter, scene: Path | str, target: Path, how: How | None = None, **wanted: Any) -> int:
+def label(
+    segmenter: Segmenter, scene: Path | str, target: Path, how: dict[str, Any] | None = None, **wanted: Any
+) -> int:
     """Pixels that were labelled."""
-    (record,) = predict(segmenter, str(scene), {}, target, how or How(), Wanted(**wanted))
+    (record,) = predict(segmenter, str(scene), Output(target, **wanted), how or {})
     return int(record["pixels"])
 
 
@@ -303,7 +305,7 @@ def test_pieces_of_other_work_survive_the_resume_of_a_finished_map(
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 600, 50)[0])
     target = tmp_path / "labels.tif"
     label(segmenter, scene, target)
-    pieces = interrupted(segmenter, scene, target, monkeypatch, how=How(tta="flips"), overwrite=True)
+    pieces = interrupted(segmenter, scene, target, monkeypatch, how={"tta": "flips"}, overwrite=True)
     assert pieces > 0
     assert label(segmenter, scene, target, resume=True) == 0
     parts = tmp_path / ".labels.tif.parts"
@@ -323,7 +325,7 @@ def test_processes_that_are_not_connected_label_no_scene_together(
     kept.mkdir()
     (kept / "labels_000_00000.tif").touch()
     with pytest.raises(MachineError, match="connected to none"):
-        segmenter.label(scene, tmp_path / "labels.tif", rank=rank, ranks=2)
+        segmenter.label(scene, tmp_path / "labels.tif", team=Team(rank, 2))
     assert names_in(kept) == ["labels_000_00000.tif"]
 
 
@@ -333,7 +335,7 @@ def test_an_area_of_numpy_numbers_is_an_area(segmenter: Segmenter, tmp_path: Pat
     bounds = np.array([500100, 4999500, 500300, 4999900], dtype=np.float32)
     maps = []
     for name, area in (("a", bounds), ("b", tuple(bounds)), ("c", bounds.tolist())):
-        segmenter.label(scene, tmp_path / f"{name}.tif", area=area)
+        segmenter.label(scene, Output(tmp_path / f"{name}.tif", area=area))
         with rasterio.open(tmp_path / f"{name}.tif") as labels:
             maps.append(labels.read(1))
     assert (maps[0] != 255).sum() == 20 * 40
@@ -346,7 +348,7 @@ def test_an_area_of_numpy_numbers_is_an_area(segmenter: Segmenter, tmp_path: Pat
 def test_a_folder_is_no_name_for_a_map(segmenter: Segmenter, tmp_path: Path, output: str) -> None:
     scene = write_raster(tmp_path / "scene.tif", toy_scene(1, 70, 50)[0])
     with pytest.raises(DataError, match="is a folder; expected the name"):
-        predict(segmenter, str(scene), {}, output, How(), Wanted(extras=("confidence",), polygons=".gpkg"))
+        predict(segmenter, str(scene), Output(output, extras=("confidence",), polygons=".gpkg"))
 
 
 @pytest.mark.pitfall("P33")
@@ -367,7 +369,7 @@ def test_a_tile_wider_than_any_strip_is_named(segmenter: Segmenter, tmp_path: Pa
     ):  # fmt: skip
         pass
     with pytest.raises(MachineError, match=r"tiles of 10304 px are wider than a strip may be \(10240 px\)"):
-        segmenter.label(scene, tmp_path / "labels.tif", How(tile=10304))
+        segmenter.label(scene, tmp_path / "labels.tif", {"tile": 10304})
 
 
 @pytest.mark.pitfall("P62")
@@ -378,7 +380,7 @@ def test_blocks_that_are_lost_are_told_by_the_process_that_lost_them(
     paths = [write_raster(tmp_path / "in" / f"{name}.tif", toy_scene(1, 70, 50)[0]) for name in ("whole", "hurt")]
     paths[1].write_bytes(paths[1].read_bytes()[:-4000])
     monkeypatch.setattr("vfmseg.terminal.rank", lambda: 1)
-    predict(segmenter, [*map(str, paths)], {}, tmp_path / "out", How(), Wanted(skip_unreadable=True))
+    predict(segmenter, [*map(str, paths)], Output(tmp_path / "out", skip_unreadable=True))
     assert "left out as nodata" in capsys.readouterr().err
 
 

@@ -20,7 +20,6 @@ from vfmseg.data.image import Image
 from vfmseg.disk.lock import LOCK, held
 from vfmseg.errors import BusyError, CheckpointError, DataError, MachineError, RecipeError
 from vfmseg.finetune import finetune
-from vfmseg.inference.how import How
 from vfmseg.metrics import Confusion
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
@@ -251,7 +250,7 @@ def test_evaluate_labels_as_its_recipe_says(place: Path, tmp_path: Path) -> None
     content = recipe_dict(place / "data", place / "encoder", tmp_path / "run")
     content["predict"] = {"tta": "d4", "scales": [0.5], "tile": 16}
     scores = segmenter.evaluate(load_recipe(write_recipe(tmp_path / "r.yaml", content)), "val")
-    how = How(tile=16, tta="d4", scales=(0.5,))
+    how = {"tile": 16, "tta": "d4", "scales": (0.5,)}
     confusion = Confusion(2)
     for i in range(2):
         with rasterio.open(place / "data" / "val" / "labels" / f"s{i}_val.tif") as file:
@@ -439,8 +438,8 @@ def test_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="tile = 0"):
         segmenter.predict(image, tile=0)
     for scales in ((), (0.0,), (float("nan"),), (float("inf"),), (1.0, 1e9)):
-        with pytest.raises(RecipeError, match=r"scales = .*expected numbers above 0 and at most 8"):
-            segmenter.probabilities(image, How(scales=scales))
+        with pytest.raises(RecipeError, match=r"predict: scales.* must "):
+            segmenter.probabilities(image, {"scales": scales})
     for tile in (True, 32.0, "32", np.float64(32)):
         with pytest.raises(RecipeError, match=rf"tile = {tile}; expected a whole number"):
             segmenter.predict(image, tile=tile)  # type: ignore[arg-type]
@@ -460,7 +459,7 @@ def test_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> None:
 
 def test_numbers_of_numpy_are_numbers(place: Path, tmp_path: Path) -> None:
     segmenter = Segmenter.from_pretrained(place / "run" / "best")
-    how = How(tile=np.int64(32), overlap=np.float32(0.25), scales=(np.float32(1),))  # type: ignore[arg-type]
+    how = {"tile": np.int64(32), "overlap": np.float32(0.25), "scales": (np.float32(1),)}  # type: ignore[arg-type]
     segmenter.label(toy_scene(7)[0], tmp_path / "labels.tif", how)
     assert segmenter.predict(toy_scene(7)[0], tile=np.uint8(32)).shape == toy_scene(7)[0].shape[1:]
 

@@ -23,7 +23,8 @@ from vfmseg.data.image import Image
 from vfmseg.data.inputs import Input
 from vfmseg.disk.digests import signed
 from vfmseg.geo.bands import Bands
-from vfmseg.inference.contracts import Tiles
+from vfmseg.geo.grid import Window
+from vfmseg.inference.contracts import Area, Tiles
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -212,3 +213,13 @@ def tiles_of(images: Mapping[str, torch.Tensor], valid: Mapping[str, torch.Tenso
 def images_of(pixels: Mapping[str, torch.Tensor], valid: Mapping[str, torch.Tensor]) -> dict[str, Image]:
     """Pixels and masks by modality as images."""
     return {name: Image(pixels[name], valid[name]) for name in pixels}
+
+
+def area_of(mask: np.ndarray) -> Area:
+    """The part of a scene where a mask of its size is True; as ever, windows may reach beyond the scene."""
+
+    def touches(window: Window) -> bool:
+        inside = window.clip(*mask.shape)
+        return bool(mask[inside.rows, inside.cols].any())
+
+    return Area(touches, lambda window: mask[window.rows, window.cols])

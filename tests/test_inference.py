@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from makers import apart, tiles_of
+from makers import apart, area_of, tiles_of
 from torch import Tensor
 
 from vfmseg.data.given import open_scene
@@ -21,7 +21,7 @@ from vfmseg.errors import DataError, MachineError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import IDENTITY, Grid, Window
 from vfmseg.geo.validity import Chip
-from vfmseg.inference.blend import BLENDS, Band, profile
+from vfmseg.inference.blend import BLENDS, OpenRows, profile
 from vfmseg.inference.contracts import Area, Finished, Model, Report, Tiles
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.job import Arrays, into, prepare
@@ -285,11 +285,11 @@ def test_weights_stay_positive_to_the_last_pixel(blend: str) -> None:
 
 def test_blended_votes_are_the_weighted_mean() -> None:
     """Two tiles side by side, answers 0 and 1: the seam follows the weights' closed form."""
-    band = Band(1, 4, 0, 6, 0, "hann", "cpu")
+    rows = OpenRows(1, 4, 0, 6, 0, "hann", "cpu")
     plan = Plan(4, 6, 4, 0.5, True, 1)
-    band.add(plan.tile_at(0, 0), torch.zeros(1, 4, 4))
-    band.add(plan.tile_at(0, 1), torch.ones(1, 4, 4))
-    sums, weights = band.finished(4)
+    rows.add(plan.tile_at(0, 0), torch.zeros(1, 4, 4))
+    rows.add(plan.tile_at(0, 1), torch.ones(1, 4, 4))
+    sums, weights = rows.finished(4)
     line = profile("hann", 4)
     share = line[:2] / (line[:2] + line[2:])
     np.testing.assert_allclose((sums / weights)[0, 0].numpy(), [0, 0, *share, 1, 1], atol=1e-6)
@@ -320,7 +320,7 @@ def test_tiles_without_a_valid_pixel_are_never_run() -> None:
 def test_an_area_in_one_corner_runs_the_tiles_of_that_corner() -> None:
     mask = np.zeros((64, 64), bool)
     mask[50:60, 3:9] = True
-    area = Area(lambda w: bool(mask[w.rows, w.cols].any()), lambda w: mask[w.rows, w.cols])
+    area = area_of(mask)
     sink, report = label(
         scene_of(np.ones((1, 64, 64), np.float32)), pointwise, Plan(64, 64, 16, 0.0, False, 4), "none", area=area
     )
@@ -548,13 +548,13 @@ def test_an_interruption_of_the_model_ends_the_threads() -> None:
 
 @pytest.mark.pitfall("P62")
 def test_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Band.add
+    honest = OpenRows.add
 
-    def loses(self: Band, tile: Any, votes: Tensor) -> None:
+    def loses(self: OpenRows, tile: Any, votes: Tensor) -> None:
         if tile.window.row != 24:
             honest(self, tile, votes)
 
-    monkeypatch.setattr(Band, "add", loses)
+    monkeypatch.setattr(OpenRows, "add", loses)
     with pytest.raises(RuntimeError, match="a tile was lost"):
         label(Endless(100, 64), pointwise, Plan(100, 64, 32, 0.25, True, 2), "hann")
 

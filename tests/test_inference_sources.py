@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from makers import DATA, an_input, apart
+from makers import DATA, an_input, apart, area_of
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
@@ -545,7 +545,7 @@ def test_a_file_behind_a_server_is_labelled_as_the_plain_file(server: str, expec
 def test_of_a_file_behind_a_server_only_the_area_is_fetched(server: str, plain: Path, expected: np.ndarray) -> None:
     mask = np.zeros(expected.shape, bool)
     mask[10:70, 20:100] = True
-    area = Area(lambda w: bool(mask[w.rows, w.cols].any()), lambda w: mask[w.rows, w.cols])
+    area = area_of(mask)
     labels = labels_of(f"/vsicurl/{server}/scene.tif", area)
     np.testing.assert_array_equal(labels, np.where(mask, expected, 255))
     size = plain.stat().st_size
@@ -569,7 +569,7 @@ def test_tiles_that_meet_the_area_see_all_their_pixels_also_those_that_lie_far_o
     mask = np.zeros((200, 2200), bool)
     mask[64:128:63, 1000:1100] = mask[100, 1024] = True
     plan, answers = Plan(200, 2200, 64, 0.5, True, 4), []
-    for area in (None, Area(lambda w: bool(mask[w.rows, w.cols].any()), lambda w: mask[w.rows, w.cols])):
+    for area in (None, area_of(mask)):
         sink = Arrays(200, 2200)
         for run in plan.runs(plan.shards):
             label_run(

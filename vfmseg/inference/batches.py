@@ -14,7 +14,7 @@ from vfmseg.geo.grid import Window
 from vfmseg.geo.validity import Chip
 from vfmseg.inference.contracts import Tiles
 from vfmseg.inference.plan import Place
-from vfmseg.inference.reading import Rows
+from vfmseg.inference.reading import Chunks
 
 OPEN_BATCHES = 3
 """Batches that wait for tiles at the same time, where left-out tiles leave places free."""
@@ -51,7 +51,7 @@ class Batcher:
         self.hand_on = hand_on
         self.open: deque[TileBatch] = deque()
 
-    def add(self, rows: Rows, window: Window, place: Place, number: int) -> None:
+    def add(self, rows: Chunks, window: Window, place: Place, number: int) -> None:
         """Copy a tile into its place in the first open batch of its size that has it free."""
         slot = place.slot
         batch = next((b for b in self.open if b.size == place.size and slot not in b.numbers), None)
@@ -71,7 +71,7 @@ class Batcher:
         while self.open and self.open[0].first < before:
             self.hand_on(self.open.popleft())
 
-    def _empty(self, rows: Rows, size: int, first: int) -> TileBatch:
+    def _empty(self, rows: Chunks, size: int, first: int) -> TileBatch:
         side = (self.tile, self.tile)
         chips = {
             name: Chip(np.zeros((size, count, *side), dtype=np.float32), np.zeros((size, *side), dtype=bool))

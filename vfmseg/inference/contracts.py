@@ -85,7 +85,11 @@ class Tick:
 
 @dataclass(frozen=True)
 class Area:
-    """What of a scene is asked for. `touches(window)`: any of it in there; `mask(window)`: bool (h, w)."""
+    """The part of a scene that shall be labelled.
+
+    touches(window): whether it holds any pixel of a window, which may reach beyond the scene. mask(window): of a
+    window within the scene, bool (h, w), True inside.
+    """
 
     touches: Callable[[Window], bool]
     mask: Callable[[Window], np.ndarray]

@@ -171,7 +171,7 @@ def _nothing(scene: SceneSource, window: Window) -> dict[str, Chip]:
     }
 
 
-class Rows:
+class Chunks:
     """The chunks that tiles still need. Feeds itself from a pipe."""
 
     def __init__(self, pipe: Pipe[Chunk], bottom: int, rule: Known) -> None:

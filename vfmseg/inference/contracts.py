@@ -1,4 +1,7 @@
-"""What the engine asks of those who use it, and what it tells them."""
+"""What the engine is given (a predictor, products, a sink, an area), and what it tells: reports and ticks.
+
+Shapes: B tiles in a batch, C bands, K classes, t x t pixels of a tile; h x w pixels of a window.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from vfmseg.recipe.data import ClassSpec
 class Tiles:
     """Tiles for one call of a predictor: images of (B, C, t, t) pixels on the CPU, and where each lies in the scene.
 
-    windows: one for each of the B places; None for a place that holds no tile, of which nothing is valid.
+    windows: one for each of the B slots; None for a slot without a tile, in which nothing is valid.
     """
 
     images: Images
@@ -33,28 +36,31 @@ Predictor = Callable[[Tiles], Tensor]
 
 @dataclass(frozen=True)
 class Finished:
-    """Finished rows of a strip: sums (K, h, w) and weights (h, w) on the device; valid (h, w)."""
+    """Finished rows of a strip, h x w px. On the model's device: sums (K, h, w) and weights (h, w), see blend.OpenRows.
+
+    valid: bool (h, w), where a label is asked for and the scene has pixels. sums / weights are the mean votes there.
+    """
 
     sums: Tensor
     weights: Tensor
     valid: np.ndarray
 
 
-# finished rows -> arrays (bands, h, w) by product, on the CPU
+# finished rows -> {product: array (bands, h, w)} on the CPU
 Product = Callable[[Finished], dict[str, np.ndarray]]
 
 
 class Sink(Protocol):
-    """Takes finished rows of a run, top to bottom; called from one thread."""
+    """Takes the products of a run as its rows are finished, top to bottom; called from one thread."""
 
     def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep these rows."""
+        """Take {product: array (bands, h, w)} of a window as wide as the strip."""
         ...
 
 
 @dataclass
 class Report:
-    """What a run did: tiles run and left out, pixels finished, seconds of work by stage."""
+    """What was done: tiles run, tiles left out (skipped), pixels finished, and {stage: seconds of work}."""
 
     tiles: int = 0
     skipped: int = 0
@@ -62,7 +68,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: Report) -> None:
-        """Add what another run did."""
+        """Add what was done in another run."""
         self.tiles += other.tiles
         self.skipped += other.skipped
         self.pixels += other.pixels
@@ -71,12 +77,12 @@ class Report:
 
 
 WAITING = 2
-"""Whole batches that may wait for the model."""
+"""Batches that may wait for the model: while it runs one, the next is ready, and one more evens out the reading."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """Pixels done since the last tick. busy: seconds by stage in this run; queued: whole batches, at most WAITING."""
+    """Pixels finished since the last tick, {stage: seconds of work in this run}, batches that wait, 0 to WAITING."""
 
     pixels: int
     busy: Mapping[str, float]

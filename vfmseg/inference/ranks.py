@@ -1,4 +1,8 @@
-"""Where a process works: its device, and, where several label one scene, its number and the meeting points."""
+"""Which of several processes this one is (rank 0 to ranks - 1), how they wait for each other, and on which device.
+
+Processes that label one scene share nothing but files: each labels its own shards (`plan.share_of`), and they meet
+before and after, so that the first one can make the folder and join the pieces.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ PATIENCE = timedelta(days=30)
 
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:
-    """(rank, ranks) of this process, in touch with the others that `accelerate launch` or `torchrun` has started.
+    """(rank, ranks) of this process, connected to the others that `accelerate launch` or `torchrun` has started.
 
-    A connection made here ends here: left to the end of the interpreter, its threads may abort the process.
+    A connection made here is closed here: left to the end of the interpreter, its threads may abort the process.
     """
     _, ranks = rank_and_size()
     if ranks == 1:
@@ -59,9 +63,10 @@ def meet() -> None:
 
 @contextmanager
 def alone(files: Iterable[Path], rank: int, ranks: int) -> Iterator[None]:
-    """No other run writes these files, or removes what lies beside them, while the block runs; BusyError if one does.
+    """While the block runs, no other run writes these files or removes what lies beside them; BusyError if one does.
 
-    Each of the processes that label a scene together holds the locks: they go on if their launcher is killed.
+    Each of the processes that label a scene together holds the locks, as any of them may be the last that works on:
+    they go on if their launcher is killed. The first one takes them, then the others join.
     """
     if ranks > 1:
         meet()  # first of all: processes that are not connected must not touch anything
@@ -76,7 +81,7 @@ def alone(files: Iterable[Path], rank: int, ranks: int) -> Iterator[None]:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in the order of their numbers; everybody must come here."""
+    """The values of all processes, in the order of their ranks; waits until each has called it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values: list[T] = [value] * torch.distributed.get_world_size()
@@ -87,7 +92,7 @@ def gather(value: T) -> list[T]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Where another process has ended: one line, beside its own message."""
+    """MachineError in one line where another process has ended; that one tells why itself."""
     try:
         yield
     except RuntimeError as error:
@@ -95,7 +100,7 @@ def _together() -> Iterator[None]:
 
 
 def own_device() -> str:
-    """The accelerator of this process on its machine, or the CPU."""
+    """Name of the device that this process takes unless told otherwise: its GPU (cuda:0, cuda:1, ...), or cpu."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{local_rank() % torch.cuda.device_count()}"

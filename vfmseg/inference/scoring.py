@@ -1,4 +1,4 @@
-"""Scoring finished rows against a scene's labels, as they come: no map is kept."""
+"""Scoring a scene against its labels as rows are finished, so that no map is kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Window
@@ -16,28 +15,28 @@ from vfmseg.metrics import Confusion
 
 
 class Labelled(Protocol):
-    """A scene that knows its true labels."""
+    """A scene with true labels."""
 
     def read_labels(self, window: Window) -> np.ndarray:
-        """Class indexes int64 (h, w); IGNORE where there is none."""
+        """Class indexes int64 (h, w), 0 to K - 1; IGNORE (-1) where there is no label."""
         ...
 
 
 def class_indexes(finished: Finished) -> dict[str, np.ndarray]:
-    """Class indexes int64 (1, h, w), IGNORE where the scene is invalid: what is scored."""
+    """{"index": int64 (1, h, w)}: the class of the largest vote, IGNORE where the scene is invalid."""
     index = finished.sums.max(dim=0).indices.cpu().numpy()
     return {"index": np.where(finished.valid, index, IGNORE)[None]}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A sink that counts finished rows against the scene's labels; nodata never reaches a metric."""
+    """A sink that counts finished rows against the scene's labels into a confusion matrix."""
 
     scene: Labelled
     confusion: Confusion
 
     def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
-        """Count rows."""
+        """Count the pixels of a window that have a label and are valid in the scene."""
         index = arrays["index"][0]
         truth = np.where(index == IGNORE, IGNORE, self.scene.read_labels(window))
-        self.confusion.update(torch.from_numpy(np.maximum(index, 0)), torch.from_numpy(truth))
+        self.confusion.update(index, truth)  # leaves out where the truth is IGNORE

@@ -1,9 +1,13 @@
-"""Finished pieces of a scene on the disk, so that nothing is lost: kept beside the target until all are there.
+"""Pieces of a map: a file for each product of each shard, kept beside the target until all are there and joined.
 
-    .labels.tif.parts/       plan.json, labels_000_00000.tif ..., labels.vrt (a view of what is there already)
+    labels.tif                          the target, made last
+    .labels.tif.parts/plan.json         the fingerprint: scene, checkpoint and settings that the pieces are made with
+    .labels.tif.parts/labels_001_00012.tif     shard 12 of strip 1
+    .labels.tif.parts/labels.vrt        the pieces that are there already, for a look at a map in the making
 
-A piece under its name is complete, and sealed: with the mark of its work and a checksum of its bytes. `assemble` joins
-them into the target, which takes its name last.
+A piece is written under another name and renamed, so one that is there is complete. At its end stands a seal: the mark
+of its work (a digest of the fingerprint) and a checksum of its bytes. So a run that was interrupted goes on with the
+pieces of the same work, and no piece of other work or with damaged bytes gets into a map.
 """
 
 from __future__ import annotations
@@ -33,18 +37,22 @@ from vfmseg.inference.plan import Plan, Run, Shard
 PLAN = "plan.json"
 
 JOINED = 16 * 2**20
-"""Bytes that are joined at a time; a map whose rows take more is joined in strips of columns."""
+"""Bytes of a map that are joined at a time.
+
+A row of blocks (256 pixel rows) of labels in 8 bits takes that at 65536 px width; a wider map, or one of more bands, is
+joined in ranges of columns.
+"""
 
 
 def pieces_folder(target: Path) -> Path:
-    """Where the pieces of a target are kept."""
+    """The folder in which the pieces of a target are kept: .labels.tif.parts beside labels.tif."""
     return target.with_name(f".{target.name}.parts")
 
 
 def tidy(target: Path, complete: Iterable[Path], fingerprint: Mapping[str, Any]) -> None:
-    """Remove what a killed process has left beside `complete` files: its temporary files, and pieces of this work.
+    """Remove what a process that was killed has left beside finished files: temporary files, and pieces of this work.
 
-    Pieces of other work stay: somebody may want to go on with that.
+    `complete`: the target and its other products. Pieces of other work stay: somebody may want to go on with that.
     """
     for file in complete:
         remove_leftovers(file)
@@ -58,7 +66,10 @@ def tidy(target: Path, complete: Iterable[Path], fingerprint: Mapping[str, Any])
 
 
 class Parts:
-    """The folder of a target's pieces. `fingerprint`: of what work they are."""
+    """The folder of a target's pieces, its plan, and the file of each product.
+
+    `layers` {product: how its file is written}. `fingerprint`: all that decides the bytes; other work has another one.
+    """
 
     def __init__(
         self, target: Path, plan: Plan, grid: Grid, layers: Mapping[str, Layer], fingerprint: Mapping[str, Any]
@@ -70,10 +81,13 @@ class Parts:
         self.layers = dict(layers)
         self.fingerprint = dict(fingerprint)
         self.mark = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-        self._intact: set[Path] = set()
+        self._intact: set[Path] = set()  # pieces whose checksum was right; each is read in several parts
 
     def prepare(self, resume: bool, overwrite: bool) -> None:
-        """Make the folder, or with `resume` go on with one of the same work."""
+        """Make the folder, or with `resume` keep one of the same work.
+
+        DataError if pieces of other work are there, or any that neither `resume` nor `overwrite` says what to do with.
+        """
         known = self.folder / PLAN
         # pieces without a plan are what an interrupted removal has left, of whatever work
         if self.folder.exists() and not (resume and known.is_file()):
@@ -85,7 +99,7 @@ class Parts:
                 )
             shutil.rmtree(self.folder)
         if known.is_file():
-            self._same_work(_plan_in(known), self.fingerprint)
+            self._require_same_work(_plan_in(known), self.fingerprint)
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +107,7 @@ class Parts:
             raise not_created(self.target, error) from error
         write_json(known, self.fingerprint)
 
-    def _same_work(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    def _require_same_work(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if changed:
             was = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:3])
@@ -103,11 +117,11 @@ class Parts:
             )
 
     def path(self, product: str, shard: Shard) -> Path:
-        """The file of a piece."""
+        """The file of a product of a shard, whether it is there or not."""
         return self.folder / f"{product}_{shard.name}.tif"
 
     def finished(self) -> set[Shard]:
-        """Shards of which every product is there, of this work."""
+        """The shards of which all products are there, with the mark of this work."""
         return {s for s in self.plan.shards if all(self._is_ours(self.path(name, s)) for name in self.layers)}
 
     def _is_ours(self, piece: Path) -> bool:
@@ -123,14 +137,17 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def show(self) -> None:
-        """Renew the view (VRT) of what is there already, for a look at a map in the making."""
+        """Write a VRT of the pieces that are there, for each product, so that a map in the making can be looked at."""
         for name, layer in self.layers.items():
             pieces = [(self.path(name, s).name, s.window) for s in self.plan.shards if self.path(name, s).is_file()]
             with whole_file(self.folder / f"{name}.vrt") as aside:
                 aside.write_text(mosaic(self.grid, layer, pieces), encoding="utf-8")
 
     def assemble(self, targets: Mapping[str, Path], cog: bool, compress: str) -> None:
-        """Join the pieces into the targets and remove the folder. Other products first, the labels last."""
+        """Join the pieces into `targets` {product: file} and remove the folder.
+
+        The labels come last: where they are there, all other products are.
+        """
         for name in sorted(self.layers, key=lambda n: n == "labels"):
             with MapWriter(targets[name], self.grid, self.layers[name], cog=cog, compress=compress) as writer:
                 for window in self._windows(self.layers[name]):
@@ -139,7 +156,11 @@ class Parts:
         shutil.rmtree(self.folder)
 
     def _windows(self, layer: Layer) -> Iterator[Window]:
-        """What is joined at a time, strip by strip; rows as the shards are cut, so that no block is read twice."""
+        """What is joined at a time: rows of blocks, each within one row of shards, in ranges of columns.
+
+        Rows are counted from the top of a shard, as are the blocks of its files: so no row of blocks is decoded twice.
+        """
+        # columns whose BLOCK rows take JOINED bytes, a multiple of BLOCK and at least one
         wide = JOINED // (BLOCK * len(layer.names) * np.dtype(layer.dtype).itemsize) // BLOCK * BLOCK or BLOCK
         spans = sorted({(s.window.row, s.window.row + s.window.height) for s in self.plan.shards})
         for col in range(0, self.grid.width, wide):
@@ -148,16 +169,19 @@ class Parts:
                     yield Window(row, col, min(BLOCK, end - row), min(wide, self.grid.width - col))
 
     def _joined(self, name: str, window: Window) -> np.ndarray:
-        """Stored numbers (bands, h, w) of a window that is as high as shards or lower."""
+        """Stored numbers (bands, h, w) of a window within one row of shards, from the strips that it meets."""
         pieces = []
         for shard in self.plan.across(window):  # every strip is cut at the same rows
-            place = shard.window
-            seen = Window(window.row - place.row, window.col - place.col, *window.shape)  # counted from the piece
-            pieces.append(self._piece(name, shard, seen.clip(*place.shape)))
+            # the window, counted from the first pixel of the piece; it may begin left of it
+            seen = Window(window.row - shard.window.row, window.col - shard.window.col, *window.shape)
+            pieces.append(self._piece(name, shard, seen.clip(*shard.window.shape)))
         return np.concatenate(pieces, axis=2)
 
     def _piece(self, name: str, shard: Shard, part: Window) -> np.ndarray:
-        """Stored numbers of a part of a piece. One that is not as it was written goes, so that it counts as missing."""
+        """Stored numbers (bands, h, w) of a window of a piece, counted from its first pixel.
+
+        DataError if it is not as it was written; then it is removed, so that it counts as missing.
+        """
         path = self.path(name, shard)
         if not path.is_file():
             raise DataError(
@@ -174,6 +198,7 @@ class Parts:
             raise DataError(f"{error}; it was removed, so that --resume labels it anew") from error
 
     def _require_intact(self, piece: Path) -> None:
+        """DataError if a piece is of other work, or its bytes do not have the checksum of its seal."""
         if not self._is_ours(piece) and mark_of_seal(piece) is not None:
             raise DataError(f"{piece}: is of other work: another run has written there meanwhile")
         if not is_intact(piece):
@@ -181,6 +206,7 @@ class Parts:
 
 
 def _plan_in(known: Path) -> dict[str, Any]:
+    """The fingerprint that a plan.json holds; DataError if it holds none."""
     try:
         before = read_json(known)
     except ValueError:  # no text, or no JSON
@@ -194,10 +220,13 @@ def _plan_in(known: Path) -> dict[str, Any]:
 
 
 class RunSink:
-    """Writes the rows of a run into its shards, one after the other. Use in a `with` statement."""
+    """A sink that writes the rows of a run into the files of its shards, one shard after the other.
+
+    Use in a `with` statement: an error, or an end within a shard, leaves no file of that shard.
+    """
 
     def __init__(self, parts: Parts, run: Run, done: Callable[[], None]) -> None:
-        """`done` is called after each shard."""
+        """`done` is called when the files of a shard are complete."""
         self._parts = parts
         self._shards = list(run.shards)
         self._done = done
@@ -208,12 +237,13 @@ class RunSink:
         return self
 
     def write(self, window: Window, arrays: Mapping[str, np.ndarray]) -> None:
-        """Rows of the strip, top to bottom."""
+        """Take {product: stored numbers (bands, h, w)} of the next rows of the strip; none lie in two shards."""
         shard = self._shards[0]
         if not self._writers:
             grid = self._parts.grid.crop(shard.window)
             for name, layer in self._parts.layers.items():
                 finish = partial(seal, mark=self._parts.mark)
+                # compressed fast: it will be read once, and written anew
                 writer = MapWriter(self._parts.path(name, shard), grid, layer, level=1, last=finish)
                 self._writers[name] = self._stack.enter_context(writer)
         for name, writer in self._writers.items():

@@ -1,4 +1,8 @@
-"""Threads that hand work on through bounded queues, and end together: the first error of any of them ends all."""
+"""Threads that hand work on through queues of few places, and end together: the first error of any of them ends all.
+
+A thread that waits for a queue cannot be stopped from outside, and would wait for ever for one that has failed. So all
+waiting is done in `Pipe.put` and `Pipe.get`, which look ten times a second whether the work has ended.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,18 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_PATIENCE = 0.1  # seconds between two looks at whether another stage has failed
+_PATIENCE = 0.1  # seconds between two looks at whether the work has ended
 
 
 class Stopped(Exception):
-    """Another stage has failed or the work is given up: leave quietly."""
+    """Raised in a stage that waits when another has failed, or the work is given up: it ends without an error."""
 
 
 class Stages:
-    """The threads of one job. Use in a `with` statement: leaving it stops and joins them all.
+    """The threads of one run. Use in a `with` statement: leaving it stops them all and waits for their end.
 
-    An error in a stage is kept, ends the others at their next put or get, and is raised again, as it was, by `check`
-    or at the end of the `with` block. `busy` counts the seconds that each stage has worked.
+    An error in a stage is kept, ends the others at their next put or get, and is raised again, as it was, in the thread
+    of the `with` block. busy {stage: seconds that it has worked}: with several threads more than have passed.
     """
 
     def __init__(self) -> None:
@@ -48,24 +52,24 @@ class Stages:
         thread.start()
 
     def fail(self, error: BaseException) -> None:
-        """Keep the first error and stop everybody."""
+        """Keep an error, if it is the first, and stop all stages."""
         with self._lock:
             if self.error is None:
                 self.error = error
         self._stop.set()
 
     def check(self) -> None:
-        """Raise the error of a stage that failed, or Stopped."""
+        """If the work has ended: raise the error of the stage that failed, or Stopped if none has."""
         if self._stop.is_set():
             raise self.error or Stopped
 
     def worked(self, name: str, seconds: float) -> None:
-        """Count seconds of work of a stage; several threads may be one stage."""
+        """Add seconds of work to a stage; several threads may be one stage."""
         with self._lock:
             self.busy[name] = self.busy.get(name, 0.0) + seconds
 
     def timed(self, name: str, work: Callable[[], T]) -> T:
-        """Do a piece of work and count its time."""
+        """What `work` returns; its time is added to a stage."""
         started = time.perf_counter()
         result = work()
         self.worked(name, time.perf_counter() - started)
@@ -81,7 +85,8 @@ class Stages:
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        # an error that stopped this thread through `Stopped` is the one to tell; one that came late is told as well
+        # this thread may have been stopped by an error of a stage (kind is Stopped): then that one is to be told. An
+        # error that came while the threads ended counts as well, but not beside one that this thread has raised itself
         if failed is None:
             failed = self.error
         if failed is not None and (kind is None or kind is Stopped):
@@ -89,7 +94,7 @@ class Stages:
 
 
 class Pipe(Generic[T]):
-    """A bounded queue between two stages. `blocked`: seconds for which putting has waited."""
+    """A queue of at most `most` items between two stages. blocked: seconds that `put` has waited for room."""
 
     def __init__(self, stages: Stages, most: int) -> None:
         self._stages = stages
@@ -97,7 +102,7 @@ class Pipe(Generic[T]):
         self.blocked = 0.0
 
     def put(self, item: T) -> None:
-        """Hand on; waits while the queue is full. Raises Stopped (or the error) if the job has ended."""
+        """Hand an item on; waits while the queue is full. Raises as `Stages.check` if the work has ended."""
         started = time.perf_counter()
         while True:
             self._stages.check()
@@ -109,7 +114,7 @@ class Pipe(Generic[T]):
             return
 
     def get(self) -> T:
-        """Take the next; waits while the queue is empty."""
+        """The next item; waits while the queue is empty. Raises as `Stages.check` if the work has ended."""
         while True:
             self._stages.check()
             try:
@@ -118,4 +123,5 @@ class Pipe(Generic[T]):
                 continue
 
     def __len__(self) -> int:
+        """Items that wait."""
         return self._queue.qsize()

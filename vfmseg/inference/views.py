@@ -1,4 +1,8 @@
-"""Test-time augmentation: the model sees each tile turned, mirrored or resized, and its answers are averaged."""
+"""Test-time augmentation: the model sees each tile turned, mirrored or resized, and its answers are averaged.
+
+A *view* is a quarter turn or mirror image of a tile, a *scale* the size at which it is shown; each scale is seen in
+each view. Eight views at two scales are 16 calls of the model for a batch.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,25 @@ VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
     "flips": ((0, False), (0, True), (2, False), (2, True)),
     "d4": tuple((turns, mirror) for mirror in (False, True) for turns in range(4)),
 }
-"""(quarter turns, mirrored left-right) of each view; d4 are the eight symmetries of the square."""
+"""(quarter turns against the clock, then mirrored left-right) of each view.
+
+flips: as it is, left-right, half a turn, upside down. d4: all eight symmetries of the square.
+"""
 
 
 BLIND = 1e-6
-"""Weight of a view that shows nothing valid: none beside views that do, and where no view does all count alike."""
+"""Weight of an answer to a tile that shows no valid pixel at that scale.
+
+Beside answers of weight 1 it is nothing; where all have this weight, they still have a mean. A weight of 0 would make
+that 0 / 0.
+"""
 
 
 def averaged(vote: Predictor, views: str, scales: Sequence[float]) -> Predictor:
-    """A predictor that averages `vote` over views and scales, turned back onto the tile.
+    """A predictor like `vote` whose answer is the mean over views and scales, turned and resized back onto the tile.
 
-    At a scale that leaves a tile no valid pixel the model sees nothing, and its answer is not counted.
+    `views`: a key of VIEWS. `scales`: 0.5 shows a tile of 512 px as one of 256. An answer counts as nothing where a
+    scale leaves a tile no valid pixel: the model has seen nothing then.
     """
     chosen = VIEWS[views]
     if chosen == VIEWS["none"] and tuple(scales) == (1.0,):
@@ -35,8 +47,8 @@ def averaged(vote: Predictor, views: str, scales: Sequence[float]) -> Predictor:
 
     def predict(tiles: Tiles) -> Tensor:
         side = next(iter(tiles.images.values())).valid.shape[-2:]
-        total: Tensor | None = None
-        weights = torch.zeros(())
+        total: Tensor | None = None  # (B, K, t, t)
+        weights = torch.zeros(())  # (B, 1, 1, 1) after the first view
         for scale in scales:
             resized = {name: _resize(image, scale) for name, image in tiles.images.items()}
             weight = _weight(resized)
@@ -55,22 +67,28 @@ def averaged(vote: Predictor, views: str, scales: Sequence[float]) -> Predictor:
 
 
 def _weight(images: Images) -> Tensor:
-    """What the answer to each tile counts (B, 1, 1, 1): 1 where any modality has a valid pixel."""
+    """Weight (B, 1, 1, 1) of the answer to each tile: 1 if any modality has a valid pixel in it, else BLIND."""
     sees = known(images, "any").flatten(1).any(dim=1)
     return torch.where(sees, 1.0, BLIND)[:, None, None, None]
 
 
 def _turn(x: Tensor, turns: int, mirror: bool) -> Tensor:
+    """A view of (..., h, w)."""
     turned = torch.rot90(x, turns, dims=(-2, -1))
     return turned.flip(-1) if mirror else turned
 
 
 def _turn_back(x: Tensor, turns: int, mirror: bool) -> Tensor:
+    """The inverse of `_turn`: mirrored back first, as that was done last."""
     return torch.rot90(x.flip(-1) if mirror else x, -turns, dims=(-2, -1))
 
 
 def _resize(image: Image, scale: float) -> Image:
-    """An image of (B, C, h, w) pixels at a scale: means of valid pixels, where these are more than a half."""
+    """An image of (B, C, h, w) pixels at a scale; valid where valid pixels have more than half of the weight.
+
+    Pixels are means of valid pixels alone: sum of w * pixel over sum of w, w = 0 where a pixel is invalid. Without the
+    division, nodata would darken the pixels beside it.
+    """
     if scale == 1:
         return image
     pixels, valid = image.pixels, image.valid

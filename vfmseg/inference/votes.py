@@ -1,4 +1,4 @@
-"""From a model to the votes that the engine blends: device, precision, and probabilities instead of logits."""
+"""A model as a predictor for the engine: its device, its precision, and logits or probabilities as votes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ def voter(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Predictor:
-    """A predictor that runs `model` (images -> logits) on `device` in `dtype` and answers with logits in float32."""
+    """A predictor that answers with logits, float32 (B, K, t, t), on `device`.
+
+    `model`: images -> logits (B, K, t, t); its matrix products run in `dtype` (autocast). Its answer becomes float32
+    before anything is summed: half precision holds three digits.
+    """
 
     def vote(tiles: Tiles) -> Tensor:
         images = {
@@ -32,7 +36,7 @@ def voter(
 
 
 def as_probabilities(vote: Predictor) -> Predictor:
-    """A predictor that answers with the probabilities of what `vote` answers with, logits."""
+    """A predictor that answers with probabilities (B, K, t, t), the softmax of the logits that `vote` answers with."""
 
     def predict(tiles: Tiles) -> Tensor:
         with torch.inference_mode():
@@ -42,9 +46,9 @@ def as_probabilities(vote: Predictor) -> Predictor:
 
 
 def filled_up(vote: Predictor, size: int) -> Predictor:
-    """A predictor that shows `vote` batches of `size` alone: short ones get places that hold nothing valid.
+    """A predictor like `vote` that shows it batches of `size` tiles alone: short ones get slots with nothing valid.
 
-    For compiled models: every further shape would be compiled anew, and answered by another code.
+    For compiled models: each other shape would be compiled for itself, and that code may answer with other last bits.
     """
 
     def predict(tiles: Tiles) -> Tensor:
@@ -52,6 +56,7 @@ def filled_up(vote: Predictor, size: int) -> Predictor:
         if batch >= size:
             return vote(tiles)
         images = {
+            # pad names axes from the last one on, two numbers each: nothing but at the end of the first
             name: image.each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, size - batch)))
             for name, image in tiles.images.items()
         }

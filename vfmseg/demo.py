@@ -15,14 +15,15 @@ from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.terminal import say
 
 ASSETS = Path(__file__).parent / "assets" / "demo"
-SCENE = "banepa_b"  # of the test place: dense town and fields
+SCENE = "banepa_b"  # what is labelled and shown: dense town and fields, of a place that is not trained on
 
 
 def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Write `labels.tif`, `preview.png` and `metrics.json` into `output` (the run itself into `output/run`).
+    """The content of `metrics.json`: scores on the unseen place, what training has told, minutes.
 
-    `encoder`: a folder or hub id of a SAM, DINOv2 or CLIP encoder; it stays frozen and learns through LoRA.
-    Without it the built-in encoder is trained whole. Returns the content of `metrics.json`.
+    Writes that file, `labels.tif` and `preview.png` into `output`, and the training run into `output/run`. `encoder`: a
+    folder or hub id of a SAM, DINOv2 or CLIP encoder, which stays frozen and learns through LoRA; None: the built-in
+    encoder, trained whole. RecipeError if `output` holds anything and `overwrite` is not said.
     """
     started = time.perf_counter()
     with held(output / LOCK, output, "the demo"):
@@ -34,6 +35,7 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
 
 
 def _run(output: Path, encoder: str | None, overwrite: bool, started: float) -> dict[str, Any]:
+    """Train, measure, label, draw; see `run_demo`."""
     recipe = demo_recipe(output, encoder)
     if encoder is None:
         say("the built-in encoder has no pretrained weights yet: the demo trains all of it, from random numbers")
@@ -60,11 +62,12 @@ def _run(output: Path, encoder: str | None, overwrite: bool, started: float) -> 
 
 def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
     """The recipe of the demo, for another encoder with LoRA and a shorter schedule if one is named."""
-    # JSON is YAML: quoted, a path may hold whatever a path can hold
+    # changes are read as YAML, and JSON is YAML: in its quotes a path may hold a colon, a # or a quote
     changes = [f"output_dir={json.dumps(str((output / 'run').absolute()), ensure_ascii=False)}"]
     if encoder is not None:
         local = Path(encoder).expanduser()
         checkpoint = local.absolute() if local.is_dir() else encoder
+        # tiles of 256 px are seen as 336 px, which is whole patches of 14 (DINOv2, CLIP) and of 16 px (SAM, CLIP)
         section = {"name": encoder_family(encoder), "checkpoint": str(checkpoint), "upscale": 1.3125}
         changes += [
             f"model.encoder={json.dumps(section, ensure_ascii=False)}",
@@ -76,7 +79,10 @@ def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
 
 
 def encoder_family(encoder: str) -> str:
-    """Name of the family of an encoder, told by the config of a folder or by the catalog for a hub id."""
+    """Name of the family of an encoder (sam, dinov2, clip), told without loading it.
+
+    Of a folder by its config.json, of a hub id by the catalog, or by the name of a family in it.
+    """
     from vfmseg.catalog import CATALOG, FAMILIES, PUBLISHED_FAMILIES
 
     folder = Path(encoder).expanduser()
@@ -101,10 +107,10 @@ def encoder_family(encoder: str) -> str:
 
 
 def draw_preview(path: Path, recipe: Recipe, labels: Path) -> None:
-    """Image, true labels and predicted labels side by side, as a PNG of about 1500 x 560 pixels."""
+    """Write a PNG of about 1500 x 560 pixels: image, true labels and predicted labels side by side."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws into memory; other ways need a display
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -122,6 +128,7 @@ def draw_preview(path: Path, recipe: Recipe, labels: Path) -> None:
     truth = LabelRaster(str(ASSETS / "labels" / f"{SCENE}.tif"), label_map).read(whole)
     predicted = LabelRaster(str(labels), label_map).read(whole)
     classes = [recipe.data.classes[i] for i in label_map.ids]
+    # white last, so that index -1 is white: pixels without a label
     colors = np.array([*(c.color for c in classes), (255, 255, 255)], dtype=np.uint8)
     figure = Figure(figsize=(15, 5.6), dpi=100, layout="constrained")
     panels = figure.subplots(1, 3)

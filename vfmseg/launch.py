@@ -1,4 +1,12 @@
-"""Which of several processes this one is, as `torchrun` and `accelerate launch` say it in the environment."""
+"""Which of several processes this one is, as `torchrun` and `accelerate launch` say it in environment variables.
+
+    WORLD_SIZE    number of processes, on all machines together; 1 if unset
+    RANK          number of this one among them, from 0
+    LOCAL_RANK    its number on its machine, by which it takes a GPU
+    MASTER_ADDR, MASTER_PORT    where they meet
+
+Read by hand, as asking torch would import it, which takes seconds; this is asked for each message (`terminal.say`).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +18,16 @@ REMEDY = "start the processes by torchrun or accelerate launch, or unset it to w
 
 
 def several() -> bool:
-    """Whether this is one of several processes. A RANK that an earlier launch has left behind makes it none."""
+    """Whether this is one of several processes. WORLD_SIZE decides: a RANK may be left from an earlier launch."""
     size = os.environ.get("WORLD_SIZE", "1").strip()
     return size.isdecimal() and len(size) < 9 and int(size) > 1
 
 
 def rank_and_size() -> tuple[int, int]:
-    """(number, count) of this process; (0, 1) for the only one. MachineError where what is set fits no launch."""
+    """(rank, number of processes); (0, 1) for the only one. MachineError where the variables contradict each other.
+
+    A wrong guess would let several processes write one file, or wait for others that do not exist.
+    """
     size = _number("WORLD_SIZE", "1", 1, 10**6)
     if size == 1:
         return 0, 1
@@ -26,7 +37,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def rank() -> int:
-    """Number of this process, 0 where that is not to be told."""
+    """Rank of this process; 0 where the variables make no sense, so that their error can be told by somebody."""
     try:
         return rank_and_size()[0]
     except MachineError:
@@ -34,12 +45,12 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine."""
+    """Number of this process on its machine, from 0."""
     return _number("LOCAL_RANK", "0", 0, 10**6) if several() else 0
 
 
 def require_meeting_point() -> None:
-    """MachineError if several processes were started without a place to meet, or one of them with a wrong number."""
+    """MachineError if there are several processes and no address where they meet, or LOCAL_RANK is no number."""
     _, size = rank_and_size()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if size > 1 and missing:
@@ -48,6 +59,7 @@ def require_meeting_point() -> None:
 
 
 def _number(name: str, otherwise: str, least: int, most: int) -> int:
+    """An environment variable as a whole number from `least` to `most`; `otherwise` where it is unset or empty."""
     text = os.environ.get(name, "").strip() or otherwise
     if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
         raise MachineError(

@@ -1,4 +1,7 @@
-"""Progress on a terminal: a bar where there is one to draw on, a line per epoch where output goes to a file."""
+"""Progress of training and labelling: a bar where stderr is a terminal; else a line per epoch of training, no more.
+
+A log file gets no bar, as thousands of redrawn lines would hide the few that matter.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ from vfmseg.terminal import on_terminal, say
 
 
 class Bar:
-    """A bar on stderr from the first step on; nothing where that is no terminal, or none any more."""
+    """A bar on stderr of `done` out of `total`, with a line of text before it; nothing where stderr is no terminal.
+
+    It is there from the first step on, as the first one may take minutes. A terminal that is closed meanwhile ends the
+    bar, not the work.
+    """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self.shown = on_terminal()
         if not self.shown:
             return
+        # imported here, as a run without a terminal does without it
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -25,19 +33,20 @@ class Bar:
             self._rich.start()
 
     def update(self, title: str, done: int) -> None:
-        """The line before the bar, and how much is done."""
+        """Set the text before the bar, and how much of the total is done."""
         if self.shown:
             with self._while_it_lasts():
                 self._rich.update(self._task, completed=done, description=title)
 
     def stop(self) -> None:
-        """Leave the last state on the screen."""
+        """End the bar; its last state stays on the screen."""
         if self.shown:
             with self._while_it_lasts():
                 self._rich.stop()
 
     @contextlib.contextmanager
     def _while_it_lasts(self) -> Iterator[None]:
+        """Drawing in this block that fails ends the bar."""
         try:
             yield
         except (OSError, ValueError):  # the terminal has gone, or stderr was closed
@@ -45,7 +54,10 @@ class Bar:
 
 
 class TrainingProgress:
-    """Shows loss, score, images a second and the time left of a training run."""
+    """Shows how far a training run is: "epoch 3/20: loss 0.412, val mIoU 0.613, 18.2 images/s, 12:40 left".
+
+    `steps_total`: optimizer steps of the whole run; `steps_done`: those of before, where it is resumed.
+    """
 
     def __init__(self, steps_total: int, epochs: int, steps_done: int = 0) -> None:
         self.steps_total = steps_total
@@ -53,19 +65,19 @@ class TrainingProgress:
         self.first_step = steps_done
         self.started = time.perf_counter()
         self.images = 0
-        self.loss = float("nan")
+        self.loss = float("nan")  # none yet
         self.score = ""
         self.bar = Bar("starting", steps_total, steps_done)
 
     def step(self, step: int, epoch: int, loss: float, images: int) -> None:
-        """One optimizer step is done."""
+        """Optimizer step number `step` is done; `images`: that it has seen, over all processes."""
         self.images += images
-        # a mean over about twenty steps: single steps jump too much to be read
+        # 0.95 old + 0.05 new, a mean over about 1 / 0.05 = 20 steps: single steps jump too much to be read
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
         self.bar.update(self._line(step, epoch), step)
 
     def epoch(self, step: int, epoch: int, score: str) -> None:
-        """One epoch and its validation are done. score: what that has found in words; empty without a validation."""
+        """An epoch and its validation are done. score: what that has found, in words; empty if there was none."""
         if score:
             self.score = f", {score}"
         if not self.bar.shown:
@@ -77,7 +89,7 @@ class TrainingProgress:
 
     def _line(self, step: int, epoch: int) -> str:
         seconds = time.perf_counter() - self.started
-        done = step - self.first_step
+        done = step - self.first_step  # of this start; the time of earlier ones is not known
         left = seconds / max(1, done) * (self.steps_total - step)
         return (
             f"epoch {epoch}/{self.epochs}: loss {self.loss:.3f}{self.score}, "
@@ -86,14 +98,14 @@ class TrainingProgress:
 
 
 class SceneProgress:
-    """Shows how many scenes of a split are done; silent where stderr is not a terminal.
+    """Shows how many scenes of a split are done; nothing where stderr is no terminal.
 
     Used in a `with` statement, so that an error gives the terminal its cursor back.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.bar: Bar | None = None  # before the first scene the number of all is not known
+        self.bar: Bar | None = None  # made with the first scene, when the number of all is known
 
     def __call__(self, done: int, total: int) -> None:
         """`done` of `total` scenes are done."""
@@ -109,21 +121,25 @@ class SceneProgress:
 
 
 class LabelProgress:
-    """Shows Mpx/s, the share of time of each stage and the time left of a labelling; silent without a terminal."""
+    """Shows how far a labelling is: "a.tif: 9.31 Mpx/s, read 20% cut 5% model 60% blend 15%, queue 2/2, 3:20 left".
+
+    A full queue before the model says that the model is the bottleneck, an empty one that reading is. Nothing is shown
+    where stderr is no terminal, but all is counted for the summary.
+    """
 
     def __init__(self, name: str, pixels: int, queue: int) -> None:
-        """`pixels`: to be labelled; `queue`: batches that may wait for the model."""
+        """`pixels`: that this process labels; `queue`: batches that may wait for the model."""
         self.name = name
         self.pixels = pixels
         self.queue = queue
         self.done = 0
         self.ticks = 0
-        self.queued = 0  # batches at all ticks together
+        self.queued = 0  # sum over all ticks of the batches that waited
         self.started = time.perf_counter()
         self.bar = Bar(name, pixels)
 
     def add(self, pixels: int, busy: Mapping[str, float], queued: int) -> None:
-        """More pixels are done; `busy`: seconds by stage, `queued`: batches that wait for the model."""
+        """So many more pixels are done. busy {stage: seconds so far}; `queued`: batches that wait for the model now."""
         self.done += pixels
         self.ticks += 1
         self.queued += queued
@@ -131,7 +147,7 @@ class LabelProgress:
 
     @property
     def queue_fill(self) -> float | None:
-        """How full the queue before the model was in the mean, 0 to 1; None before anything was done."""
+        """How full the queue before the model was in the mean of all ticks, 0 to 1; None before the first."""
         return self.queued / self.ticks / self.queue if self.ticks else None
 
     def close(self) -> None:
@@ -147,7 +163,10 @@ class LabelProgress:
 
 
 def stage_shares(busy: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by stage -> shares of all; stages run side by side."""
+    """{stage: seconds} -> {stage: share of all seconds}, 0 to 1, in the order in which pixels go through them.
+
+    Stages run side by side, so the seconds of all may be more than have passed.
+    """
     total = sum(busy.values())
     return {name: busy[name] / total for name in ("read", "cut", "wait", "model", "blend", "write") if busy.get(name)}
 

@@ -33,7 +33,7 @@ from vfmseg.inference.votes import as_probabilities, filled_up
 from vfmseg.metrics import Confusion
 from vfmseg.recipe.predict import PredictSection, settled
 from vfmseg.vector.area import read_area
-from vfmseg.vector.polygons import write_polygons
+from vfmseg.vector.polygons import check_place, write_polygons
 
 How = Mapping[str, Any]
 """Other values than the labeller's own for keys of the recipe's `predict` section, such as {"tile": 512}."""
@@ -141,13 +141,15 @@ class Labeller:
         output.check()
         settings, chosen = settled(self.how, how or {}), self._chosen(bands or {})
         with self._opened(scene, settings, chosen) as scenes:
-            never_an_input(output.maps.values(), [*scenes[0].read_from(), *output.named_area])
+            written = [*output.maps.values(), *filter(None, [output.vector])]
+            never_an_input(written, [*scenes[0].read_from(), *output.named_area])
+            if output.vector is not None:
+                check_place(output.vector, scenes[0].grid, next(iter(scenes[0].rasters.values())).paths[0])
             unreadable = Unreadable()
             products = Products(self.ids, tuple(output.extras), settings.average == "logits")
             job = self._file_job(scenes, settings, products, unreadable, output)
             work = {**self.votes.identity, **work_of(scenes[0], job, output, chosen), **self.votes.runs_on}
             mark = mark_of(work, {"cog": output.cog, "compress": output.compress})
-            written = [*output.maps.values(), *filter(None, [output.vector])]
             with alone(written, *team):
                 report, before = self._into_maps(job, output, self._layers(products, mark), work, mark, team, watch)
                 if watch.labelled is not None:

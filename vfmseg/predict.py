@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from vfmseg.disk.files import never_an_input, require_new
 from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.geo.grid import Window
-from vfmseg.geo.rasterfile import RasterFile, files_of
+from vfmseg.geo.rasterfile import files_of
 from vfmseg.geo.validity import Hidden
 from vfmseg.inference.contracts import WAITING, Report, Tick
 from vfmseg.inference.job import Job
@@ -23,7 +23,6 @@ from vfmseg.inference.worklist import targets_for
 from vfmseg.labeller import BandsChosen, How, Labelled, Labeller
 from vfmseg.progress import LabelProgress, stage_shares
 from vfmseg.terminal import complain, say
-from vfmseg.vector.polygons import check_place
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -176,8 +175,6 @@ class _Display:
 
 def _one(labeller: Labeller, job: _SceneJob, how: How | None, bands: BandsChosen | None, team: Team) -> dict[str, Any]:
     started = time.perf_counter()
-    if job.output.vector is not None:
-        check_place(job.output.vector, RasterFile(job.path).info.grid, job.path)
     display = _Display(job.path)
     try:
         watch = Watch(display.planned, display.tick, display.close)

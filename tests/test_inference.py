@@ -285,11 +285,11 @@ def test_weights_stay_positive_to_the_last_pixel(blend: str) -> None:
 
 def test_blended_votes_are_the_weighted_mean() -> None:
     """Two tiles side by side, answers 0 and 1: the seam follows the weights' closed form."""
-    rows = OpenRows(1, 4, 0, 6, 0, "hann", "cpu")
+    band = OpenRows(1, 4, 0, 6, 0, "hann", "cpu")
     plan = Plan(4, 6, 4, 0.5, True, 1)
-    rows.add(plan.tile_at(0, 0), torch.zeros(1, 4, 4))
-    rows.add(plan.tile_at(0, 1), torch.ones(1, 4, 4))
-    sums, weights = rows.finished(4)
+    band.add(plan.tile_at(0, 0), torch.zeros(1, 4, 4))
+    band.add(plan.tile_at(0, 1), torch.ones(1, 4, 4))
+    sums, weights = band.finished(4)
     line = profile("hann", 4)
     share = line[:2] / (line[:2] + line[2:])
     np.testing.assert_allclose((sums / weights)[0, 0].numpy(), [0, 0, *share, 1, 1], atol=1e-6)
@@ -439,31 +439,32 @@ def test_memory_stays_below_the_estimate_whatever_the_height() -> None:
 def test_wide_scenes_are_cut_into_strips_that_fit_the_limit() -> None:
     products = Products((0, 1, 2))
 
-    def job(width: int, limit: int) -> Any:
-        settings = PredictSection(tile=64).model_copy(update={"memory_limit": limit})  # less than a recipe may say
-        return prepare([Endless(300, width)], Stored((64, 64)), {"x": 1}, Model(pointwise, 3), products, 1, settings)
+    def job(width: int, limit: int, tile: int = 64) -> Any:
+        settings = PredictSection(tile=tile, memory_limit=limit)
+        return prepare([Endless(110, width)], Stored((64, 64)), {"x": 1}, Model(pointwise, 3), products, 1, settings)
 
-    narrow, wide = job(1000, 6), job(16000, 6)
+    narrow, wide = job(2000, 16), job(40000, 16)
     assert len(narrow.plan.strips) == 1
     assert len(wide.plan.strips) > 2
-    assert wide.memory <= 6 * 2**20
+    assert wide.memory <= 16 * 2**20
     assert job(100000, 1024).plan.strip_columns(0)[1] <= 10240
-    with pytest.raises(MachineError, match=r"memory_limit = 1 MiB is too little for tiles of 64 px"):
-        job(1000, 1)
-    kept = Arrays(300, 16000)
+    with pytest.raises(MachineError, match=r"predict\.memory_limit = 16 MiB .*at least \d+ MiB: raise it"):
+        job(5000, 16, tile=512)
+    kept = Arrays(110, 40000)
     into(wide, kept)
     assert (kept.kept["labels"] == 1).all()
 
 
 @pytest.mark.pitfall("P34")
-def test_sums_of_many_tiles_are_larger_and_counted() -> None:
+def test_sums_of_many_tiles_are_counted_only_where_tiles_are_summed() -> None:
+    """test_inference_memory.py measures that they are enough; where tiles answer for their cores alone none is due."""
+
     def memory(overlap: float, blend: str) -> int:
         scene = Endless(100, 1000)
         settings = PredictSection(tile=32, overlap=overlap, blend=blend)
         return prepare([scene], Stored(), {"x": 1}, Model(pointwise, 3), everything, 8, settings).memory
 
-    band = 4 * (3 + 1) * 32 * 1000
-    assert memory(0.7, "hann") == memory(0.6, "hann") + band
+    assert memory(0.7, "hann") > memory(0.6, "hann")
     assert memory(0.7, "none") == memory(0.6, "none")
 
 
@@ -559,9 +560,10 @@ def test_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPatch) 
         label(Endless(100, 64), pointwise, Plan(100, 64, 32, 0.25, True, 2), "hann")
 
 
+@pytest.mark.parametrize("widest", [10240, 32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.pitfall("P60")
-def test_an_answer_that_is_no_number_is_an_error_never_class_0(value: float) -> None:
+@pytest.mark.pitfall("P60", "F11")
+def test_an_answer_that_is_no_number_is_an_error_with_its_place_never_class_0(value: float, widest: int) -> None:
     array = np.ones((1, 100, 64), dtype=np.float32)
     array[0, 70, 40] = 3e36  # what no nodata value names
 
@@ -571,8 +573,8 @@ def test_an_answer_that_is_no_number_is_an_error_never_class_0(value: float) -> 
         answer[(images["x"] > 1e36).any(dim=1)[:, None].expand(answer.shape)] = value
         return answer
 
-    with pytest.raises(DataError, match=r"row 70, column 40: the model answers NaN or infinity"):
-        label(scene_of(array), overflows, Plan(100, 64, 32, 0.25, True, 2), "hann")
+    with pytest.raises(DataError, match=r"row 70, column 40: .*(NaN|infinity).*nodata value .*fp32"):
+        label(scene_of(array), overflows, Plan(100, 64, 32, 0.25, True, 2, widest), "hann")
 
 
 @pytest.mark.parametrize("part", ["top", "scattered"])
@@ -604,15 +606,7 @@ def test_a_batch_that_never_fills_holds_nothing_up(part: str) -> None:
 
     products = Products((0, 1, 2))
     model = Model(pointwise, 3)
-    job = prepare(
-        [Reading()],
-        Stored((32, 64)),
-        {"x": 1},
-        model,
-        products,
-        1,
-        PredictSection(tile=32, batch_size=8),
-    )
+    job = prepare([Reading()], Stored((32, 64)), {"x": 1}, model, products, 1, PredictSection(tile=32, batch_size=8))
     into(job, Watch())
     assert behind[0] < 1600
 

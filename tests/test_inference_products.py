@@ -9,12 +9,14 @@ import pytest
 import rasterio
 import torch
 
-from vfmseg.errors import DataError
-from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.grid import IDENTITY, Grid, Window
+from vfmseg.geo.validity import Chip
 from vfmseg.geo.writer import MapWriter
-from vfmseg.inference.contracts import Finished
-from vfmseg.inference.engine import _require_numbers
+from vfmseg.inference.contracts import Finished, Model, Tiles
+from vfmseg.inference.job import Arrays, into, prepare
 from vfmseg.inference.products import EXTRAS, NODATA, STEPS, Products
+from vfmseg.inference.reading import Stored
+from vfmseg.recipe import PredictSection
 
 IDS = (3, 7, 40, 41)
 SHAPE = (9, 13)
@@ -160,17 +162,30 @@ def test_only_what_is_asked_for_is_made() -> None:
     assert set(Products(IDS, ("uncertainty",)).layers(["a"] * 4, [(0, 0, 0)] * 4, {})) == {"labels", "uncertainty"}
 
 
+class Even:
+    """A scene that is the same everywhere."""
+
+    grid = Grid(None, IDENTITY, 40, 50)
+
+    def read(self, window: Window) -> dict[str, Chip]:
+        return {"x": Chip(np.ones((1, *window.shape), np.float32), np.ones(window.shape, bool))}
+
+
 @pytest.mark.parametrize("size", [1e37, 3e38])
 @pytest.mark.pitfall("F11")
-def test_huge_finite_logits_are_labelled_or_told(size: float) -> None:
-    """Their total may be beyond all numbers where each is one; sums that are none have a message with their place."""
-    sums = torch.full((3, 4, 5), size)
-    sums[1, 2:] = 0.9 * size
-    assert not torch.isfinite(sums.sum())
-    _require_numbers(sums, Window(0, 0, 4, 5))
-    made = Products((4, 5, 6), EXTRAS, logits=True)(Finished(sums, torch.ones(4, 5), np.ones((4, 5), dtype=bool)))
-    assert (made["labels"] == 4).all()
-    assert made["confidence"].max() <= 254
-    sums[0, 1, 3] = float("inf")
-    with pytest.raises(DataError, match="row 11, column 23: the model answers NaN or infinity"):
-        _require_numbers(sums, Window(10, 20, 4, 5))
+def test_huge_finite_logits_are_labelled(size: float) -> None:
+    """Their total is beyond all numbers where each is one; what is none has a message (test_inference.py)."""
+
+    def huge(tiles: Tiles) -> torch.Tensor:
+        votes = torch.full((len(tiles.windows), 3, 16, 16), size)
+        votes[:, 1] = 0.9 * size
+        assert not torch.isfinite(votes.sum())
+        return votes
+
+    products = Products((4, 5, 6), EXTRAS, logits=True)
+    settings = PredictSection(tile=16, blend="none")
+    job = prepare([Even()], Stored(), {"x": 1}, Model(huge, 3), products, products.bytes_a_pixel, settings)
+    made = Arrays(40, 50)
+    into(job, made)
+    assert (made.kept["labels"] == 4).all()
+    assert made.kept["confidence"].max() <= STEPS

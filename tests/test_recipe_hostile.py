@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from test_recipe_errors import SMALL, complaint
 from vfmseg.catalog import published_statistics
 from vfmseg.errors import CheckpointError, DataError, RecipeError, show
 from vfmseg.geo.grid import Grid
-from vfmseg.inference.shards import _plan_in
+from vfmseg.inference.plan import Plan
+from vfmseg.inference.shards import PLAN, Parts, pieces_folder
 from vfmseg.inference.worklist import scenes_of
 from vfmseg.recipe import load_recipe
 from vfmseg.recipe.text import DEEPEST, LONGEST, read_yaml
@@ -45,7 +47,7 @@ def below(key: str, text: str) -> str:
 def test_aliases_that_multiply_are_refused_at_once(tmp_path: Path, text: str) -> None:
     started = time.process_time()
     (line,) = complaint(tmp_path, text=text)
-    assert "aliases (*name) repeat more than 10,000 values; write out what is needed" in line
+    assert re.search(r"aliases .*10,000 values; write out", line)
     assert time.process_time() - started < 1
 
 
@@ -55,7 +57,7 @@ def test_aliases_that_multiply_in_an_override_are_refused(tmp_path: Path) -> Non
     for number in range(20):
         inner, last = f"&b{number} [{inner}, {last}, {last}, {last}]", f"*b{number}"
     (line,) = complaint(tmp_path, f"name={inner}")
-    assert "aliases (*name) repeat more than 10,000 values" in line
+    assert re.search(r"aliases .*10,000 values; write out", line)
 
 
 @pytest.mark.pitfall("F5")
@@ -72,7 +74,7 @@ def test_ordinary_anchors_and_merge_keys_are_what_they_were(tmp_path: Path) -> N
 def test_what_is_nested_deeply_is_refused_at_once(tmp_path: Path, text: str) -> None:
     started = time.process_time()
     (line,) = complaint(tmp_path, text=text)
-    assert f"nested too deeply to be a recipe (more than {DEEPEST} levels)" in line
+    assert re.search(rf"nested .*more than {DEEPEST} levels", line)
     assert time.process_time() - started < 2
 
 
@@ -83,22 +85,22 @@ def test_values_without_end_are_refused_before_they_are_built(
 ) -> None:
     monkeypatch.setattr("vfmseg.recipe.text.MOST", 1000)  # of the hundred thousand, which take seconds
     (line,) = complaint(tmp_path, text=text * 1001)
-    assert "holds more than 1,000 values; list files by a pattern or in a table" in line
+    assert re.search(r"more than 1,000 values; .*pattern .*table", line)
 
 
 @pytest.mark.pitfall("F5")
 def test_key_path_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
     (line,) = complaint(tmp_path, "a." * 3000 + "b=1")
-    assert line.endswith("is not key.path=value; write for example train.epochs=3")
+    assert re.search(r"key\.path=value; .*train\.epochs=3$", line)
 
 
 @pytest.mark.pitfall("F5")
 def test_text_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
     with (tmp_path / "r.yaml").open("wb") as file:
         file.truncate(2**40)  # a hole
-    with pytest.raises(RecipeError, match=f"expected a recipe of at most {LONGEST:,}"):
+    with pytest.raises(RecipeError, match=rf"r\.yaml: .*at most {LONGEST:,}"):
         load_recipe(tmp_path / "r.yaml")
-    with pytest.raises(DataError, match="is a device, no regular file"):
+    with pytest.raises(DataError, match=r"/dev/zero: .*device"):
         load_recipe("/dev/zero")
 
 
@@ -106,7 +108,7 @@ def test_text_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
 @pytest.mark.pitfall("F5")
 def test_tag_before_other_text_is_one_message(tmp_path: Path, value: str) -> None:
     (line,) = complaint(tmp_path, text=f"name: {value}\n")
-    assert line.endswith("write the value without a tag")
+    assert "without a tag" in line
 
 
 @pytest.mark.parametrize("value", ["!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a: 1]", "!!map x", "<<"])
@@ -132,7 +134,7 @@ def test_of_many_findings_the_first_are_told(tmp_path: Path) -> None:
     started = time.process_time()
     lines = complaint(tmp_path, text=SMALL + "".join(f"key{i}: 1\n" for i in range(3000)))
     assert len(lines) == 21
-    assert lines[-1] == "and more like these; mend them first"
+    assert re.search(r"\bmore\b.*\bfirst$", lines[-1])
     classes = ", ".join(f"{i}: c{i}" for i in range(3000))
     (line,) = complaint(tmp_path, text=SMALL.replace("0: land, 1: water", classes))
     assert len(line) < 200
@@ -145,11 +147,15 @@ def test_json_nested_without_end_is_one_message(tmp_path: Path, content: str) ->
     file = tmp_path / "preprocessor_config.json"
     file.write_text(content)
     grid = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 8, 8)
-    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: not understood"):
+    target = tmp_path / "labels.tif"
+    pieces_folder(target).mkdir()
+    (pieces_folder(target) / PLAN).write_text(content)
+    parts = Parts(target, Plan(8, 8, 8, 0, False, 1), grid, {}, {})
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: "):
         published_statistics("dinov2", str(tmp_path))
-    with pytest.raises(DataError, match="is not a STAC item"):
+    with pytest.raises(DataError, match=r"preprocessor_config\.json: .*STAC"):
         scenes_of(str(file))
-    with pytest.raises(DataError, match="is not GeoJSON"):
+    with pytest.raises(DataError, match=r"preprocessor_config\.json: .*GeoJSON"):
         read_area(str(file), grid)
-    with pytest.raises(DataError, match="is damaged"):
-        _plan_in(file)
+    with pytest.raises(DataError, match=r"plan\.json: .*--overwrite instead of --resume"):
+        parts.prepare(resume=True, overwrite=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from makers import DATA, write_raster
 from vfmseg.data.checks import disjoint, require_labels
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
-from vfmseg.data.opened import Opened
 from vfmseg.data.pairing import find
 from vfmseg.data.raster_scene import RasterScene
 from vfmseg.errors import DataError
@@ -110,7 +110,7 @@ def test_same_stem_twice_is_refused(tmp_path: Path) -> None:
     twins(tmp_path)
     write_raster(tmp_path / "more" / "a.tif", image(1))
     entries = [str(tmp_path / "images"), str(tmp_path / "more" / "*.tif")]
-    with pytest.raises(DataError, match=r"data\.train: rgb has 2 files named 'a'"):
+    with pytest.raises(DataError, match=r"data\.train: rgb .*'a'"):
         scenes_from_files({"rgb": entries}, str(tmp_path / "labels"), {"rgb": Bands()}, LABELS, "data.train")
 
 
@@ -128,7 +128,7 @@ def test_unpaired_files_are_named(tmp_path: Path, lost: str) -> None:
     twins(tmp_path)
     (tmp_path / lost / "tile_2.tif").unlink()
     other = "labels" if lost == "images" else "images"
-    with pytest.raises(DataError, match=rf"data\.train: 1 of \w+ without a file .*{other}/tile_2\.tif") as caught:
+    with pytest.raises(DataError, match=rf"data\.train: 1 .*{other}/tile_2\.tif") as caught:
         from_globs(tmp_path)
     assert "tile_10" not in str(caught.value)
 
@@ -150,7 +150,7 @@ def test_one_file_each_needs_no_common_name(tmp_path: Path) -> None:
     (scene,) = from_globs(tmp_path, images="ortho.tif", labels="truth.tif")
     assert scene.read_labels(Window(0, 0, 1, 1)) == 2
     # but as patterns the names are all there is to go by
-    with pytest.raises(DataError, match="without a file of the same name"):
+    with pytest.raises(DataError, match=r"data\.train: .*same name"):
         from_globs(tmp_path, images="orth*.tif", labels="tru*.tif")
 
 
@@ -165,10 +165,10 @@ def test_files_that_other_programs_leave_are_no_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("images/*.png", r"images/\*\.png matches no file; .*images holds a\.tif, b\.tif"),
-        ("nowhere/*.tif", r"nowhere/\*\.tif matches no file"),
-        ("images/c.tif", r"images/c\.tif does not exist; .*a\.tif"),
-        ("empty", "empty holds no image"),
+        ("images/*.png", r"images/\*\.png .*images holds a\.tif, b\.tif"),
+        ("nowhere/*.tif", r"nowhere/\*\.tif "),
+        ("images/c.tif", r"images/c\.tif .*a\.tif"),
+        ("empty", "empty .*no image"),
     ],
 )
 def test_empty_glob_names_the_pattern_and_what_is_there(tmp_path: Path, entry: str, said: str) -> None:
@@ -182,14 +182,14 @@ def test_empty_glob_names_the_pattern_and_what_is_there(tmp_path: Path, entry: s
 def test_image_and_label_of_different_size_are_refused(tmp_path: Path) -> None:
     write_raster(tmp_path / "images" / "a.tif", image(1, (8, 8)))
     write_raster(tmp_path / "labels" / "a.tif", label(1, (8, 9)))
-    with pytest.raises(DataError, match=r"images/a\.tif and .*labels/a\.tif differ in size: 8 x 8 and 8 x 9"):
+    with pytest.raises(DataError, match=r"images/a\.tif and .*labels/a\.tif .*8 x 8 and 8 x 9 .*resample"):
         from_globs(tmp_path)
 
 
 def test_image_and_label_of_different_places_are_refused(tmp_path: Path) -> None:
     write_raster(tmp_path / "images" / "a.tif", image(1))
     write_raster(tmp_path / "labels" / "a.tif", label(1), crs="EPSG:32634")
-    with pytest.raises(DataError, match=r"lie elsewhere: EPSG:32633 .* EPSG:32634"):
+    with pytest.raises(DataError, match=r"images/a\.tif .*labels/a\.tif .*EPSG:32633 .*EPSG:32634.*warp"):
         from_globs(tmp_path)
     write_raster(tmp_path / "labels" / "a.tif", label(1), crs=None)
     assert len(from_globs(tmp_path)) == 1  # a label that says nothing of its place contradicts nothing
@@ -198,7 +198,7 @@ def test_image_and_label_of_different_places_are_refused(tmp_path: Path) -> None
 @pytest.mark.pitfall("P31")
 def test_an_image_is_never_its_own_label(tmp_path: Path) -> None:
     twins(tmp_path)
-    with pytest.raises(DataError, match=r"a\.tif: is image and labels at once; expected the labels in a file of"):
+    with pytest.raises(DataError, match=r"a\.tif: .*image and labels.*expected the labels"):
         from_globs(tmp_path, labels="images/*.tif")
 
 
@@ -271,11 +271,11 @@ def test_table_templates_fill_in_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"split": "tran"}, "no row has split = 'tran'; did you mean 'train'"),
-        ({"column": "splt"}, "no column 'splt'; did you mean 'split'"),
-        ({"images": "imagee"}, "no column 'imagee'.* did you mean 'image'"),
-        ({"labels": "labels/{nam}.tif"}, "no column 'nam'.* did you mean 'name'"),
-        ({"images": "images/{name}.png"}, r"split\.csv line 4: .*images/tile_11\.png', which does not exist"),
+        ({"split": "tran"}, r"split\.csv.*'tran'.*'train'"),
+        ({"column": "splt"}, r"split\.csv.*'splt'.*'split'"),
+        ({"images": "imagee"}, r"split\.csv.*'imagee'.*'image'"),
+        ({"labels": "labels/{nam}.tif"}, r"split\.csv.*'nam'.*'name'"),
+        ({"images": "images/{name}.png"}, r"split\.csv line 4: .*images/tile_11\.png'"),
     ],
 )
 def test_table_errors_name_table_line_and_remedy(tmp_path: Path, change: dict[str, str], said: str) -> None:
@@ -287,12 +287,12 @@ def test_table_with_a_short_row_or_a_repeated_scene_is_refused(tmp_path: Path) -
     table = write_table(tmp_path)
     text = table.read_text()
     table.write_text(text + "images/a.tif,labels/a.tif\n")
-    with pytest.raises(DataError, match=r"line 8: expected 4 cells"):
+    with pytest.raises(DataError, match=r"split\.csv line 8: .*4 cells"):
         from_table(table)
     table.write_text(text + "images/tile_1.tif,labels/tile_1.tif,train,again\n")
-    with pytest.raises(DataError, match=r"line 8 names the same files as line 7"):
+    with pytest.raises(DataError, match=r"split\.csv.* line 8 .*line 7"):
         from_table(table)
-    with pytest.raises(DataError, match="cannot be read as a table"):
+    with pytest.raises(DataError, match=r"none\.csv: .*table"):
         from_table(tmp_path / "none.csv")
 
 
@@ -303,10 +303,10 @@ def test_a_quotation_mark_left_open_swallows_no_scene(tmp_path: Path) -> None:
     table.write_text(
         text.replace("images/tile_2.tif,labels/tile_2.tif,train_extra", '"images/tile_2.tif,l,train_extra')
     )
-    with pytest.raises(DataError, match=r"split\.csv line 6: is not a row of a table .*check its quotation marks"):
+    with pytest.raises(DataError, match=r"split\.csv line 6: .*quotation marks"):
         from_table(table)
     table.write_text(text + '"' + "x" * 200_000 + '",l,train,x\n')
-    with pytest.raises(DataError, match=r"split\.csv line 8: is not a row of a table \(field larger"):
+    with pytest.raises(DataError, match=r"split\.csv line 8: .*larger.*quotation marks"):
         from_table(table)
 
 
@@ -325,10 +325,10 @@ def test_table_with_two_columns_of_one_name_or_a_path_beyond_limits_is_refused(t
     table = write_table(tmp_path)
     text = table.read_text()
     table.write_text(text.replace("split,name", "split,image"))
-    with pytest.raises(DataError, match=r"split\.csv: has two columns 'image'; expected each name once"):
+    with pytest.raises(DataError, match=r"split\.csv: .*'image'.*each name once"):
         from_table(table)
     table.write_text(text + "x" * 5000 + ",labels/a.tif,train,a\n")
-    with pytest.raises(DataError, match=r"split\.csv line 8: 'image' names .*which does not exist"):
+    with pytest.raises(DataError, match=r"split\.csv line 8: 'image' .*not exist"):
         from_table(table)
 
 
@@ -342,7 +342,7 @@ def test_one_file_in_two_splits_is_refused(tmp_path: Path) -> None:
     os.symlink(tmp_path / "labels" / "b.tif", tmp_path / "other" / "y.tif")
     for linked, labels in (("z.tif", "labels/tile_1.tif"), ("../images/tile_1.tif", "other/y.tif")):
         extra = from_globs(tmp_path, images=f"other/{linked}", labels=labels)
-        with pytest.raises(DataError, match=r"(a|b)\.tif is in data\.(val|test) and in data\.extra"):
+        with pytest.raises(DataError, match=r"(a|b)\.tif .*data\.(val|test) .*data\.extra; .*remove"):
             disjoint({"val": splits["val"], "test": splits["test"], "extra": extra})
 
 
@@ -350,7 +350,7 @@ def test_all_pixels_ignored_is_said_before_training(tmp_path: Path) -> None:
     for name in "ab":
         write_raster(tmp_path / "images" / f"{name}.tif", image(1, (300, 20)))
         write_raster(tmp_path / "labels" / f"{name}.tif", label(255, (300, 20)))
-    with pytest.raises(DataError, match=r"data\.train: every pixel of its 2 scenes is ignored"):
+    with pytest.raises(DataError, match=r"data\.train: .*2 scenes .*data\.ignore_index"):
         require_labels(from_globs(tmp_path), "train", 2, "all")
     labels = label(255, (300, 20))
     labels[299, 19] = 1
@@ -367,33 +367,32 @@ def test_a_split_whose_images_say_nothing_at_its_labels_is_refused(tmp_path: Pat
         labels = label(255, (300, 20))
         labels[20:] = 1
         write_raster(tmp_path / "labels" / f"{name}.tif", labels)
-    with pytest.raises(
-        DataError, match=r"data\.val: the images are invalid .* at every labelled pixel of its 2 scenes"
-    ):
+    with pytest.raises(DataError, match=r"data\.val: .*2 scenes; .*data\.modalities\.NAME\.nodata"):
         require_labels(from_globs(tmp_path), "val", 2, "all")
     labels[9] = 0
     write_raster(tmp_path / "labels" / "b.tif", labels)
     assert require_labels(from_globs(tmp_path), "val", 2, "all") == [20, 2 * 280 * 20]
 
 
-def test_thousands_of_scenes_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vfmseg.data.raster_scene as scene_module
-
-    monkeypatch.setattr(scene_module, "OPENED", Opened(limit=5))
-    for number in range(20):
-        write_raster(tmp_path / "images" / f"s{number}.tif", image(10 + number))
-        write_raster(tmp_path / "labels" / f"s{number}.tif", label(number % 3))
-    scenes = from_globs(tmp_path)
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc")
+def test_hundreds_of_scenes_keep_few_files_open(tmp_path: Path) -> None:
+    first = (
+        write_raster(tmp_path / "images" / "s0.tif", image(10)),
+        write_raster(tmp_path / "labels" / "s0.tif", label(0)),
+    )
+    for number in range(1, 150):
+        for file in first:
+            shutil.copy(file, file.with_name(f"s{number}.tif"))
 
     def open_here() -> int:
         links = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
         return sum(os.path.exists(link) and str(tmp_path) in os.readlink(link) for link in links)
 
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("open files are counted in /proc")
+    scenes = from_globs(tmp_path)
+    assert len(scenes) == 150
     for _ in range(2):
         assert pairs_are_right(scenes)
-        assert open_here() <= 5
+        assert open_here() <= 64
 
 
 def test_scenes_travel_to_workers_without_open_files(tmp_path: Path) -> None:

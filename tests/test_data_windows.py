@@ -395,8 +395,10 @@ def test_a_confusion_over_the_cover_is_that_of_the_whole_map(tmp_path: Path) -> 
 @pytest.mark.pitfall("P25", "C16")
 def test_a_pixel_has_the_same_value_in_every_window_that_shows_it(tmp_path: Path) -> None:
     ramp = np.arange(60 * 60, dtype=np.uint16).reshape(1, 60, 60) * 13 + 1  # windows have very different extremes
+    y, x = np.mgrid[:60, :60]
+    labels = ((y // 3 + x // 5) % 2).astype(np.uint8)
     write_raster(tmp_path / "i.tif", ramp)
-    write_raster(tmp_path / "l.tif", np.ones((60, 60), dtype=np.uint8))
+    write_raster(tmp_path / "l.tif", labels)
     (scene,) = scenes_from_files(
         {"dem": str(tmp_path / "i.tif")}, str(tmp_path / "l.tif"), {"dem": Bands(scale=0.5, offset=-3)},
         LabelMap((0, 1), 255), "x",
@@ -405,9 +407,11 @@ def test_a_pixel_has_the_same_value_in_every_window_that_shows_it(tmp_path: Path
     training = TrainingWindows([scene], 24, 0, None, "all")
     seen = set()
     for epoch in range(10):
-        got = training[Draw(epoch, 0)].images["dem"].pixels[0]
+        sample = training[Draw(epoch, 0)]
+        got = sample.images["dem"].pixels[0]
         row, col = divmod(int((expected == got[0, 0]).flatten().nonzero()), 60)  # no value is there twice
         assert torch.equal(got, expected[row : row + 24, col : col + 24])
+        assert np.array_equal(sample.labels, labels[row : row + 24, col : col + 24])
         seen.add((row, col))
     assert len(seen) > 5
     cover = CoverWindows([scene], 24)

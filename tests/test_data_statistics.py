@@ -117,11 +117,11 @@ def test_constant_bands_get_a_divisor_that_cannot_blow_up(value: float, expected
 
 
 def test_nothing_valid_and_nothing_at_all_are_errors() -> None:
-    with pytest.raises(DataError, match="x: none of the 2 scenes has a valid pixel"):
+    with pytest.raises(DataError, match=r"x: .*2 scenes .*data\.modalities\.x\.nodata"):
         stream_statistics([Spied(noise(0), np.zeros((37, 53), dtype=bool))] * 2)
     with pytest.raises(DataError, match="no scenes"):
         stream_statistics([])
-    with pytest.raises(DataError, match="b: x has 2 bands, the scenes before it 3"):
+    with pytest.raises(DataError, match=r"b: x .*2 bands, .*3; .*data\.modalities\.x\.bands"):
         stream_statistics([Spied(noise(0)), Spied(noise(0, (2, 4, 4)), name="b")])
 
 

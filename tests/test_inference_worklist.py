@@ -133,7 +133,7 @@ def test_an_item_without_an_image_is_named_never_left_out(tmp_path: Path) -> Non
         "type": "FeatureCollection",
         "features": [item("a", i={"href": "a.tif"}), item("b", m={"href": "m.xml"})],
     }
-    with pytest.raises(DataError, match=r"items\.json: item 'b' has no image among its assets \['m'\]"):
+    with pytest.raises(DataError, match=r"items\.json: item 'b' .*\['m'\].*leave the item out"):
         scenes_of(stac(tmp_path, content))
 
 
@@ -151,7 +151,7 @@ def test_an_item_without_an_image_is_named_never_left_out(tmp_path: Path) -> Non
     ids=["list", "text", "polygons", "number", "assets a list", "asset a text", "no type"],
 )
 def test_json_that_is_no_stac_is_named(tmp_path: Path, content: Any) -> None:
-    with pytest.raises(DataError, match=r"items\.json: is not a STAC item or item collection"):
+    with pytest.raises(DataError, match=r"items\.json: .*STAC item.*\.txt"):
         scenes_of(stac(tmp_path, content))
 
 
@@ -166,14 +166,14 @@ def test_empty_lists_are_errors(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Fluß.tif".encode("utf-16"))
     (tmp_path / "half.json").write_text('{"type": "Feat')
     for given, message in {
-        str(tmp_path / "empty"): r"empty: the folder holds no image \(\.tif",
-        str(tmp_path / "none.txt"): r"none\.txt: the list names no scene; expected one path a line",
-        str(tmp_path / "latin.txt"): r"latin\.txt: cannot be read as a list of scenes",
-        str(tmp_path / "gone.txt"): r"gone\.txt: cannot be read as a list of scenes \(.*No such file",
-        str(tmp_path / "*.jp2"): r"\*\.jp2: no file matches; check the pattern",
-        stac(tmp_path, {"type": "FeatureCollection", "features": []}): r"items\.json: no item has an image asset",
-        str(tmp_path / "half.json"): r"half\.json: is not a STAC item",
-        str(tmp_path / "gone.json"): r"gone\.json: is not a STAC item.*No such file",
+        str(tmp_path / "empty"): r"empty: .*no image \(\.tif",
+        str(tmp_path / "none.txt"): r"none\.txt: .*one path a line",
+        str(tmp_path / "latin.txt"): r"latin\.txt: .*one path a line, in UTF-8",
+        str(tmp_path / "gone.txt"): r"gone\.txt: .*No such file",
+        str(tmp_path / "*.jp2"): r"\*\.jp2: .*check the pattern",
+        stac(tmp_path, {"type": "FeatureCollection", "features": []}): r"items\.json: .*no item .*image",
+        str(tmp_path / "half.json"): r"half\.json: .*STAC item.*check the file",
+        str(tmp_path / "gone.json"): r"gone\.json: .*No such file",
     }.items():
         with pytest.raises(DataError, match=message):
             scenes_of(given)
@@ -202,7 +202,7 @@ def test_targets_are_named_after_their_scenes(tmp_path: Path) -> None:
 @pytest.mark.pitfall("P63")
 def test_a_list_is_not_written_into_a_folder_called_like_a_file(tmp_path: Path) -> None:
     for name in ("lab.tif", "lab.TIFF"):
-        with pytest.raises(DataError, match=rf"{name}: 2 scenes are a list, which is written into a folder"):
+        with pytest.raises(DataError, match=rf"{name}: 2 scenes .*folder; name one"):
             targets_for(["q/a.tif", "q/b.tif"], tmp_path / name)
     (tmp_path / "lab.tif").mkdir()
     assert targets_for(["q/a.tif"], tmp_path / "lab.tif") == [tmp_path / "lab.tif" / "a.tif"]
@@ -210,7 +210,7 @@ def test_a_list_is_not_written_into_a_folder_called_like_a_file(tmp_path: Path) 
 
 @pytest.mark.pitfall("P63")
 def test_two_scenes_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"q/a\.tif and r/a\.jp2 would both be written to .*a\.tif; .*two folders"):
+    with pytest.raises(DataError, match=r"q/a\.tif and r/a\.jp2 .*/a\.tif; .*two folders"):
         targets_for(["q/a.tif", "q/b.tif", "r/a.jp2"], tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_labels_never_replace_their_scene(tmp_path: Path, monkeypatch: pytest.Mo
     touch(tmp_path, "q/a.tif")
     (tmp_path / "link").symlink_to("q")
     for scene, folder in (("q/a.tif", "q"), ("q/../q/a.tif", "q"), (str(tmp_path / "q" / "a.tif"), "link")):
-        with pytest.raises(DataError, match=r"a\.tif: its labels would replace it; choose another output folder"):
+        with pytest.raises(DataError, match=r"a\.tif: .*another output folder"):
             targets_for([scene], Path(folder))
     assert targets_for(["q/a.png"], Path("q")) == [Path("q/a.tif")]
 
@@ -229,5 +229,5 @@ def test_labels_never_replace_their_scene(tmp_path: Path, monkeypatch: pytest.Mo
 def test_labels_and_products_of_two_scenes_never_share_a_file(tmp_path: Path) -> None:
     scenes = ["in/a.tif", "in/a_confidence.tif"]
     assert len(targets_for(scenes, tmp_path)) == 2
-    with pytest.raises(DataError, match=r"both be written to .*a_confidence\.tif"):
+    with pytest.raises(DataError, match=r"in/a\.tif and in/a_confidence\.tif .*/a_confidence\.tif; .*two folders"):
         targets_for(scenes, tmp_path, ["confidence"])

@@ -179,7 +179,7 @@ def test_batch_of_one_short_batches_and_tensors_are_counted_alike() -> None:
 
 @pytest.mark.pitfall("P58")
 def test_shapes_that_differ_are_refused() -> None:
-    with pytest.raises(DataError, match=r"\(1, 4, 4\) and labels \(4, 4\) differ in shape"):
+    with pytest.raises(DataError, match=r"\(1, 4, 4\) and labels \(4, 4\) .*grid of the labels"):
         Confusion(2).update(np.zeros((1, 4, 4), np.int64), np.zeros((4, 4), np.int64))
 
 
@@ -195,7 +195,7 @@ def test_small_integer_types_do_not_wrap() -> None:
 )
 def test_indexes_outside_the_classes_are_refused_and_nothing_is_counted(prediction: int, label: int, what: str) -> None:
     confusion = Confusion(4)
-    with pytest.raises(DataError, match=f"{what} hold class indexes"):
+    with pytest.raises(DataError, match=rf"{what} .*expected 0\.\.3"):
         confusion.update(np.array([1, prediction]), np.array([1, label]))
     assert confusion.matrix.sum() == 0
 
@@ -221,5 +221,5 @@ def test_names_must_tell_the_classes_apart() -> None:
 
 
 def test_merging_other_classes_is_refused() -> None:
-    with pytest.raises(DataError, match="3 classes cannot be added to one of 2"):
+    with pytest.raises(DataError, match=r"3 classes .* 2;"):
         Confusion(2).merge(Confusion(3))

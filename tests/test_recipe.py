@@ -202,9 +202,9 @@ def test_every_recipe_of_the_project_is_valid(path: Path, tmp_path: Path) -> Non
 
 @pytest.mark.pitfall("P63")
 def test_output_dir_is_part_of_the_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"output_dir is missing; for example 'runs/flood'"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: output_dir .*missing.*'runs/flood'"):
         load_recipe(write(tmp_path, SMALL.replace("output_dir: runs/flood\n", "")))
-    with pytest.raises(RecipeError, match=r"output_dir = '' must be a path, not empty text"):
+    with pytest.raises(RecipeError, match=r"output_dir='': output_dir = '' .*not empty"):
         small(tmp_path, "output_dir=''")
 
 
@@ -234,7 +234,7 @@ def test_parse_recipe_is_the_same_check_in_memory(tmp_path: Path) -> None:
     before = json.dumps(mapping)
     assert parse_recipe(mapping, tmp_path, "memory") == small(tmp_path)
     assert json.dumps(mapping) == before
-    with pytest.raises(RecipeError, match=r"^memory: train is not a key here|^memory: trian is not a key here"):
+    with pytest.raises(RecipeError, match=r"^memory: trian .*'train'"):
         parse_recipe({**mapping, "trian": {}}, tmp_path, "memory")
 
 

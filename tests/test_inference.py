@@ -548,16 +548,13 @@ def test_an_interruption_of_the_model_ends_the_threads() -> None:
 
 
 @pytest.mark.pitfall("P62")
-def test_a_lost_tile_is_an_error_never_class_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = OpenRows.add
-
-    def loses(self: OpenRows, tile: Any, votes: Tensor) -> None:
-        if tile.window.row != 24:
-            honest(self, tile, votes)
-
-    monkeypatch.setattr(OpenRows, "add", loses)
-    with pytest.raises(RuntimeError, match="a tile was lost"):
-        label(Endless(100, 64), pointwise, Plan(100, 64, 32, 0.25, True, 2), "hann")
+def test_a_lost_tile_is_an_error_never_class_0() -> None:
+    """Here it is lost by an area that denies a tile and claims its pixels."""
+    area = Area(lambda window: window.row not in (24, 32), lambda window: np.ones(window.shape, bool))
+    with pytest.raises(RuntimeError, match=r"tile .*please report"):
+        label(Endless(100, 64), pointwise, Plan(100, 64, 32, 0, False, 2), "none", area=area)
+    with pytest.raises(RuntimeError, match=r"tile .*please report"):
+        label(Endless(100, 64), pointwise, Plan(100, 64, 32, 0.25, True, 2), "hann", area=area)
 
 
 @pytest.mark.parametrize("widest", [10240, 32])

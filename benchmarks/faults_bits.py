@@ -82,7 +82,7 @@ def refused_or_same(ended: Ended, names: str, made: Path, sound: Path, may_pass:
     return "" if map_of(made) == map_of(sound) else "another map, exit code 0 and no word"
 
 
-def _in_header(file: Path, bit: int) -> bool:
+def in_header(file: Path, bit: int) -> bool:
     """Whether a bit lies before the numbers of a safetensors file, or in a text."""
     return file.suffix != ".safetensors" or bit // 8 < 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
@@ -96,7 +96,7 @@ def _of_segmenter(lab: Path, name: str, file: str, bit: int) -> Callable[[Path],
         ended = run(label(here / "best", lab), here)
         text = not file.endswith(".safetensors")  # what it says may not fit another file, which is named then
         names = "best" if text else "adapters/rgb" if "rgb" in file else Path(file).name
-        return refused_or_same(ended, names, here / OUT / "m.tif", sound, _in_header(best / file, bit))
+        return refused_or_same(ended, names, here / OUT / "m.tif", sound, in_header(best / file, bit))
 
     return act
 
@@ -108,7 +108,7 @@ def _of_encoder(lab: Path, bit: int) -> Callable[[Path], str]:
         shutil.copytree(lab / "encoder", here / "encoder")
         flip(here / "encoder" / "model.safetensors", bit)
         ended = run(label(lab / "lora" / "run" / "best", lab, "--encoder", str(here / "encoder")), here)
-        passes = _in_header(lab / "encoder" / "model.safetensors", bit)
+        passes = in_header(lab / "encoder" / "model.safetensors", bit)
         return refused_or_same(ended, "encoder", here / OUT / "m.tif", sound, passes)
 
     return act

@@ -43,7 +43,7 @@ def kills(lab: Path) -> Iterator[Trial]:
         for number in places(situation.calls):
             call = situation.calls[number - 1]
             yield Trial(
-                f"{situation.name}: killed before {call.name} {call.path} ({number})", _killed(situation, number)
+                f"{situation.name}: killed before {call.name} {call.path} ({number})", killed(situation, number)
             )
 
 
@@ -54,10 +54,12 @@ def full_disks(lab: Path) -> Iterator[Trial]:
         numbers = [number for number, call in enumerate(situation.calls, start=1) if call.takes_room]
         for number in (numbers[i - 1] for i in kept):
             call = situation.calls[number - 1]
-            yield Trial(f"{situation.name}: disk full at {call.name} {call.path} ({number})", _full(situation, number))
+            yield Trial(f"{situation.name}: disk full at {call.name} {call.path} ({number})", full(situation, number))
 
 
-def _killed(situation: Situation, at: int) -> Callable[[Path], str]:
+def killed(situation: Situation, at: int) -> Callable[[Path], str]:
+    """A trial: killed before the call of this number, the command leaves whole files and can be gone on with."""
+
     def act(here: Path) -> str:
         begin(situation.start, here)
 
@@ -70,7 +72,9 @@ def _killed(situation: Situation, at: int) -> Callable[[Path], str]:
     return act
 
 
-def _full(situation: Situation, at: int) -> Callable[[Path], str]:
+def full(situation: Situation, at: int) -> Callable[[Path], str]:
+    """A trial: the disk takes nothing from the call of this number on; else as after a kill."""
+
     def act(here: Path) -> str:
         begin(situation.start, here)
 
@@ -169,12 +173,14 @@ def _situation(
         name, start, command,
         again=[*(plain if training else [word for word in command if word != "--resume"]), "--resume"],
         finished=new, calls=calls,
-        whole=_whole_runs(new) if training else _whole_maps(old, new),
+        whole=whole_runs(new) if training else whole_maps(old, new),
         anew=command if training and "--overwrite" in command else (),
     )  # fmt: skip
 
 
-def _whole_maps(old: dict[str, str], new: dict[str, str]) -> Callable[[Path], str]:
+def whole_maps(old: dict[str, str], new: dict[str, str]) -> Callable[[Path], str]:
+    """Whether each map of a folder is the old or the new one, by their digests: what is not, in words."""
+
     def whole(folder: Path) -> str:
         found = contents(folder) if folder.is_dir() else {}
         broken = [name for name in new if name in found and found[name] not in (old.get(name), new[name])]
@@ -184,7 +190,9 @@ def _whole_maps(old: dict[str, str], new: dict[str, str]) -> Callable[[Path], st
     return whole
 
 
-def _whole_runs(new: dict[str, str]) -> Callable[[Path], str]:
+def whole_runs(new: dict[str, str]) -> Callable[[Path], str]:
+    """Whether the segmenters of a run folder have all their files, and these can be read: what is not, in words."""
+
     def whole(folder: Path) -> str:
         broken = []
         for name in ("best", "last"):

@@ -87,7 +87,7 @@ def situation(
     seen = lab.calls_of([], counted, counted / "out")
     new = lab.contents(counted / "out")
     assert (counted / "out" / "m.tif").read_bytes() == finished
-    return kill.Situation("toy", start, [], [], new, seen, kill._whole_maps({}, new))
+    return kill.Situation("toy", start, [], [], new, seen, kill.whole_maps({}, new))
 
 
 def outcomes(
@@ -134,18 +134,18 @@ def test_a_kill_comes_before_the_call_and_a_full_disk_instead_of_it(tmp_path: Pa
 def test_a_careful_command_holds_at_every_kill_and_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = situation(tmp_path, monkeypatch, careful)
     assert len(calls.places(made.calls)) >= 4
-    assert set(outcomes(tmp_path / "kill", made, kill._killed)) == {""}
-    assert set(outcomes(tmp_path / "full", made, kill._full)) == {""}
+    assert set(outcomes(tmp_path / "kill", made, kill.killed)) == {""}
+    assert set(outcomes(tmp_path / "full", made, kill.full)) == {""}
 
 
 @needs_watching
 @pytest.mark.parametrize(
     ("verb", "disturbed", "says"),
     [
-        (in_place, kill._killed, "half written: m.tif"),
-        (in_place, kill._full, "half written: m.tif"),
-        (keeps_rubbish, kill._killed, "left over"),
-        (shrugs, kill._full, "missing: m.tif"),
+        (in_place, kill.killed, "half written: m.tif"),
+        (in_place, kill.full, "half written: m.tif"),
+        (keeps_rubbish, kill.killed, "left over"),
+        (shrugs, kill.full, "missing: m.tif"),
     ],
 )
 def test_a_careless_command_is_found_out(
@@ -194,8 +194,8 @@ def test_a_bit_is_turned_over_and_back(tmp_path: Path) -> None:
     before = file.read_bytes()
     bits.flip(file, 83)
     assert [i for i, (a, b) in enumerate(zip(before, file.read_bytes())) if a != b] == [10]
-    assert bits._in_header(file, 79)
-    assert not bits._in_header(file, 80)
+    assert bits.in_header(file, 79)
+    assert not bits.in_header(file, 80)
     bits.flip(file, 83)
     assert file.read_bytes() == before
     assert bits.refused_or_same(ended(0), "head", file, file, may_pass=False) == "passed unnoticed"

@@ -21,6 +21,7 @@ from typing import Any
 
 import rasterio
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -82,10 +83,11 @@ def keep_stopped(event: str, _: tuple[object, ...]) -> None:
 
 def reached(run: Path) -> dict[str, str]:
     """{what: digest} of a finished run: its tensors, and the losses and scores of its way."""
-    state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
+    files = (run / "last").rglob("*.safetensors")
+    trained = [tensor for file in files for tensor in load_file(file).values()]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     way = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-    return {"weights": digest_of(state["model"].values()), "losses and scores": digest(json.dumps(way).encode())}
+    return {"weights": digest_of(trained), "losses and scores": digest(json.dumps(way).encode())}
 
 
 def labelled(folder: Path, kind: str, segmenter: Path, target: Path) -> dict[str, Any]:

@@ -154,5 +154,32 @@ def test_settings_are_held_to_the_recipes_own_bounds(tmp_path: Path, how: dict[s
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
-    how = {"tile": np.int64(48), "overlap": np.float32(0.5), "scales": np.array([1.0])}
+    how = {"tile": np.array(48), "batch_size": np.int64(3), "overlap": np.float32(0.5), "scales": np.array([1.0])}
     np.testing.assert_array_equal(labeller(7).probabilities(scene(tmp_path), how).argmax(axis=0), 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ({"polygons": ".gpkg"}, r"m\.gpkg: exists already"),
+        ({"polygons": ".gpkg", "resume": True}, r"m\.gpkg: exists already"),  # and is none of ours
+        ({"polygons": ".shp"}, r"polygons cannot be written as '\.shp'"),
+        ({"polygons": ".gpkg", "overwrite": True, "min_area": -1.0}, "min_area -1.0"),
+        ({"target": "."}, "is a folder; expected the name of a GeoTIFF"),
+        ({"target": ".", "extras": ("confidence",)}, "is a folder; expected the name of a GeoTIFF"),
+    ],
+)
+@pytest.mark.pitfall("P62")
+def test_what_cannot_be_written_is_told_before_anything_is(tmp_path: Path, output: dict[str, Any], words: str) -> None:
+    pytest.importorskip("pyogrio")
+    path = scene(tmp_path)
+    (tmp_path / "m.gpkg").write_text("somebody's own")
+    with pytest.raises(DataError, match=words):
+        labeller(7).label(path, Output(**{"target": tmp_path / "m.tif"} | output))
+    assert {file.name for file in tmp_path.iterdir()} == {"m.gpkg", "scene.tif"}
+    assert (tmp_path / "m.gpkg").read_text() == "somebody's own"
+
+
+def test_a_labeller_knows_the_side_of_its_tiles() -> None:
+    with pytest.raises(RecipeError, match="tile is missing; expected the side of a tile in pixels"):
+        Labeller(Constant(7), PredictSection())

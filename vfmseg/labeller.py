@@ -61,7 +61,11 @@ class Labeller:
     """Labels arrays and scenes of any size by the votes it is given, as its settings say."""
 
     def __init__(self, votes: Votes, how: PredictSection) -> None:
-        """`how`: settings with a tile; every method takes other values for single keys of it."""
+        """`how`: settings with a tile (RecipeError without); methods take other values for single keys of it."""
+        if how.tile is None:
+            raise RecipeError(
+                "tile is missing; expected the side of a tile in pixels, such as PredictSection(tile=512)"
+            )
         self.votes = votes
         self.how = how
         self.ids = tuple(sorted(votes.classes))

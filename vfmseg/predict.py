@@ -72,10 +72,6 @@ def _jobs(labeller: Labeller, scene: str | Sequence[str], output: Output, others
     """What is to be done; RecipeError or DataError for what does not fit together."""
     output.check_words()
     target = output.path
-    if not target.name:
-        raise DataError(
-            f"{target}: is a folder; expected the name of a GeoTIFF to write, or of a new folder for a list"
-        )
     first = labeller.inputs[0].name
     if first in others:
         raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfmseg.disk.files import check_label_file, local_path, require_new, unfit_name
-from vfmseg.errors import RecipeError
+from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.compression import check_compression
 from vfmseg.inference.contracts import Tick
 from vfmseg.inference.products import EXTRAS
@@ -50,8 +50,13 @@ class Output:
 
     @property
     def path(self) -> Path:
-        """The target as a path; DataError if it is none of this machine."""
-        return local_path(self.target)
+        """The target as a path; DataError if it is none of this machine, or has no name."""
+        path = local_path(self.target)
+        if not path.name:
+            raise DataError(
+                f"{path}: is a folder; expected the name of a GeoTIFF to write, or of a new folder for a list"
+            )
+        return path
 
     @property
     def maps(self) -> dict[str, Path]:
@@ -84,6 +89,7 @@ class Output:
         self.check_words()
         for file in self.maps.values():
             check_label_file(file)
+        self.check_vector()
 
     def check_words(self) -> None:
         """RecipeError for a suffix of polygons that is none."""
@@ -91,7 +97,7 @@ class Output:
             raise RecipeError(f"--polygons {self.polygons}: expected a suffix with its dot, such as .gpkg")
 
     def check_vector(self) -> None:
-        """What would stop the polygons is found before hours of labelling, not after."""
+        """DataError or MachineError for polygons that cannot be written: before hours of labelling, not after."""
         if self.vector is None:
             return
         check_polygons(self.vector, self.min_area, self.simplify)

@@ -64,6 +64,6 @@ def settled(section: PredictSection, given: Mapping[str, Any]) -> PredictSection
 
 def _plain(value: Any) -> Any:
     """The same value without NumPy's types, which pydantic does not know."""
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

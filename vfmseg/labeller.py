@@ -210,10 +210,11 @@ class Labeller:
         for name, numbers in bands.items():
             if name not in known:
                 raise RecipeError(f"bands: '{name}' is no modality of this segmenter; {nearest(name, known)}")
-            chosen[name] = tuple(int(number) if _is_band(number) else 0 for number in numbers)
+            listed = numbers if isinstance(numbers, Sequence | np.ndarray) else [numbers]
+            chosen[name] = tuple(int(number) if _is_band(number) else 0 for number in listed)
             if 0 in chosen[name] or not chosen[name] or len(set(chosen[name])) < len(chosen[name]):
                 raise RecipeError(
-                    f"bands of {name} = {show(list(numbers))}; expected numbers of bands from 1 to 65535, each once"
+                    f"bands of {name} = {show(list(listed))}; expected numbers of bands from 1 to 65535, each once"
                 )
         return chosen
 

@@ -144,7 +144,10 @@ class Votes(Protocol):
         ...
 
     def __call__(self, tiles: Tiles) -> Tensor:
-        """Logits float32 (B, K, t, t) on the device; their softmax are the probabilities."""
+        """Logits float32 (B, K, t, t) on the device; the softmax over K makes probabilities of them.
+
+        Who knows probabilities answers with their logarithms, which are logits of just these.
+        """
         ...
 
 

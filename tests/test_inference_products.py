@@ -16,7 +16,7 @@ from vfmseg.inference.contracts import Finished, Model, Tiles
 from vfmseg.inference.job import Arrays, into, prepare
 from vfmseg.inference.products import EXTRAS, NODATA, STEPS, Products
 from vfmseg.inference.reading import Stored
-from vfmseg.recipe import PredictSection
+from vfmseg.recipe.predict import PredictSection
 
 IDS = (3, 7, 40, 41)
 SHAPE = (9, 13)

@@ -440,8 +440,8 @@ def test_settings_out_of_range_are_named(place: Path, tmp_path: Path) -> None:
     for scales in ((), (0.0,), (float("nan"),), (float("inf"),), (1.0, 1e9)):
         with pytest.raises(RecipeError, match=r"predict: scales.* must "):
             segmenter.probabilities(image, {"scales": scales})
-    for tile in (True, 32.0, "32", np.float64(32)):
-        with pytest.raises(RecipeError, match=rf"tile = {tile}; expected a whole number"):
+    for tile, shown in ((True, "true"), (32.0, "32.0"), ("32", "'32'"), (np.float64(32), "32.0")):
+        with pytest.raises(RecipeError, match=f"predict: tile = {shown} must be a whole number"):
             segmenter.predict(image, tile=tile)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="batch_size = 0"):
         segmenter.predict(image, batch_size=0)

@@ -118,7 +118,7 @@ class Labeller:
 
     def probabilities(self, scene: GivenScene, how: How | None = None, bands: BandsChosen | None = None) -> np.ndarray:
         """Class probabilities float32 (K, H, W) of a scene that fits in memory, classes in the order of their ids."""
-        products = Products(self.ids, logits=settled(self.how, how or {}).average == "logits")
+        products = Products(self.ids, logits=self._settled(how).average == "logits")
 
         def shares(finished: Finished) -> dict[str, np.ndarray]:
             return {"probabilities": products.shares(finished).cpu().numpy().copy()}
@@ -143,7 +143,7 @@ class Labeller:
         """
         output = output if isinstance(output, Output) else Output(output)
         output.check()
-        settings, chosen = settled(self.how, how or {}), self._chosen(bands or {})
+        settings, chosen = self._settled(how), self._chosen(bands or {})
         with self._opened(scene, settings, chosen) as scenes:
             written = [*output.maps.values(), *filter(None, [output.vector])]
             never_an_input(written, [*scenes[0].read_from(), *output.named_area])
@@ -203,6 +203,10 @@ class Labeller:
         names, colors = [one.name for one in classes], [one.color for one in classes]
         return products.layers(names, colors, {**self.votes.identity, **mark})
 
+    def _settled(self, how: How | None) -> PredictSection:
+        """The settings with what a call says instead; arrays of NumPy are taken as lists."""
+        return settled(self.how, {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in (how or {}).items()})
+
     def _chosen(self, bands: BandsChosen) -> dict[str, tuple[int, ...]]:
         """Checked: RecipeError for a modality that there is not, or numbers that are no bands."""
         chosen = {}
@@ -243,7 +247,7 @@ class Labeller:
         progress: Callable[[Tick], None] | None = None,
     ) -> dict[str, np.ndarray]:
         """Label a scene into memory: {product: (bands, H, W)}."""
-        settings = settled(self.how, how or {})
+        settings = self._settled(how)
         with self._opened(scene, settings, self._chosen(bands or {})) as scenes:
             kept = Arrays(scenes[0].grid.height, scenes[0].grid.width)
             into(self._job(list(scenes), stored_as(scenes[0]), settings, product, 4), kept, progress)

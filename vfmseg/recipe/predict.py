@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, ValidationError
 
 from vfmseg.errors import RecipeError
@@ -63,7 +63,7 @@ def settled(section: PredictSection, given: Mapping[str, Any]) -> PredictSection
 
 
 def _plain(value: Any) -> Any:
-    """The same value without NumPy's types, which pydantic does not know."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
+    """The same number or list of numbers without NumPy's types, which pydantic does not know."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

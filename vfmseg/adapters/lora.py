@@ -1,4 +1,11 @@
-"""LoRA (Hu et al. 2022): y = W x + (alpha / rank) B A x with W frozen and B = 0 at the start, by peft."""
+"""LoRA (Hu et al. 2022) by peft: y = W x + (alpha / rank) B A x, of which A and B learn and W is frozen.
+
+    W  (out, in)     as published
+    A  (rank, in)    random at the start
+    B  (out, rank)   zero at the start, so that a fresh adapter changes nothing
+
+A layer of 768 x 768 weights gets 2 * 8 * 768 = 12,288 parameters at rank 8, 2 % of its own 589,824.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +37,11 @@ _PREFIX = "base_model.model."
 
 
 def attach(backbone: Backbone, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> Attached:
-    """Put peft's LoRA layers on the named linear layers (q, k, v, o, mlp) of every block; peft freezes all else.
+    """What was attached, after peft has put its layers on the linear layers `targets` of every block.
 
-    Of a fused qkv layer only the wanted thirds learn: the rows of B for the others stay zero, so the file remains
-    plain peft and loads anywhere.
+    `targets`: some of q, k, v, o, mlp; peft freezes everything else. Where q, k and v are one fused layer (SAM), peft
+    can only adapt the whole of it; the rows of B of those that are not wanted then stay zero (`SomeThirds`), so the file
+    remains plain peft and loads anywhere.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -73,9 +81,11 @@ def attach(backbone: Backbone, rank: int, alpha: float, dropout: float, targets:
 
 
 class SomeThirds(nn.Module):
-    """B of a fused qkv layer of which only some thirds count: the others are read as zero, so they never learn.
+    """B of a fused qkv layer of which only some thirds count; the other rows are read as zero, and never learn.
 
-    In the forward pass and not as a gradient hook, which a copied parameter would lose.
+    A fused layer of width D answers with 3 D numbers: rows 0 to D - 1 of B are q's, D to 2 D - 1 k's, 2 D to 3 D - 1
+    v's. For thirds ("q", "v") and D = 2 the rows 2 and 3 count as zero. They are set to zero in each forward pass: a
+    hook on the gradient would be lost when the parameter is copied, and weight decay would reach them.
     """
 
     def __init__(self, weight: nn.Parameter, thirds: tuple[str, ...]) -> None:
@@ -99,7 +109,7 @@ def _save(wrapper: PeftModel, folder: Path) -> None:
 
 
 def _load(backbone: Backbone, folder: Path, rank: int, alpha: float, sites: Mapping[str, tuple[str, ...]]) -> None:
-    """Fill the attached layers from a folder, strictly."""
+    """Fill the attached layers from a folder; CheckpointError if its tensors are not exactly those that are needed."""
     tensors = read_fitting(backbone, folder, rank, alpha, sites)
     with torch.no_grad():
         for name in sites:

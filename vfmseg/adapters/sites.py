@@ -23,7 +23,10 @@ _MLP_PARTS = {"mlp", "intermediate", "feed_forward", "ffn"}
 
 
 def linear_sites(backbone: Backbone) -> dict[str, Role]:
-    """Dotted name inside the backbone -> role, for every linear layer of the blocks whose role is known."""
+    """{dotted name inside the upstream module: role}, for every linear layer of the blocks whose role is known.
+
+    For example {"encoder.layer.0.attention.q_proj": "q", ..., "encoder.layer.0.mlp.fc1": "mlp"} of a DINOv2.
+    """
     found: dict[str, Role] = {}
     for prefix, block in backbone.blocks:
         for name, module in block.named_modules():

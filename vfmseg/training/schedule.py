@@ -31,7 +31,8 @@ class Schedule:
 def learning_rate(step: int, steps_total: int, base: float, warmup: float) -> float:
     """Rate of optimizer step `step` (0-based): linear warm-up over `warmup * steps_total`, then half a cosine to 0.
 
-    A closed form of the step number alone: equal on every rank and after a resume.
+    It depends on the step number alone, so it is equal on every process and after a resume. With base 1, 100 steps and
+    a warm-up of 0.1 the rates of the steps 0, 9, 10, 55 and 99 are 0.1, 1, 1, 0.5 and 0.0003.
     """
     rising = math.ceil(warmup * steps_total)
     if step < rising:

@@ -40,8 +40,8 @@ def attach(backbone: Backbone, rank: int, alpha: float, dropout: float, targets:
     """What was attached, after peft has put its layers on the linear layers `targets` of every block.
 
     `targets`: some of q, k, v, o, mlp; peft freezes everything else. Where q, k and v are one fused layer (SAM), peft
-    can only adapt the whole of it; the rows of B of those that are not wanted then stay zero (`SomeThirds`), so the file
-    remains plain peft and loads anywhere.
+    can only adapt the whole of it; the rows of B of those that are not wanted then stay zero (`SomeThirds`), so the
+    file remains plain peft and loads anywhere.
     """
     from peft import LoraConfig, get_peft_model
 

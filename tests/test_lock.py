@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from vfmseg.errors import BusyError, DataError
 HOLDER = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from vfmseg.disk.lock import also_held, held
 
 lock = Path(sys.argv[2])
@@ -127,6 +129,29 @@ def test_of_many_at_once_one_holds_it_at_a_time(tmp_path: Path) -> None:
     assert most == [1]
     assert wins[0] >= 20
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+
+
+@pytest.mark.pitfall("F1")
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mkdir finds it there, and it is gone when its kind is asked."""
+    lock, lost = tmp_path / "new" / ".lock", [3]
+    honest = Path.mkdir
+
+    def races(self: Path, *arguments: Any, **options: Any) -> None:
+        if self == lock.parent and lost[0]:
+            lost[0] -= 1
+            raise FileExistsError(17, "File exists", str(self))
+        honest(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", races)
+    with held(lock, lock.parent, "training"):
+        assert lock.is_file()
+    assert lost == [0]
+    assert not lock.parent.exists()
+    lock.parent.write_text("a file")
+    lost[0] = 1
+    with pytest.raises(DataError, match="cannot be created"), held(lock, lock.parent, "training"):
+        pass
 
 
 def elsewhere(lock: Path, age: float, **changes: str) -> None:

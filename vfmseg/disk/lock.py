@@ -117,6 +117,9 @@ def _take(lock: Path, target: Path, doing: str, shared: bool) -> int:
         except OSError as error:
             if error.errno in _FULL:
                 raise
+            # it was there when it was to be made and gone when it was looked at, and may be there again
+            if isinstance(error, FileExistsError) and (lock.parent.is_dir() or not os.path.lexists(lock.parent)):
+                continue
             if lock.exists():
                 raise DataError(
                     f"{target}: whether another run is writing it cannot be told ({error.strerror}: {lock}); remove "

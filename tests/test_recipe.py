@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vfmseg.catalog import PUBLISHED_FAMILIES
 from vfmseg.errors import RecipeError
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from vfmseg.recipe.text import read_yaml, write_yaml
@@ -227,6 +229,14 @@ def test_recipe_is_frozen(tmp_path: Path) -> None:
     for section, key in ((recipe, "seed"), (recipe.train, "epochs"), (recipe.data.train, "labels")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, 1)
+
+
+def test_recipes_of_every_encoder_go_to_other_processes(tmp_path: Path) -> None:
+    """They are pickled on the way, as when a script starts processes that each train one."""
+    published = [f"{{name: {name}, checkpoint: o/n}}" for name in PUBLISHED_FAMILIES]
+    for encoder in ("{name: builtin}", *published):
+        recipe = small(tmp_path, f"model.encoder={encoder}", "model.adapter={name: full}")
+        assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_parse_recipe_is_the_same_check_in_memory(tmp_path: Path) -> None:

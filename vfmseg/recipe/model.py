@@ -146,8 +146,9 @@ class UpernetDecoder(Section):
 if TYPE_CHECKING:
     EncoderSection = PublishedEncoder | BuiltinEncoder
 else:
-    _sections = (*map(_section_of, PUBLISHED_FAMILIES), BuiltinEncoder)
-    EncoderSection = Annotated[reduce(or_, _sections), Field(discriminator="name")]
+    _sections = {section.__name__: section for section in map(_section_of, PUBLISHED_FAMILIES)}
+    globals().update(_sections)  # pickle looks a class up by its name in the module
+    EncoderSection = Annotated[reduce(or_, (*_sections.values(), BuiltinEncoder)), Field(discriminator="name")]
 AdapterSection = Annotated[NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter, Field(discriminator="name")]
 DecoderSection = Annotated[LinearDecoder | FpnDecoder | UpernetDecoder, Field(discriminator="name")]
 

@@ -19,6 +19,7 @@ from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.build import build_backbone, build_stem
 from vfmseg.encoders.tokens import Features, StreamRows, Tokens
+from vfmseg.errors import DataError
 from vfmseg.model import Network, joined
 
 
@@ -166,6 +167,13 @@ def test_an_adapter_of_hooks_learns_beside_the_frozen_backbone(folders: dict[str
     assert learned.grad is not None
     assert (learned.grad[: model.backbone.layers[-1]].flatten(1).norm(dim=1) > 0).all()
     assert not any(name.startswith("adapter") for name in model.head_state())  # the adapter has files of its own
+
+
+def test_images_of_no_stream_are_told(folders: dict[str, Path]) -> None:
+    model, given = network(folders, "dinov2"), images()
+    for wrong in ({}, {"radar": given["dem"]}):
+        with pytest.raises(DataError, match="expected those of optical or dem"):
+            model(wrong)
 
 
 def test_streams_of_other_grids_are_no_batch() -> None:

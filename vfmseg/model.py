@@ -14,6 +14,7 @@ from vfmseg.data.image import Images, Known
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.stem import Stem
 from vfmseg.encoders.tokens import Features, StreamRows, Tokens
+from vfmseg.errors import DataError
 from vfmseg.fusion.build import Fuse
 
 
@@ -64,6 +65,9 @@ class Network(nn.Module):
     def encode(self, images: Images) -> dict[str, Features]:
         """{stream: its feature maps}, for the streams whose modalities are all among the images."""
         present = [name for name in self.streams if set(self.stem(name).modalities) <= set(images)]
+        if not present:
+            needed = " or ".join(" + ".join(self.stem(name).modalities) for name in self.streams)
+            raise DataError(f"the images are of {', '.join(images) or 'nothing'}; expected those of {needed}")
         tokens, rows = joined({name: self.backbone.embed(*self.stem(name)(images)) for name in present})
         maps: list[Tensor] = []
         for depth in range(1, self.backbone.layers[-1] + 1):

@@ -158,6 +158,25 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(labeller(7).probabilities(scene(tmp_path), how).argmax(axis=0), 1)
 
 
+@pytest.mark.parametrize("given", [PredictSection(tile=48), [("tile", 48)], "tile=48"])
+def test_settings_of_a_call_are_named(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(RecipeError, match=r"how is a \w+; expected keys of predict with values"):
+        labeller(7).label(scene(tmp_path), tmp_path / "m.tif", given)
+
+
+@pytest.mark.parametrize("given", [[3, 2, 1], "321", 3])
+def test_bands_are_named_by_their_modality(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(RecipeError, match=r"bands = .*; expected numbers by modality, such as \{'rgb'"):
+        labeller(7).predict(scene(tmp_path), bands=given)
+
+
+@pytest.mark.parametrize("suffix", ["", ".", "gpkg", "./m.gpkg", "../m.gpkg", ".\\m.gpkg"])
+def test_polygons_are_asked_for_by_a_suffix(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(RecipeError, match="expected a suffix with its dot"):
+        labeller(7).label(scene(tmp_path), Output(tmp_path / "m.tif", polygons=suffix))
+    assert [file.name for file in tmp_path.iterdir()] == ["scene.tif"]
+
+
 @pytest.mark.parametrize(
     ("output", "words"),
     [

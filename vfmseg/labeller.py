@@ -205,12 +205,20 @@ class Labeller:
 
     def _settled(self, how: How | None) -> PredictSection:
         """The settings with what a call says instead; arrays of NumPy are taken as lists."""
+        if not isinstance(how or {}, Mapping):
+            raise RecipeError(
+                f'how is a {type(how).__name__}; expected keys of predict with values: {{"overlap": 0.5}}'
+            )
         return settled(self.how, {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in (how or {}).items()})
 
     def _chosen(self, bands: BandsChosen) -> dict[str, tuple[int, ...]]:
         """Checked: RecipeError for a modality that there is not, or numbers that are no bands."""
         chosen = {}
         known = [one.name for one in self.inputs]
+        if not isinstance(bands, Mapping):
+            raise RecipeError(
+                f"bands = {show(bands)}; expected numbers by modality, such as {{'{known[0]}': [3, 2, 1]}}"
+            )
         for name, numbers in bands.items():
             if name not in known:
                 raise RecipeError(f"bands: '{name}' is no modality of this segmenter; {nearest(name, known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ class Output:
 
     def check_words(self) -> None:
         """RecipeError for a suffix of polygons that is none."""
-        if self.polygons is not None and not self.polygons.startswith("."):
+        if self.polygons is not None and not re.fullmatch(r"\.[^/\\]*[^./\\]", self.polygons):
             raise RecipeError(f"--polygons {self.polygons}: expected a suffix with its dot, such as .gpkg")
 
     def check_vector(self) -> None:

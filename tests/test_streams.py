@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -136,24 +138,29 @@ def test_everything_that_learns_in_several_streams_gets_a_gradient(folders: dict
     assert sum(len(found) for found in parts.values()) == len(list(model.parameters()))
 
 
-def prompts(backbone: Backbone, number: int = 3) -> Attached:
+class Prompts(nn.Module):
     """Prompt tokens before each block, taken out after it: an adapter of hooks, with parameters of its own."""
-    beside = nn.Module()
-    learned = nn.Parameter(torch.randn(len(backbone.blocks), number, backbone.width))
-    beside.register_parameter("prompts", learned)
 
-    def put(depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
+    def __init__(self, blocks: int, number: int, width: int) -> None:
+        super().__init__()
+        self.number = number
+        self.prompts = nn.Parameter(torch.randn(blocks, number, width))
+
+    def put(self, depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
         assert sum(mine.stop - mine.start for mine in rows.values()) == len(tokens.values)
-        more = learned[depth - 1].expand(len(tokens.values), -1, -1)
+        more = self.prompts[depth - 1].expand(len(tokens.values), -1, -1)
         values = torch.cat([tokens.values[:, : tokens.prefix], more, tokens.values[:, tokens.prefix :]], dim=1)
-        return replace(tokens, values=values, prefix=tokens.prefix + number)
+        return replace(tokens, values=values, prefix=tokens.prefix + self.number)
 
-    def take(depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
-        start = tokens.prefix - number
+    def take(self, depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
+        start = tokens.prefix - self.number
         values = torch.cat([tokens.values[:, :start], tokens.values[:, tokens.prefix :]], dim=1)
         return replace(tokens, values=values, prefix=start)
 
-    return Attached("prompts", added=(learned,), beside=beside, before=(put,), after=(take,))
+
+def prompts(backbone: Backbone, number: int = 3) -> Attached:
+    beside = Prompts(len(backbone.blocks), number, backbone.width)
+    return Attached("prompts", added=(beside.prompts,), beside=beside, before=(beside.put,), after=(beside.take,))
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "clip"])
@@ -167,6 +174,58 @@ def test_an_adapter_of_hooks_learns_beside_the_frozen_backbone(folders: dict[str
     assert learned.grad is not None
     assert (learned.grad[: model.backbone.layers[-1]].flatten(1).norm(dim=1) > 0).all()
     assert not any(name.startswith("adapter") for name in model.head_state())  # the adapter has files of its own
+
+
+def test_a_copy_of_a_network_has_hooks_of_its_own(folders: dict[str, Path]) -> None:
+    """As a teacher is, whose weights are averages of the learner's."""
+    model, given = network(folders, "dinov2", prompts), images()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        assert torch.equal(twin(given), model(given))
+        twin.adapter.prompts.neg_()
+        assert not torch.allclose(twin(given), model(given), atol=1e-3)
+    twin(given).square().sum().backward()
+    assert twin.adapter.prompts.grad is not None
+    assert model.adapter.prompts.grad is None
+
+
+class PerStream(nn.Module):
+    """A layer whose answer is scaled by a factor of the stream of each row; a hook tells it the rows."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rows: StreamRows = {}
+        self.factors = nn.ParameterDict({"optical": nn.Parameter(torch.ones(())), "dem": nn.Parameter(torch.ones(()))})
+
+    def tell(self, depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
+        self.rows = rows
+        return tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layer(x)
+        return torch.cat([found[mine] * self.factors[name] for name, mine in self.rows.items()])
+
+
+def per_stream(backbone: Backbone) -> Attached:
+    backbone.network.requires_grad_(False)
+    placed = [PerStream(block.get_submodule("mlp")) for _, block in backbone.blocks]
+    for (_, block), layer in zip(backbone.blocks, placed, strict=True):
+        block.add_module("mlp", layer)
+    added = tuple(parameter for layer in placed for parameter in layer.factors.values())
+    return Attached("per_stream", added=added, before=tuple(layer.tell for layer in placed))
+
+
+def test_layers_that_are_run_again_know_whose_rows_they_have(folders: dict[str, Path]) -> None:
+    """Two objectives run the model on other streams, and their blocks are run again only after both."""
+    given, found = images(), []
+    for asked in (False, True):
+        model = network(folders, "dinov2", per_stream).train()
+        model.backbone.gradient_checkpointing = asked
+        (model(given).square().sum() + model({"dem": given["dem"]}).square().sum()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(gradient is not None for gradient in found[0].values())
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
 
 
 def test_images_of_no_stream_are_told(folders: dict[str, Path]) -> None:

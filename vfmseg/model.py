@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vfmseg.adapters.attached import Attached
 from vfmseg.data.image import Images, Known
@@ -71,11 +72,11 @@ class Network(nn.Module):
         tokens, rows = joined({name: self.backbone.embed(*self.stem(name)(images)) for name in present})
         maps: list[Tensor] = []
         for depth in range(1, self.backbone.layers[-1] + 1):
-            for hook in self.attached.before:
-                tokens = hook(depth, tokens, rows)
-            tokens = self.backbone.step(depth, tokens)
-            for hook in self.attached.after:
-                tokens = hook(depth, tokens, rows)
+            if self.backbone.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                # the reentrant kind returns no gradient when the input of the block needs none
+                tokens = checkpoint(self._block, depth, tokens, rows, use_reentrant=False)
+            else:
+                tokens = self._block(depth, tokens, rows)
             if depth in self.backbone.layers:
                 maps.append(self.backbone.tap(tokens))
         seen = tokens.seen.unflatten(1, tokens.grid)
@@ -83,6 +84,18 @@ class Network(nn.Module):
             name: Features(tuple(map_[mine] for map_ in maps), (seen[mine],) * len(maps), self.strides)
             for name, mine in rows.items()
         }
+
+    def _block(self, depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
+        """Tokens behind block `depth` and the hooks round it.
+
+        Hooks are run again where the block is, for its gradients: then too they tell its layers the rows of this batch.
+        """
+        for hook in self.attached.before:
+            tokens = hook(depth, tokens, rows)
+        tokens = self.backbone.step(depth, tokens)
+        for hook in self.attached.after:
+            tokens = hook(depth, tokens, rows)
+        return tokens
 
     def forward(self, images: Images) -> Tensor:
         """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W)."""

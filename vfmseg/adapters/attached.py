@@ -11,7 +11,12 @@ from torch import nn
 from vfmseg.encoders.tokens import StreamRows, Tokens
 
 Hook = Callable[[int, Tokens, StreamRows], Tokens]
-"""(depth of the block, tokens, which rows of the batch are whose) -> tokens, before or after that block."""
+"""(depth of the block, tokens, which rows of the batch are whose) -> tokens, before or after that block.
+
+A method of a module that lies in `beside` or in the backbone: a copy of the network then has hooks of its own, while a
+function that holds parameters would go on with those of the original. With gradient checkpointing a hook is called
+again in the backward pass, before its block is run again.
+"""
 
 
 def _nothing(folder: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vfmseg.encoders.tokens import Tokens
 
@@ -67,7 +66,10 @@ class Backbone(nn.Module):
         gradient_checkpointing: bool,
         base: BaseRecord,
     ) -> None:
-        """`layers`: blocks whose tokens are asked for (1-based, increasing); later blocks are removed."""
+        """`layers`: blocks whose tokens are asked for (1-based, increasing); later blocks are removed.
+
+        `gradient_checkpointing`: who runs the blocks shall run each again for its gradients, which takes less memory.
+        """
         super().__init__()
         self.family = family
         self.layers = tuple(layers)
@@ -115,12 +117,7 @@ class Backbone(nn.Module):
     def step(self, depth: int, tokens: Tokens) -> Tokens:
         """Tokens behind block `depth` (1-based), from those before it."""
         _, block = self.blocks[depth - 1]
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # the reentrant kind returns no gradient when the input of the block needs none
-            values = checkpoint(self.family.step, block, tokens.values, tokens.grid, use_reentrant=False)
-        else:
-            values = self.family.step(block, tokens.values, tokens.grid)
-        return replace(tokens, values=values)
+        return replace(tokens, values=self.family.step(block, tokens.values, tokens.grid))
 
     def tap(self, tokens: Tokens) -> Tensor:
         """The patches of tokens, normed as they leave the family's blocks, as a map (B, D, rows, columns)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,19 @@ def test_merged_and_separate_adapter_are_one_function(place: Path) -> None:
 
 
 @pytest.mark.pitfall("P13")
+def test_a_copy_of_a_segmenter_answers_by_its_own_model(place: Path) -> None:
+    """Also one that has gone to another process."""
+    segmenter, image = Segmenter.from_pretrained(place / "run" / "best"), toy_scene(7)[0]
+    expected = segmenter.probabilities(image)
+    for twin in (copy.deepcopy(segmenter), pickle.loads(pickle.dumps(segmenter))):
+        np.testing.assert_array_equal(twin.probabilities(image), expected)
+        with torch.no_grad():
+            for parameter in twin.model.decoder.parameters():
+                parameter.zero_()
+        np.testing.assert_array_equal(twin.probabilities(image), 0.5)
+        np.testing.assert_array_equal(segmenter.probabilities(image), expected)
+
+
 def test_another_base_encoder_is_refused(place: Path, tmp_path: Path) -> None:
     save_encoder(tmp_path / "other", "dinov2", seed=1)
     with pytest.raises(CheckpointError, match="SHA-256"):

@@ -44,12 +44,13 @@ class TrainedVotes:
         self.identity = tags_of(loaded.recipe, loaded.record, loaded.fingerprint)
         self.runs_on = {"dtype": str(dtype), "device": device.type, "compiled": compile, "torch": torch.__version__}
         self.one_batch_size = compile  # any other size would be compiled anew, which takes a minute
-        run: Callable[[Images], Tensor] = torch.compile(self.model) if compile else self.model
-        self._vote = voter(run, device, dtype)
+        self._run: Callable[[Images], Tensor] = torch.compile(self.model) if compile else self.model
+        self._dtype = dtype
 
     def __call__(self, tiles: Tiles) -> Tensor:
         """Logits float32 (B, K, t, t) on the device."""
-        return self._vote(tiles)
+        # made for each call: a function that was kept would hold on to the model of who is copied or pickled
+        return voter(self._run, self.device, self._dtype)(tiles)
 
 
 class Segmenter(Labeller):

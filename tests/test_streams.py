@@ -22,6 +22,7 @@ from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.build import build_backbone, build_stem
 from vfmseg.encoders.tokens import Features, StreamRows, Tokens
 from vfmseg.errors import DataError
+from vfmseg.fusion.contract import Fusion
 from vfmseg.model import Network, joined
 
 
@@ -30,10 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_all(tmp_path_factory.mktemp("streams"))
 
 
-class Mean(nn.Module):
+class Mean(Fusion):
     """The mean of what the streams have seen, cell by cell: a fusion as somebody may write one."""
-
-    known = "any"
 
     def forward(self, found: Mapping[str, Features]) -> Features:
         first = next(iter(found.values()))
@@ -57,7 +56,8 @@ def network(folders: dict[str, Path], kind: str, attached: Any = "none", **optio
     put = ADAPTERS[attached].attach(backbone, **options) if isinstance(attached, str) else attached(backbone)
     torch.manual_seed(0)
     strides = (float(backbone.patch),) * len(backbone.layers)
-    return Network(backbone, stems, put, Mean(), build_decoder("linear", backbone.channels, strides, 2), 2)
+    mean = Mean(tuple(stems), backbone.channels)
+    return Network(backbone, stems, put, mean, build_decoder("linear", backbone.channels, strides, 2), 2)
 
 
 def images(batch: int = 2) -> dict[str, Image]:
@@ -119,7 +119,7 @@ def test_the_fusion_says_where_there_is_an_answer(folders: dict[str, Path]) -> N
     attached = ADAPTERS["none"].attach(backbone)
     assert Network(backbone, {"optical": stem}, attached, None, nn.Identity(), 2).known == "all"
     with pytest.raises(ValueError, match="1 streams"):
-        Network(backbone, {"optical": stem}, attached, Mean(), nn.Identity(), 2)
+        Network(backbone, {"optical": stem}, attached, Mean(("optical",), (8,)), nn.Identity(), 2)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -11,12 +11,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vfmseg.adapters.attached import Attached
-from vfmseg.data.image import Images, Known
+from vfmseg.data.image import Images, Known, known
 from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.side import SideEncoder
 from vfmseg.encoders.stem import Stem
 from vfmseg.encoders.tokens import Features, StreamRows, Tokens
 from vfmseg.errors import DataError
-from vfmseg.fusion.build import Fuse
+from vfmseg.fusion.contract import Fusion
+from vfmseg.fusion.coregister import Coregister
+from vfmseg.fusion.decision import Decision, DecoderPerStream
 
 
 class Network(nn.Module):
@@ -30,23 +33,31 @@ class Network(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        stems: Mapping[str, Stem],
+        stems: Mapping[str, Stem | SideEncoder],
         attached: Attached,
-        fuse: Fuse | None,
+        fuse: Fusion | Decision | None,
         decoder: nn.Module,
         classes: int,
+        coregister: Coregister | None = None,
     ) -> None:
-        """`stems` {stream: its stem}; `attached`: the adapter in the backbone; `fuse`: None for a single stream."""
+        """`stems` {stream: its stem, or a small encoder of its own}; at least one leads into the backbone.
+
+        `attached`: the adapter in the backbone. `fuse`: None for a single stream.
+        A `Decision` comes with a `DecoderPerStream`. `coregister` moves images before they enter.
+        """
         super().__init__()
         if (fuse is None) != (len(stems) == 1):
             raise ValueError(
                 f"{len(stems)} streams and {'no' if fuse is None else 'a'} fusion; expected one for several"
             )
+        if isinstance(fuse, Decision) != isinstance(decoder, DecoderPerStream):
+            raise ValueError("a fusion of decisions needs a decoder for each stream, and no other fusion does")
         self.backbone = backbone
         self.adapter = attached.beside  # parameters that are no part of the backbone, such as prompts
         # "of_": a modality may be called like something that every module has, such as `float`
         self.stems = nn.ModuleDict({f"of_{name}": stem for name, stem in stems.items()})
-        self.fuse = cast("nn.Module | None", fuse)
+        self.coregister = coregister
+        self.fuse = fuse
         self.decoder = decoder
         self.attached = attached
         self.streams = tuple(stems)
@@ -54,14 +65,19 @@ class Network(nn.Module):
         self.known: Known = "all" if fuse is None else fuse.known
         self.train(False)
 
-    def stem(self, stream: str) -> Stem:
-        """The stem of a stream."""
-        return cast(Stem, self.stems[f"of_{stream}"])
+    def stem(self, stream: str) -> Stem | SideEncoder:
+        """The stem of a stream, or the small encoder that it has instead of one."""
+        return cast("Stem | SideEncoder", self.stems[f"of_{stream}"])
+
+    @property
+    def reference(self) -> Stem:
+        """The first stem that leads into the backbone: its cells are those of all features."""
+        return next(stem for stem in map(self.stem, self.streams) if isinstance(stem, Stem))
 
     @property
     def strides(self) -> tuple[float, ...]:
-        """Pixels of the images per cell of each map that the decoder gets."""
-        return (self.backbone.patch / self.stem(self.streams[0]).upscale,) * len(self.backbone.layers)
+        """Pixels of the images per cell of each map of a stream."""
+        return (self.backbone.patch / self.reference.upscale,) * len(self.backbone.layers)
 
     def encode(self, images: Images) -> dict[str, Features]:
         """{stream: its feature maps}, for the streams whose modalities are all among the images."""
@@ -69,7 +85,17 @@ class Network(nn.Module):
         if not present:
             needed = " or ".join(" + ".join(self.stem(name).modalities) for name in self.streams)
             raise DataError(f"the images are of {', '.join(images) or 'nothing'}; expected those of {needed}")
-        tokens, rows = joined({name: self.backbone.embed(*self.stem(name)(images)) for name in present})
+        stems = {name: self.stem(name) for name in present}
+        found = self._through_backbone({name: s(images) for name, s in stems.items() if isinstance(s, Stem)})
+        cells = self.reference.cells(*next(iter(images.values())).valid.shape[-2:])
+        found |= {name: s(images, cells, self.strides) for name, s in stems.items() if isinstance(s, SideEncoder)}
+        return {name: found[name] for name in present}
+
+    def _through_backbone(self, stemmed: Mapping[str, tuple[Tensor, Tensor | None, Tensor]]) -> dict[str, Features]:
+        """{stream: what its stem made} -> its features; the streams are one batch for the blocks."""
+        if not stemmed:
+            return {}
+        tokens, rows = joined({name: self.backbone.embed(*made) for name, made in stemmed.items()})
         maps: list[Tensor] = []
         for depth in range(1, self.backbone.layers[-1] + 1):
             if self.backbone.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -99,18 +125,33 @@ class Network(nn.Module):
 
     def forward(self, images: Images) -> Tensor:
         """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W)."""
+        return self.answer(images)[0]
+
+    def answer(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, K, H, W), and what the fusion adds to a training loss: {name: (B,), one number an image}.
+
+        The second is empty outside training, and for fusions that add nothing.
+        """
+        if self.coregister is not None:
+            images = self.coregister(images)
         found = self.encode(images)
+        size = next(iter(images.values())).valid.shape[-2:]
+        if isinstance(self.fuse, Decision):
+            return self._decided(self.fuse, found, images), {}
         features = next(iter(found.values())) if self.fuse is None else self.fuse(found)
-        logits = self.decoder(features)  # (B, K, h, w)
-        # The grid of patches may reach beyond the image (padding up to a whole patch). Logits are enlarged to the
-        # ground that the grid really covers and cut, so that every pixel keeps its place.
-        height, width = next(iter(images.values())).valid.shape[-2:]
-        rows, cols = features.maps[0].shape[-2:]
-        stride = features.strides[0]
-        # where rounding an image made smaller lost less than half a pixel of it, the grid does cover all of it
-        covered = (max(height, round(rows * stride)), max(width, round(cols * stride)))
-        logits = F.interpolate(logits, size=covered, mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        adds = self.training and self.fuse is not None
+        terms = self.fuse.terms(found, features) if adds and self.fuse is not None else {}
+        return _enlarged(self.decoder(features), features, size), terms
+
+    def _decided(self, decision: Decision, found: Mapping[str, Features], images: Images) -> Tensor:
+        """Logits (B, K, H, W): those of each stream, joined pixel by pixel."""
+        assert isinstance(self.decoder, DecoderPerStream)
+        valid = {name: known({m: images[m] for m in self.stem(name).modalities}, "all") for name in found}
+        size = next(iter(valid.values())).shape[-2:]
+        logits = {name: _enlarged(self.decoder.of(name)(one), one, size) for name, one in found.items()}
+        guide = decision.refine.guide if decision.refine is not None else None
+        guides = {guide: self.stem(guide).normalised(images)} if guide is not None and guide in found else {}
+        return decision(logits, valid, guides)
 
     def train(self, mode: bool = True) -> Network:
         """Switch the parts that learn; everything frozen keeps its evaluation mode (dropout, statistics)."""
@@ -129,7 +170,7 @@ class Network(nn.Module):
         found: dict[str, dict[str, nn.Parameter]] = {
             part: {} for part in ("encoder", "adapter", "stem", "fusion", "decoder")
         }
-        homes = {"adapter": "adapter", "stems": "stem", "fuse": "fusion", "decoder": "decoder"}
+        homes = {"adapter": "adapter", "stems": "stem", "coregister": "fusion", "fuse": "fusion", "decoder": "decoder"}
         for child, module in self.named_children():
             for name, parameter in module.named_parameters():
                 part = homes.get(child) or ("adapter" if id(parameter) in added else "encoder")
@@ -141,9 +182,38 @@ class Network(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def head_state(self) -> dict[str, Tensor]:
-        """Trained tensors outside the backbone, by name, with the buffers of those parts (normalisation too)."""
+        """Trained tensors outside the backbone, by name, with the buffers of those parts (normalisation too).
+
+        Without what only training uses.
+        """
         heads = {name: child for name, child in self.named_children() if child not in (self.backbone, self.adapter)}
-        return {f"{name}.{key}": tensor for name, child in heads.items() for key, tensor in child.state_dict().items()}
+        return {
+            f"{name}.{key}": tensor
+            for name, child in heads.items()
+            for key, tensor in child.state_dict().items()
+            if not (name == "fuse" and key.startswith("auxiliary."))
+        }
+
+    def without_auxiliary(self) -> Network:
+        """The same network without what only training uses."""
+        if isinstance(self.fuse, Fusion):
+            self.fuse.auxiliary = None
+        return self
+
+
+def _enlarged(logits: Tensor, features: Features, size: Sequence[int]) -> Tensor:
+    """Logits (B, K, h, w) of these features as (B, K, H, W) for an image of this size.
+
+    The grid of patches may reach beyond the image (padding up to a whole patch). Logits are enlarged to the ground that
+    the grid really covers and cut, so that every pixel keeps its place.
+    """
+    height, width = size
+    rows, cols = features.maps[0].shape[-2:]
+    stride = features.strides[0]
+    # where rounding an image made smaller lost less than half a pixel of it, the grid does cover all of it
+    covered = (max(height, round(rows * stride)), max(width, round(cols * stride)))
+    logits = F.interpolate(logits, size=covered, mode="bilinear", align_corners=False)
+    return logits[..., :height, :width]
 
 
 def joined(born: Mapping[str, Tokens]) -> tuple[Tokens, StreamRows]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
+from torch import nn
 
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.adapters.attached import Attached
@@ -17,9 +18,14 @@ from vfmseg.data.statistics import BandStatistics
 from vfmseg.decoders.build import build_decoder
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.build import build_backbone, build_stem
+from vfmseg.encoders.side import SIDES, SideEncoder
 from vfmseg.encoders.stem import Stem
 from vfmseg.errors import RecipeError
 from vfmseg.fusion.build import FUSIONS
+from vfmseg.fusion.contract import Fusion
+from vfmseg.fusion.coregister import Coregister
+from vfmseg.fusion.decision import Decision, DecoderPerStream
+from vfmseg.fusion.refine import Refine
 from vfmseg.model import Network
 from vfmseg.recipe import Recipe
 from vfmseg.recipe.model import BuiltinEncoder
@@ -65,7 +71,9 @@ def streams_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
 def rule_of(recipe: Recipe) -> Known:
     """Where several modalities have an answer: in one stream where all are valid, else as their fusion says."""
     fusion = recipe.model.fusion
-    return "all" if fusion is None or len(streams_of(recipe)) == 1 else FUSIONS[fusion.name].known
+    if fusion is None or len(streams_of(recipe)) == 1:
+        return "all"
+    return Decision.known if fusion.name == "decision" else FUSIONS[fusion.name].known
 
 
 def build_model(recipe: Recipe, inputs: Inputs) -> Network:
@@ -97,43 +105,72 @@ def published_backbone(recipe: Recipe, instead: str | None = None) -> Backbone:
     )
 
 
-def stems_of(recipe: Recipe, inputs: Inputs, backbone: Backbone) -> dict[str, Stem]:
-    """{stream: its stem}. Nothing of them is random, so they take nothing from the seed of the other parts."""
+def stems_of(recipe: Recipe, inputs: Inputs, backbone: Backbone) -> dict[str, Stem | SideEncoder]:
+    """{stream: its stem, or the small encoder that its modality has instead}.
+
+    They take nothing from the seed of the other parts: what of them is random has the recipe's seed for itself.
+    """
     by_name, section = {one.name: one for one in inputs}, recipe.model.encoder
-    stems = {}
+    stems: dict[str, Stem | SideEncoder] = {}
     for stream, names in streams_of(recipe).items():
         mine = [by_name[name] for name in names]
-        stems[stream] = build_stem(
-            backbone,
-            {one.name: one.count for one in mine},
-            mean=[value for one in mine for value in one.mean],
-            std=[value for one in mine for value in one.std],
-            upscale=section.upscale,
-            input=section.input,
-        )
+        bands = {one.name: one.count for one in mine}
+        mean, std = ([value for one in mine for value in getattr(one, key)] for key in ("mean", "std"))
+        own = recipe.model.modalities.get(stream)
+        if own is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(recipe.seed)
+                body, width = SIDES[own.encoder.name], own.encoder.width
+                stems[stream] = SideEncoder(bands, mean, std, body, width, backbone.channels)
+        else:
+            stems[stream] = build_stem(
+                backbone, bands, mean=mean, std=std, upscale=section.upscale, input=section.input
+            )
     return stems
 
 
-def around(recipe: Recipe, backbone: Backbone, stems: Mapping[str, Stem], attached: Attached) -> Network:
+def around(recipe: Recipe, backbone: Backbone, stems: Mapping[str, Stem | SideEncoder], attached: Attached) -> Network:
     """The network of a backbone, its stems and its adapter: fusion and decoder are built, with random weights."""
-    fusion = recipe.model.fusion
-    fuse = None
-    if fusion is not None and len(stems) > 1:
-        fuse = FUSIONS[fusion.name](tuple(stems), backbone.channels, **fusion.model_dump(exclude={"name"}))
-    decoder = recipe.model.decoder
-    classes = len(recipe.data.classes)
-    built = build_decoder(
-        decoder.name,
-        in_channels=backbone.channels,
-        strides=(backbone.patch / recipe.model.encoder.upscale,) * len(backbone.layers),
-        classes=classes,
-        channels=None if decoder.name == "linear" else decoder.channels,
+    section = recipe.model.fusion
+    if section is None or section.name == "stack":
+        return Network(backbone, stems, attached, None, _decoder(recipe, backbone), len(recipe.data.classes))
+    streams = tuple(stems)
+    moved = coregister_of(recipe)
+    if section.name == "decision":
+        refine = None if section.refine is None else Refine(section.refine.guide, section.refine.iterations)
+        decision = Decision(streams, len(recipe.data.classes), section.op, refine)
+        decoders = DecoderPerStream({name: _decoder(recipe, backbone) for name in streams})
+        return Network(backbone, stems, attached, decision, decoders, len(recipe.data.classes), moved)
+    build: Callable[..., Fusion] = FUSIONS[section.name]
+    fuse = build(streams, backbone.channels, **section.model_dump(exclude={"name", "coregister", "weight"}))
+    decoder = _decoder(recipe, backbone, fuse.levels)
+    return Network(backbone, stems, attached, fuse, decoder, len(recipe.data.classes), moved)
+
+
+def _decoder(recipe: Recipe, backbone: Backbone, levels: Sequence[int] | None = None) -> nn.Module:
+    """The recipe's decoder for all maps of the backbone, or those numbered `levels`."""
+    section = recipe.model.decoder
+    numbers = range(len(backbone.channels)) if levels is None else levels
+    return build_decoder(
+        section.name,
+        in_channels=tuple(backbone.channels[number] for number in numbers),
+        strides=(backbone.patch / recipe.model.encoder.upscale,) * len(numbers),
+        classes=len(recipe.data.classes),
+        channels=None if section.name == "linear" else section.channels,
     )
-    return Network(backbone, stems, attached, fuse, built, classes)
+
+
+def coregister_of(recipe: Recipe) -> Coregister | None:
+    """What moves modalities onto the first, if the recipe says so."""
+    fusion = recipe.model.fusion
+    if fusion is None or fusion.name == "stack" or fusion.coregister is None:
+        return None
+    section, names = fusion.coregister, tuple(recipe.data.modalities)
+    return Coregister(section.modalities or names[1:], section.max_shift)
 
 
 def _say_if_windows_are_padding(model: Network, tile: int) -> None:
-    backbone, stem = model.backbone, model.stem(model.streams[0])
+    backbone, stem = model.backbone, model.reference
     share = backbone.padded_share(*stem.cells(tile, tile))
     if share <= 0.25:
         return

@@ -15,6 +15,7 @@ from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.scene import Scene
 from vfmseg.recipe import Recipe, dump_recipe
+from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
 from vfmseg.recipe.predict import PredictSection
 from vfmseg.terminal import say
 from vfmseg.training.loop import Stream
@@ -50,7 +51,9 @@ def segmentation_of(recipe: Recipe) -> Segmentation:
         "focal": {"class_weights": weights, "gamma": section.focal_gamma},
     }
     losses: dict[str, Loss] = {name: LOSSES[name](**settings.get(name, {})) for name in section.loss}
-    return Segmentation(losses, dict(section.loss.items()), rule_of(recipe), weights)
+    fusion = recipe.model.fusion
+    weight = fusion.weight if isinstance(fusion, ReconstructionFusion | AlignmentFusion) else None
+    return Segmentation(losses, dict(section.loss.items()), rule_of(recipe), weights, fusion_weight=weight)
 
 
 OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"segmentation": segmentation_of}

@@ -80,7 +80,7 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
             "to (cp -rL)"
         )
     stems = stems_of(recipe, inputs, backbone)
-    model = around(recipe, backbone, stems, _adapted(recipe, backbone, place, merge))
+    model = around(recipe, backbone, stems, _adapted(recipe, backbone, place, merge)).without_auxiliary()
     path = folder / "head.safetensors"
     tensors = _read_tensors(path)
     if record["format"] == 1:

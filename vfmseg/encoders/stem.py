@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfmseg.data.image import Images, known
+from vfmseg.data.image import Image, Images, known
 
 
 class Stem(nn.Module):
@@ -46,23 +46,20 @@ class Stem(nn.Module):
 
     def forward(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor]:
         """{modality: image of (B, C, H, W) pixels in image units} -> pixels, what to add to tokens, valid share."""
+        pixels = self._fitted(self.normalised(images))
         mine = {name: images[name] for name in self.modalities}
-        stacked = torch.cat([image.pixels for image in mine.values()], dim=1)
-        masks = [image.valid[:, None].expand(-1, image.pixels.shape[1], -1, -1) for image in mine.values()]
-        pixels = self._fitted(self._normalised(stacked, torch.cat(masks, dim=1)))
         valid = self._fitted(known(mine, "all")[:, None].to(self.mean.dtype))[:, 0]
         rgb, extra = self.mix(pixels)
         return rgb, extra, valid
+
+    def normalised(self, images: Images) -> Tensor:
+        """{modality: image} -> (B, C, H, W): the bands of its modalities with zero, the mean, where invalid."""
+        return normalised_bands([images[name] for name in self.modalities], self.mean, self.std)
 
     def cells(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of height x width pixels; the last ones may reach beyond it."""
         rows, columns = (-(-self._enlarged(side) // self.patch) for side in (height, width))
         return rows, columns
-
-    def _normalised(self, pixels: Tensor, valid: Tensor) -> Tensor:
-        """(B, C, H, W) with zero, which is the mean, where invalid."""
-        mean, std = self.mean.float()[:, None, None], self.std.float()[:, None, None]
-        return torch.where(valid, (pixels.float() - mean) / std, 0.0).to(self.mean.dtype)
 
     def _fitted(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) enlarged, and padded to whole patches: (B, C, H', W')."""
@@ -75,6 +72,17 @@ class Stem(nn.Module):
     def _enlarged(self, side: int) -> int:
         """Pixels of a side after `upscale`."""
         return max(1, round(side * self.upscale))
+
+
+def normalised_bands(images: Sequence[Image], mean: Tensor, std: Tensor) -> Tensor:
+    """Images of C bands in all -> (B, C, H, W): (value - mean) / std, 0 where an image is invalid; `mean`, `std` (C,).
+
+    In float32, and then in the type of `mean`: half precision could not hold raw 16-bit values.
+    """
+    stacked = torch.cat([image.pixels for image in images], dim=1)
+    masks = [image.valid[:, None].expand(-1, image.pixels.shape[1], -1, -1) for image in images]
+    scaled = (stacked.float() - mean.float()[:, None, None]) / std.float()[:, None, None]
+    return torch.where(torch.cat(masks, dim=1), scaled, 0.0).to(mean.dtype)
 
 
 class ThreeBands(nn.Module):

@@ -22,6 +22,9 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Name = Annotated[str, Field(min_length=1, pattern=r"^\S(.*\S)?$")]
 
+MOST_BLOCKS = 256  # of an encoder; the deepest published one has 48
+LARGEST_WIDTH = 8192  # of a decoder, adapter or fusion, several times that of any encoder
+
 TOLD = 20
 """Findings that are told in full: who reads of more has none of them in view."""
 

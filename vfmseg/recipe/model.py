@@ -12,11 +12,10 @@ from pydantic import Field, create_model
 
 from vfmseg.catalog import CATALOG, FAMILIES, PUBLISHED_FAMILIES
 from vfmseg.errors import show
-from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, Section, Whole
+from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, LocalOrHub, Name, Number, Problem, Section, Whole
+from vfmseg.recipe.fusion import FusionSection, StreamSection
 
-MOST_BLOCKS = 256  # of an encoder; the deepest published one has 48
 LARGEST_UPSCALE = 16.0  # of an image: it then takes 256 times the memory
-LARGEST_WIDTH = 8192  # of a decoder or adapter, several times that of any encoder
 
 
 class _AnyEncoder(Section):
@@ -117,12 +116,6 @@ class BottleneckAdapter(Section):
     """Factor on its output."""
 
 
-class FusionSection(Section):
-    """How several modalities meet: "stack" puts them on one grid as channels, in the order of data.modalities."""
-
-    name: Literal["stack"]
-
-
 class LinearDecoder(Section):
     """One linear layer on the features."""
 
@@ -159,8 +152,12 @@ class ModelSection(Section):
     encoder: Annotated[EncoderSection, Field(examples=[{"name": "dinov2", "checkpoint": "facebook/dinov2-small"}])]
     adapter: Annotated[AdapterSection, Field(examples=[{"name": "lora"}])] = NoAdapter()
     """What of the encoder learns."""
-    fusion: FusionSection | None = None
-    """Only with several modalities, where it is "stack" if left out."""
+    modalities: dict[str, StreamSection] = Field(
+        default_factory=dict, examples=[{"dem": {"encoder": {"name": "conv"}}}]
+    )
+    """What a modality has of its own; what is not said is as for all."""
+    fusion: Annotated[FusionSection | None, Field(examples=[{"name": "gated"}])] = None
+    """How several modalities meet; "stack" if left out."""
     decoder: Annotated[DecoderSection, Field(examples=[{"name": "fpn"}])]
 
     def _problems(self) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from vfmseg.errors import nearest
 from vfmseg.recipe.base import Name, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import DataSection
+from vfmseg.recipe.fusion import AttentionFusion, DecisionFusion, StackFusion
 from vfmseg.recipe.model import ModelSection
 from vfmseg.recipe.predict import PredictSection
 from vfmseg.recipe.train import TrainSection
@@ -46,6 +47,7 @@ class Recipe(Section):
         modalities = self.data.modalities
         if self.model.fusion is not None and len(modalities) == 1:
             yield Problem("model.fusion", "is not used: data.modalities has only one modality; drop it")
+        yield from self._fusion_problems()
         counts = [len(m.bands) if m.bands else None for m in modalities.values()]
         as_published = None not in counts and sum(filter(None, counts)) == 3
         if self.model.encoder.input and as_published:
@@ -66,6 +68,37 @@ class Recipe(Section):
                 ids = ", ".join(map(str, self.data.classes))
                 yield Problem(f"train.class_weights.{number}", f"is not a class id; data.classes has {ids}")
         yield from self._radiometry_problems()
+
+    def _fusion_problems(self) -> Iterator[Problem]:
+        """Modalities that the model section names, and whether they are there."""
+        fusion, names = self.model.fusion, tuple(self.data.modalities)
+        named = [(f"model.modalities.{name}", name) for name in self.model.modalities]
+        if isinstance(fusion, AttentionFusion) and fusion.query is not None:
+            named.append(("model.fusion.query", fusion.query))
+        if isinstance(fusion, DecisionFusion) and fusion.refine is not None:
+            named.append(("model.fusion.refine.guide", fusion.refine.guide))
+        moved = fusion.coregister if fusion is not None and not isinstance(fusion, StackFusion) else None
+        if moved is not None:
+            named += [("model.fusion.coregister.modalities", name) for name in moved.modalities or ()]
+        for place, name in named:
+            if name not in names:
+                yield Problem(place, f"= '{name}' is not one of data.modalities; {nearest(name, names)}")
+        if moved is not None and names[0] in (moved.modalities or ()):
+            yield Problem(
+                "model.fusion.coregister.modalities",
+                f"names {names[0]}, which the others are moved onto; expected some of {', '.join(names[1:])}",
+            )
+        if self.model.modalities and (fusion is None or isinstance(fusion, StackFusion)):
+            yield Problem(
+                "model.modalities",
+                "is not used: modalities that are stacked go through one encoder; set model.fusion, such as "
+                "{name: linear}",
+            )
+        elif self.model.modalities and set(names) <= set(self.model.modalities):
+            yield Problem(
+                "model.modalities",
+                "gives each modality an encoder of its own, so that model.encoder has none; leave one out",
+            )
 
     def _radiometry_problems(self) -> Iterator[Problem]:
         for name, radiometry in self.train.augment.radiometry.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from vfmseg.data.dataset import CoverWindows
 from vfmseg.data.image import Known
 from vfmseg.data.sample import Batch, collate
+from vfmseg.geo.classes import IGNORE
 from vfmseg.metrics import Confusion, comparable, mean_text
 from vfmseg.training.loop import Score, global_sum
 from vfmseg.training.losses import Loss, counts
 from vfmseg.training.step import Term
+
+if TYPE_CHECKING:
+    from vfmseg.model import Network
 
 
 class Segmentation(nn.Module):
@@ -29,10 +33,12 @@ class Segmentation(nn.Module):
         rule: Known,
         class_weights: tuple[float, ...] | None = None,
         source: str = "train",
+        fusion_weight: float | None = None,
     ) -> None:
         """`weights` {loss: its factor}; `rule`: where several modalities have an answer, other pixels count nowhere.
 
         `class_weights`: those that the pixel losses were made with, as they weigh the count of pixels too.
+        `fusion_weight`: of what the model's fusion adds to the loss (`Network.answer`), if it does.
         """
         super().__init__()
         self.losses = dict(losses)
@@ -40,6 +46,7 @@ class Segmentation(nn.Module):
         self.rule = rule
         self.class_weights = class_weights
         self.source = source
+        self.fusion_weight = fusion_weight
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`pixels`: weighted number of valid labelled pixels; `samples`: number of samples that have any."""
@@ -47,13 +54,21 @@ class Segmentation(nn.Module):
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Run the model once and return the sum of each loss."""
-        logits = model(batch.images)  # (B, K, H, W)
+        added: dict[str, Tensor] = {}
+        if self.fusion_weight is None:
+            logits = model(batch.images)  # (B, K, H, W)
+        else:
+            logits, added = cast("Network", model).answer(batch.images)
         # half precision ends here, once, so that the gradients of several losses are added up in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets(self.rule)
-        return {
+        found = {
             name: Term(loss.sum(logits, targets), self.weights[name], loss.count) for name, loss in self.losses.items()
         }
+        for name, values in added.items():
+            counted = (targets != IGNORE).flatten(1).any(dim=1)  # a filler counts nowhere
+            found[name] = Term((values.float() * counted).sum(), self.fusion_weight or 0.0, "samples")
+        return found
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Nothing: this objective keeps no averages."""

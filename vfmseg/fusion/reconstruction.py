@@ -1,0 +1,137 @@
+"""Fusion with reconstruction: small decoders must rebuild features from others, so that streams learn what they share.
+
+`self`: each stream's own features from the fused ones. `cross`: each stream's features from every other stream's. The
+targets are not moved by this loss. With `recover` the cross decoders are kept, and stand in for a stream that is
+missing or has nodata; without, they exist in training alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vfmseg.encoders.tokens import Features
+from vfmseg.fusion.contract import Fusion, fused_features
+from vfmseg.fusion.linear import Linear
+
+
+class Reconstruction(Fusion):
+    """A weighted mean of the streams, and in training the error of features rebuilt from others."""
+
+    def __init__(
+        self,
+        streams: Sequence[str],
+        channels: Sequence[int],
+        mode: Literal["self", "cross"],
+        width: int,
+        recover: bool,
+    ) -> None:
+        """`width` of the decoders' inner layer. `recover` needs mode cross."""
+        super().__init__(streams, channels)
+        self.mode = mode
+        self.join = Linear(streams, channels, "weighted", "all")
+        pairs = [("fused", to) for to in streams] if mode == "self" else []
+        if mode == "cross":
+            pairs = [(of, to) for of in streams for to in streams if of != to]
+        decoders = nn.ModuleDict(
+            {name_of(of, to, i): _decoder(c, width) for of, to in pairs for i, c in enumerate(channels)}
+        )
+        self.kept = decoders if recover else None
+        self.auxiliary = None if recover else decoders
+
+    @property
+    def decoders(self) -> nn.ModuleDict | None:
+        """The decoders, if there are any: without `recover` a trained segmenter has none."""
+        return self.kept if self.kept is not None else cast("nn.ModuleDict | None", self.auxiliary)
+
+    def forward(self, found: Mapping[str, Features]) -> Features:
+        """{stream: features} -> features of the same shapes."""
+        if self.kept is None:
+            return self.join(found)
+        whole = self._recovered(found)
+        fused: Features = self.join(whole)
+        return fused_features(fused.maps, found, self.levels)  # what was rebuilt has still not been seen
+
+    def terms(self, found: Mapping[str, Features], fused: Features) -> dict[str, Tensor]:
+        """`reconstruction`: the squared error of rebuilt features in units of their variance; of a mean guess it is 1.
+
+        Over the cells that both streams have seen wholly; both sides are normed over their channels.
+        """
+        assert self.decoders is not None
+        errors = []
+        for name, decoder in self.decoders.items():
+            of, to, level = self._parts(name)
+            if to not in found or (of != "fused" and of not in found):
+                continue
+            source = fused if of == "fused" else found[of]
+            target = normed(found[to].maps[level]).detach()
+            both = (found[to].seen[level] >= 1) & (source.seen[level] >= 1)
+            errors.append(variance_left(decoder(source.maps[level]), target, both))
+        some = next(iter(found.values())).maps[0]
+        return {"reconstruction": torch.stack(errors).mean(dim=0) if errors else some.flatten(1).sum(dim=1) * 0.0}
+
+    def _recovered(self, found: Mapping[str, Features]) -> dict[str, Features]:
+        """All streams: where one has not seen a cell, it is the mean of what the others' decoders rebuild there."""
+        whole: dict[str, Features] = {}
+        for to in self.streams:
+            maps, seen = [], []
+            for level in self.levels:
+                own, share, rebuilt, weight = self._at(found, to, level)
+                maps.append(own * share[:, None] + rebuilt * (1 - share)[:, None])
+                seen.append(torch.maximum(share, weight))
+            whole[to] = Features(tuple(maps), tuple(seen), next(iter(found.values())).strides)
+        return whole
+
+    def _at(self, found: Mapping[str, Features], to: str, level: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of one stream and level: own features, the share seen, what others rebuild of it, and the share they saw."""
+        assert self.kept is not None
+        some = next(iter(found.values()))
+        own = found[to].maps[level] if to in found else torch.zeros_like(some.maps[level])
+        share = found[to].seen[level] if to in found else torch.zeros_like(some.seen[level])
+        rebuilt, total, most = torch.zeros_like(own), torch.zeros_like(share), torch.zeros_like(share)
+        for of, features in found.items():
+            if of != to:
+                seen = features.seen[level]
+                rebuilt = rebuilt + self.kept[name_of(of, to, level)](features.maps[level]) * seen[:, None]
+                total, most = total + seen, torch.maximum(most, seen)
+        return own, share, rebuilt / torch.where(total > 0, total, 1.0)[:, None], most
+
+    def _parts(self, name: str) -> tuple[str, str, int]:
+        """Which decoder a name means: of, to, level."""
+        for of in ("fused", *self.streams):
+            for to in self.streams:
+                for level in self.levels:
+                    if name == name_of(of, to, level):
+                        return of, to, level
+        raise KeyError(name)
+
+
+def name_of(of: str, to: str, level: int) -> str:
+    """Name of the decoder that rebuilds stream `to` from `of` at a level."""
+    return f"{level}_{of}_to_{to}"
+
+
+def _decoder(channels: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, width, 1), nn.GELU(), nn.Conv2d(width, channels, 1))
+
+
+def normed(values: Tensor) -> Tensor:
+    """(B, D, h, w) with mean 0 and variance 1 over the channels of each cell."""
+    return F.layer_norm(values.movedim(1, -1), values.shape[1:2]).movedim(-1, 1)
+
+
+def variance_left(guess: Tensor, target: Tensor, cells: Tensor) -> Tensor:
+    """(B,): squared error of a guess over the variance of the target, both over bool `cells` (B, h, w); 0 without any.
+
+    The variance is about the mean of each channel over the cells of the whole batch: who only knows that mean gets 1.
+    """
+    weight = cells[:, None].to(target.dtype)
+    count = weight.sum().clamp(min=1.0)
+    mean = (target * weight).sum(dim=(0, 2, 3), keepdim=True) / count
+    spread = ((target - mean).square() * weight).sum() / count + 1e-6
+    error = ((guess - target).square() * weight).sum(dim=(1, 2, 3))
+    return error / spread / weight.sum(dim=(1, 2, 3)).clamp(min=1.0)

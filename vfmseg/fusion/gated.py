@@ -54,9 +54,10 @@ class Gated(Fusion):
         if self.mode == "complementary":
             merged = weighted_mean(values, seen[:, :, None]).expand_as(values)
             wanted = self._asked(self.own, found, level, values) + self._asked(self.others, found, level, merged)
-            weights = wanted.softmax(dim=0) * seen
-            total = weights.sum(dim=0)
-            return weights / torch.where(total > 0, total, 1.0)
+            some = (seen > 0).any(dim=0)
+            # in proportion to what was seen; where that is nothing, all are asked, and get nothing
+            shares = (wanted + torch.where(some, seen, 1.0).log()).softmax(dim=0)
+            return torch.where(some, shares, 0.0)
         # of stream i: the mean of what the streams but i have seen
         others = torch.ones(len(values), len(values), device=values.device).fill_diagonal_(0.0)
         weights = torch.einsum("ij,jbhw->ijbhw", others, seen)

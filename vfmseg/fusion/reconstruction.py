@@ -57,9 +57,9 @@ class Reconstruction(Fusion):
         return fused_features(fused.maps, found, self.levels)  # what was rebuilt has still not been seen
 
     def terms(self, found: Mapping[str, Features], fused: Features) -> dict[str, Tensor]:
-        """`reconstruction`: the squared error of rebuilt features in units of their variance; of a mean guess it is 1.
+        """`reconstruction`: (B,) mean over the decoders of the squared error of what they rebuild.
 
-        Over the cells that both streams have seen wholly; both sides are normed over their channels.
+        Over the cells that both streams have seen wholly. Targets are normed, so a guess of zero has an error of 1.
         """
         assert self.decoders is not None
         errors = []
@@ -70,7 +70,7 @@ class Reconstruction(Fusion):
             source = fused if of == "fused" else found[of]
             target = normed(found[to].maps[level]).detach()
             both = (found[to].seen[level] >= 1) & (source.seen[level] >= 1)
-            errors.append(variance_left(decoder(source.maps[level]), target, both))
+            errors.append(error_of(decoder(source.maps[level]), target, both))
         some = next(iter(found.values())).maps[0]
         return {"reconstruction": torch.stack(errors).mean(dim=0) if errors else some.flatten(1).sum(dim=1) * 0.0}
 
@@ -124,14 +124,7 @@ def normed(values: Tensor) -> Tensor:
     return F.layer_norm(values.movedim(1, -1), values.shape[1:2]).movedim(-1, 1)
 
 
-def variance_left(guess: Tensor, target: Tensor, cells: Tensor) -> Tensor:
-    """(B,): squared error of a guess over the variance of the target, both over bool `cells` (B, h, w); 0 without any.
-
-    The variance is about the mean of each channel over the cells of the whole batch: who only knows that mean gets 1.
-    """
-    weight = cells[:, None].to(target.dtype)
-    count = weight.sum().clamp(min=1.0)
-    mean = (target * weight).sum(dim=(0, 2, 3), keepdim=True) / count
-    spread = ((target - mean).square() * weight).sum() / count + 1e-6
-    error = ((guess - target).square() * weight).sum(dim=(1, 2, 3))
-    return error / spread / weight.sum(dim=(1, 2, 3)).clamp(min=1.0)
+def error_of(guess: Tensor, target: Tensor, cells: Tensor) -> Tensor:
+    """(B,): mean squared error over the channels and bool `cells` (B, h, w); 0 without any."""
+    error = (guess - target).square().mean(dim=1) * cells
+    return error.sum(dim=(1, 2)) / cells.sum(dim=(1, 2)).clamp(min=1)

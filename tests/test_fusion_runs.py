@@ -1,0 +1,259 @@
+"""Every fusion from a recipe to a map: trained, stopped and gone on with, saved, loaded, moved, merged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from makers import recipe_dict, save_encoder, sign, toy_scene, write_raster, write_recipe
+from safetensors.torch import load_file
+
+from vfmseg.build.data import inputs_of, open_training
+from vfmseg.build.model import build_model
+from vfmseg.build.training import objectives_of, sources_of
+from vfmseg.checkpoint.reading import load_segmenter
+from vfmseg.data.image import Image
+from vfmseg.data.sample import collate
+from vfmseg.data.windows import Draw
+from vfmseg.errors import CheckpointError, RecipeError
+from vfmseg.finetune import finetune
+from vfmseg.recipe import Recipe, load_recipe
+from vfmseg.segmenter import Segmenter
+from vfmseg.training.keeper import Keeper
+from vfmseg.training.step import Step, total
+
+FUSIONS: dict[str, dict[str, Any]] = {
+    "stack": {"name": "stack"},
+    "concat": {"name": "linear", "op": "concat"},
+    "sum": {"name": "linear", "op": "sum", "at": "last"},
+    "weighted": {"name": "linear", "at": [1, 3]},
+    "mean_of_answers": {"name": "decision"},
+    "weighted_answers": {"name": "decision", "op": "weighted"},
+    "experts": {"name": "decision", "op": "product", "refine": {"guide": "dem", "iterations": 2}},
+    "single": {"name": "attention", "mode": "single", "query": "dem", "window": 2, "width": 8, "heads": 2},
+    "mutual": {"name": "attention", "window": 2, "width": 8, "heads": 2},
+    "se": {"name": "se", "reduction": 8},
+    "independent": {"name": "gated", "mode": "independent"},
+    "complementary": {"name": "gated"},
+    "cross": {"name": "gated", "mode": "cross"},
+    "self_reconstruction": {"name": "reconstruction", "mode": "self", "width": 8},
+    "cross_reconstruction": {"name": "reconstruction", "width": 8},
+    "recovery": {"name": "reconstruction", "width": 8, "recover": True},
+    "contrastive": {"name": "alignment", "width": 8},
+    "mmd": {"name": "alignment", "by": "mmd", "width": 8},
+    "coral": {"name": "alignment", "by": "coral", "width": 8},
+    "projection": {"name": "alignment", "by": "projection", "width": 8},
+    "moved": {"name": "linear", "coregister": {"max_shift": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes with an image and heights, of which a strip is nodata in each, and an encoder."""
+    folder = tmp_path_factory.mktemp("fusions")
+    save_encoder(folder / "encoder", "dinov2")
+    for split, count in (("train", 3), ("val", 1), ("test", 1)):
+        for i in range(count):
+            image, labels = toy_scene(10 * len(split) + i, 56, 72)
+            heights = (image[0] * 0.5 + 300).astype(np.float32)
+            image[:, :10], heights[-10:] = 0, -9999
+            write_raster(folder / split / "rgb" / f"{i}.tif", image, nodata=0)
+            write_raster(folder / split / "dem" / f"{i}.tif", heights, nodata=-9999)
+            write_raster(folder / split / "labels" / f"{i}.tif", labels)
+    return folder
+
+
+def recipe_of(place: Path, run: Path, fusion: dict[str, Any], **changes: Any) -> Recipe:
+    content = recipe_dict(place, place / "encoder", run)
+    for split in ("train", "val", "test"):
+        content["data"][split] = {name: f"{place}/{split}/{name}/*.tif" for name in ("rgb", "dem", "labels")}
+    content["data"]["modalities"] = {"rgb": {}, "dem": {}}
+    content["model"]["fusion"] = fusion
+    content["train"]["epochs"] = changes.pop("epochs", 2)
+    content["model"] |= changes
+    run.parent.mkdir(parents=True, exist_ok=True)
+    return load_recipe(write_recipe(run.parent / f"{run.name}.yaml", content))
+
+
+@pytest.fixture(scope="module", params=FUSIONS)
+def trained(request: pytest.FixtureRequest, place: Path) -> tuple[str, Recipe]:
+    recipe = recipe_of(place, place / "runs" / request.param, FUSIONS[request.param])
+    finetune(recipe)
+    return request.param, recipe
+
+
+def scene(place: Path, *names: str) -> dict[str, Any]:
+    return {name: str(place / "test" / name / "0.tif") for name in names or ("rgb", "dem")}
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, Recipe], place: Path) -> None:
+    kind, recipe = trained
+    shorter = recipe_of(place, place / "stopped" / kind, FUSIONS[kind])
+
+    class Stopped(Exception):
+        pass
+
+    original = Keeper.epoch
+
+    def stop(self: Keeper, state: Any, improved: bool) -> None:
+        original(self, state, improved)
+        if state.epoch == 1:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Keeper, "epoch", stop)
+        with pytest.raises(Stopped):
+            finetune(shorter)
+    finetune(shorter, resume=True)
+    once, twice = (load_file(r.output_dir / "last" / "head.safetensors") for r in (recipe, shorter))
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.pitfall("P6", "C13")
+def test_what_was_saved_answers_as_what_was_trained(trained: tuple[str, Recipe], place: Path) -> None:
+    """Merged into the frozen weights or beside them, and with the encoder in another place."""
+    kind, recipe = trained
+    best = recipe.output_dir / "best"
+    shares = Segmenter.from_pretrained(best).probabilities(scene(place))
+    assert shares.shape == (2, 56, 72)
+    apart = load_segmenter(best, merge=False)
+    merged = load_segmenter(best)
+    draws = torch.Generator().manual_seed(0)
+    images = _images(draws)
+    with torch.no_grad():
+        torch.testing.assert_close(apart.model(images), merged.model(images), atol=1e-4, rtol=1e-4)
+    moved = place / f"moved_{kind}"
+    shutil.copytree(place / "encoder", moved)
+    again = Segmenter.from_pretrained(best, encoder=str(moved)).probabilities(scene(place))
+    assert np.array_equal(again, shares)
+    extra = [name for name in merged.model.state_dict() if "auxiliary" in name]
+    assert extra == []
+
+
+@pytest.mark.pitfall("C44", "P26")
+def test_a_map_has_labels_where_the_fusion_says(trained: tuple[str, Recipe], place: Path) -> None:
+    """Where any modality is valid; `stack` needs all of them."""
+    kind, recipe = trained
+    labels = Segmenter.from_pretrained(recipe.output_dir / "best").predict(scene(place))
+    assert isinstance(labels, np.ndarray)
+    known = labels != 255
+    rows = slice(10, 46) if kind == "stack" else slice(0, 56)
+    expected = np.zeros((56, 72), dtype=bool)
+    expected[rows] = True
+    assert np.array_equal(known, expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FUSIONS if kind != "stack"])
+@pytest.mark.pitfall("C8", "P53")
+def test_a_step_in_parts_is_the_step_in_one(place: Path, tmp_path: Path, kind: str) -> None:
+    """Terms of a fusion are divided by the counts of the whole step: processes and accumulation change nothing.
+
+    And nothing that learns is without a gradient, whichever modality a batch does not see.
+    """
+    recipe = recipe_of(place, tmp_path / "run", FUSIONS[kind])
+    scenes = open_training(recipe)
+    inputs = inputs_of(recipe, scenes["train"])
+    step = Step(build_model(recipe, inputs), objectives_of(recipe))
+    source = sources_of(recipe, scenes["train"], inputs)["train"]
+    samples = [source[Draw(0, i)] for i in range(4)]
+    for name in ("rgb", "dem"):  # of some samples a modality says nothing
+        samples[int(name == "dem")].images[name].valid.zero_()
+
+    def gradients(parts: list[slice]) -> dict[str, torch.Tensor]:
+        step.zero_grad()
+        step.eval()  # dropout would tell the parts apart
+        step.model.training = True
+        batches = [{"train": collate(samples[part])} for part in parts]
+        counts = [step.counts(batch) for batch in batches]
+        sums = {key: torch.stack([count[key] for count in counts]).sum() for key in counts[0]}
+        for batch in batches:
+            total(step(batch), sums).backward()  # type: ignore[no-untyped-call]
+        found = {name: p.grad for name, p in step.named_parameters() if p.requires_grad}
+        assert [name for name, gradient in found.items() if gradient is None] == []
+        return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+    whole, parts = gradients([slice(0, 4)]), gradients([slice(0, 1), slice(1, 4)])
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient, parts[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+def _images(draws: torch.Generator) -> dict[str, Image]:
+    valid = torch.ones(2, 40, 50, dtype=torch.bool)
+    rgb, dem = (torch.rand(2, bands, 40, 50, generator=draws) for bands in (3, 1))
+    return {"rgb": Image(255 * rgb, valid), "dem": Image(300 + 80 * dem, valid.clone())}
+
+
+def test_a_side_encoder_sees_what_the_published_one_does_not(place: Path, tmp_path: Path) -> None:
+    """Small encoders are saved whole, and their features lie on the cells of the published encoder's."""
+    for name in ("conv", "spectral"):
+        own = {"dem": {"encoder": {"name": name, "width": 8}}}
+        recipe = recipe_of(place, tmp_path / name, {"name": "gated"}, modalities=own, epochs=1)
+        result = finetune(recipe)
+        best = recipe.output_dir / "best"
+        model = load_segmenter(best).model
+        images = _images(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            features = model.encode(images)
+            alone = model.encode({"dem": images["dem"]})
+        for one, two in zip(features["rgb"].maps, features["dem"].maps, strict=True):
+            assert one.shape == two.shape
+        torch.testing.assert_close(alone["dem"].maps[-1], features["dem"].maps[-1])
+        assert {part for part, found in model.parts().items() if found} >= {"stem", "fusion", "decoder"}
+        shares = Segmenter.from_pretrained(best).probabilities(scene(place))
+        assert np.isfinite(shares).all()
+        assert result["trainable_parameters"] > 10_000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fusion": {"name": "gated"}, "modalities": {"ir": {"encoder": {"name": "conv"}}}}, "model.modalities.ir"),
+        ({"fusion": {"name": "stack"}, "modalities": {"dem": {"encoder": {"name": "conv"}}}}, "is not used"),
+        ({"fusion": {"name": "attention", "mode": "single", "query": "ir"}}, "model.fusion.query"),
+        ({"fusion": {"name": "attention", "query": "rgb"}}, "mode mutual"),
+        ({"fusion": {"name": "attention", "width": 30}}, "multiple of heads"),
+        ({"fusion": {"name": "decision", "refine": {"guide": "sar"}}}, "model.fusion.refine.guide"),
+        ({"fusion": {"name": "linear", "coregister": {"max_shift": 5, "modalities": ["rgb"]}}}, "moved onto"),
+        ({"fusion": {"name": "linear", "coregister": {"max_shift": 0}}}, "max_shift"),
+        ({"fusion": {"name": "linear", "at": [3, 1]}}, "must rise"),
+        ({"fusion": {"name": "reconstruction", "mode": "self", "recover": True}}, "needs mode: cross"),
+        ({"fusion": {"name": "gatet"}}, "gated"),
+        (
+            {
+                "fusion": {"name": "gated"},
+                "modalities": {name: {"encoder": {"name": "conv"}} for name in ("rgb", "dem")},
+            },
+            "model.encoder has none",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_read(
+    place: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        recipe_of(place, tmp_path / "run", **change)
+
+
+def test_a_level_that_the_encoder_has_not_is_told(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(place, tmp_path / "run", {"name": "linear", "at": [1, 9]})
+    with pytest.raises(RecipeError, match="names map 9"):
+        finetune(recipe)
+    assert not (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.pitfall("P14", "C14")
+def test_a_head_of_another_fusion_is_refused(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(place, tmp_path / "run", FUSIONS["complementary"], epochs=1)
+    finetune(recipe)
+    best = recipe.output_dir / "best"
+    text = (best / "recipe.yaml").read_text()
+    assert "complementary" in text
+    (best / "recipe.yaml").write_text(text.replace("complementary", "cross"))
+    sign(best)
+    with pytest.raises(CheckpointError, match=r"head.safetensors"):
+        load_segmenter(best)

@@ -19,6 +19,7 @@ from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
+from vfmseg.geo.derived import LOCAL_RADIUS
 from vfmseg.geo.said import BandSaid, numbers_by_name
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once
@@ -34,6 +35,7 @@ def bands_of(recipe: Recipe, trained: Recipe | None = None) -> dict[str, Bands]:
         name: Bands(
             indexes=m.bands, scale=m.scale, offset=m.offset, nodata=m.nodata,
             chosen=trained is not None and m.bands not in (None, trained.data.modalities[name].bands),
+            derive=m.derive, local_radius=LOCAL_RADIUS if m.local_radius is None else m.local_radius,
         )
         for name, m in recipe.data.modalities.items()
     }  # fmt: skip
@@ -122,7 +124,8 @@ def inputs_of(recipe: Recipe, train: Sequence[Scene]) -> Inputs:
     tell_implausible({name: statistics[name] for name in by_dataset})
     for name, count in counts.items():
         source = "the encoder's own" if chosen[name] == "encoder" else "the training split's"
-        say_once(f"{name}: {count} bands ({dtypes[name]}), normalised by {source} mean and std")
+        derived = "".join(f", {band}" for band in recipe.data.modalities[name].derive)
+        say_once(f"{name}: {count} bands ({dtypes[name]}{derived}), normalised by {source} mean and std")
     return tuple(
         Input(
             name,
@@ -171,6 +174,11 @@ def require_same_task(recipe: Recipe, trained: Recipe) -> None:
             f"{recipe.name}: data.modalities are {', '.join(bands)}, but the segmenter needs {', '.join(before)}"
         )
     for name in before:
+        if bands[name].derive != before[name].derive:
+            raise RecipeError(
+                f"{recipe.name}: data.modalities.{name}.derive is {list(bands[name].derive)}, but the segmenter was "
+                f"trained on {list(before[name].derive)}; evaluate on a recipe with the same"
+            )
         changed = [
             f"{'bands' if key == 'indexes' else key} = {value} instead of {_shown(was)}"
             for (key, value), was in zip(asdict(bands[name]).items(), asdict(before[name]).values(), strict=True)

@@ -35,12 +35,12 @@ def _input(path: Path, name: str, entry: Any, recipe: Recipe) -> Input:
     if not isinstance(entry, dict):
         raise _wrong(path, place, entry, "a mapping")
     count, dtype = entry.get("bands"), entry.get("dtype")
-    wanted = len(modality.bands) if modality.bands else None
+    wanted = len(modality.derive or modality.bands or ()) or None
     if type(count) is not int or not 1 <= count <= MOST_BANDS or count != (wanted or count):
         raise _wrong(path, f"{place}.bands", count, f"{wanted or 'a whole number'} as in recipe.yaml")
     if not isinstance(dtype, str) or not 0 < len(dtype) < 32:
         raise _wrong(path, f"{place}.dtype", dtype, "the name of a type")
-    said = _said(path, f"{place}.said", entry.get("said"), count, modality)
+    said = _said(path, f"{place}.said", entry.get("said"), 1 if modality.derive else count, modality)
     whose = normalized_by(recipe, name, count, dtype, not any(band.scaled for band in said))
     if entry.get("normalize") != whose:
         raise _wrong(path, f"{place}.normalize", entry.get("normalize"), f"{whose} as in recipe.yaml")

@@ -62,16 +62,19 @@ class DatasetScene:
 
     def bands(self) -> dict[str, int]:
         """{modality: number of bands that are read}."""
-        return {name: len(self._settings[name].indexes or range(h.bands)) for name, h in self._headers.items()}
+        return {
+            name: len(s.derive or s.indexes or range(self._headers[name].bands)) for name, s in self._settings.items()
+        }
 
     def dtypes(self) -> dict[str, str]:
         """{modality: type of the stored numbers}."""
-        return {name: header.dtype for name, header in self._headers.items()}
+        return {n: "float32" if self._settings[n].derive else header.dtype for n, header in self._headers.items()}
 
     def said(self) -> dict[str, tuple[BandSaid, ...]]:
         """Such sets say nothing of their bands; they are scaled as the recipe says."""
         return {
-            name: (BandSaid(scale=1.0 if s.scale is None else s.scale, offset=s.offset or 0.0),) * count
+            name: (BandSaid(scale=1.0 if s.scale is None else s.scale, offset=s.offset or 0.0),)
+            * (1 if s.derive else count)
             for (name, count), s in zip(self.bands().items(), self._settings.values(), strict=True)
         }
 
@@ -109,6 +112,8 @@ class DatasetScene:
                 f"{place} has {len(array)} bands, but data.modalities.{name}.bands asks for "
                 f"{list(settings.indexes or ())}; bands are counted from 1"
             )
+        if settings.derive and shown is not None:  # what is hidden must not reach its neighbours
+            array = np.where(shown, array, np.nan)
         with ArrayRaster(array, settings, name) as raster:
             chip = raster.read(Window(0, 0, *array.shape[1:]))
         self._hidden[name].add(raster.hidden)

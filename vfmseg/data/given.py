@@ -65,6 +65,9 @@ def open_scenes(scene: GivenScene, inputs: Inputs, threads: int) -> list[RasterS
         if one.name not in arrays:
             for text in notes_of(raster).values():
                 say_once(f"{one.name}: {raster.paths[0]} {text}")
+        elif one.bands.derive:
+            for text in notes_of(raster).values():
+                say_once(f"the array for '{one.name}' {text}")
     return opened
 
 
@@ -77,8 +80,8 @@ def _check_kind(wanted: Input, given: GivenImage) -> None:
         raise DataError(f"'{name}' is a {type(given).__name__}; expected a path or a numpy array (bands, H, W)")
     if not isinstance(given, np.ndarray):
         return
-    bands_last = given.ndim == 3 and given.shape[2] == wanted.count < given.shape[0]
-    if bands_last and given.shape[0] > max(bands.indexes or (wanted.count,)):
+    bands_last = given.ndim == 3 and given.shape[2] == wanted.stored < given.shape[0]
+    if bands_last and given.shape[0] > max(bands.indexes or (wanted.stored,)):
         raise DataError(
             f"the array for '{name}' has shape {given.shape}, which looks like (height, width, bands); expected "
             "(bands, height, width): pass array.transpose(2, 0, 1)"

@@ -14,8 +14,9 @@ class Input:
     """One modality. It is kept in segmenter.json, and scenes to be labelled are read by it.
 
     bands: which bands of a file, and how stored numbers become values; `bands.like` is what the training files said of
-    them. count: how many. dtype: type of the stored numbers in training. mean, std: one a band, in image units; by
-    which values are normalised. normalize: whose they are, of the published encoder or of the training split.
+    them. count: how many the model takes, those that are derived if there are any. dtype: type of the stored numbers in
+    training. mean, std: one of `count` each, in image units; by which values are normalised. normalize: whose they are,
+    of the published encoder or of the training split.
     """
 
     name: str
@@ -27,9 +28,14 @@ class Input:
     std: tuple[float, ...]
 
     @property
+    def stored(self) -> int:
+        """How many bands are read from files or arrays: derived ones are computed of one."""
+        return 1 if self.bands.derive else self.count
+
+    @property
     def said(self) -> tuple[BandSaid, ...]:
-        """What the training files said of each band."""
-        return self.bands.like or (BandSaid(),) * self.count
+        """What the training files said of each band that is read."""
+        return self.bands.like or (BandSaid(),) * self.stored
 
     @property
     def plain(self) -> bool:

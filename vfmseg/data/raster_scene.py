@@ -81,6 +81,8 @@ class RasterScene:
         """A further modality on the grid of the first: itself, or resampled as it is read."""
         own = self._use(raster).grid
         if self.grid.same_place(own):
+            if raster.bands.derive and own.crs is None and self.grid.crs is not None:
+                raster.lie_on(self.grid)
             return raster
         first = next(iter(self._rasters))
         if isinstance(raster, ArrayRaster):

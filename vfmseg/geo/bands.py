@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vfmseg.errors import DataError
+from vfmseg.geo.derived import LOCAL_RADIUS
 from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.said import BandSaid, numbers_by_name
 from vfmseg.geo.validity import as_stored, hides_alone
@@ -29,6 +30,7 @@ class Bands:
     file itself may name.
     like: what the bands of the training files say of themselves. A file that says where these bands are is read in
     their order, unless `chosen`; and it is scaled as it says if they were, else not.
+    derive: names of bands to compute from the one that is read, see `derived`; local_radius: metres, for one of them.
 
     For example, a model trained on files whose bands are called red, green, nir reads from a file of blue, green, red,
     nir the bands 3, 2, 4.
@@ -40,6 +42,8 @@ class Bands:
     nodata: float | None = None
     like: tuple[BandSaid, ...] | None = None
     chosen: bool = False  # indexes are meant for this very file
+    derive: tuple[str, ...] = ()
+    local_radius: float = LOCAL_RADIUS
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,11 @@ def chosen_bands(bands: Bands, files: Sequence[RasterFile], name: str) -> tuple[
         chosen = [there[index - 1] for index in indexes]
     if not chosen:
         raise DataError(f"{name}: no band to read; expected at least one that is not alpha")
+    if bands.derive and len(chosen) != 1:
+        raise DataError(
+            f"{name}: {len(chosen)} bands are read, but {', '.join(bands.derive)} can be derived from one alone; name "
+            "the band that holds the elevation (data.modalities.NAME.bands, such as [1])"
+        )
     return tuple(_read_band(bands, files[file], file, band) for file, band in chosen)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vfmseg.geo.derived import MOST
 from vfmseg.geo.reader import Raster
 from vfmseg.geo.said import BandSaid, numbers_by_name
 
@@ -32,6 +33,7 @@ def notes_of(raster: Raster) -> dict[str, str]:
         )
     if not raster.bands.chosen:
         notes |= _of_order(raster, [band for info in infos for band in info.bands])
+    notes |= _of_derived(raster, infos[0].grid.crs)
     return notes | _of_scale(raster, [band for info in infos for band in info.bands])
 
 
@@ -76,3 +78,24 @@ def _of_scale(raster: Raster, there: Sequence[BandSaid]) -> dict[str, str]:
         "scale": "carries no scale and offset, the training files do: its stored numbers are taken for values; if they "
         "are none, give it its own (gdal_edit.py -scale S -offset O)"
     }
+
+
+def _of_derived(raster: Raster, crs: str | None) -> dict[str, str]:
+    """Of bands that are computed: what metres are where the files do not say, and a radius that was cut."""
+    derivation = raster.derivation
+    if derivation is None:
+        return {}
+    notes = {}
+    if crs is None and raster.grid.crs is None:
+        down, across = derivation.pixel
+        notes["metres"] = (
+            f"has no CRS: {', '.join(derivation.names)} take a pixel for {down:g} x {across:g} m; give the files a CRS "
+            "and transform if they are others"
+        )
+    far = max(derivation.wanted)
+    if "height_above_local" in derivation.names and far > MOST + 0.5:
+        notes["radius"] = (
+            f"has pixels so small that height_above_local would be the mean over {far:.0f} of them to each side, and "
+            f"takes {MOST}; choose data.modalities.NAME.local_radius by that, or a coarser elevation model"
+        )
+    return notes

@@ -2,7 +2,8 @@
 
 A pixel is invalid where the file or the recipe says so (nodata, alpha, mask band), where a value is NaN or
 infinite, and beyond the edge of the scene. Invalid pixels carry 0.0, so that nothing downstream can spread NaN.
-Which bands are read is decided in `bands`, what hides a pixel in `validity`, and reading on another grid in `warp`.
+Which bands are read is decided in `bands`, what hides a pixel in `validity`, what is computed of an elevation band in
+`derived`, and reading on another grid in `warp`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import numpy as np
 from vfmseg.errors import DataError
 from vfmseg.geo.bands import Bands, ReadBand, bands_in, chosen_bands
 from vfmseg.geo.crs import short_name
+from vfmseg.geo.derived import Derivation
 from vfmseg.geo.fileinfo import FileInfo
-from vfmseg.geo.grid import Grid, Window
+from vfmseg.geo.grid import Grid, Slices, Window
 from vfmseg.geo.rasterfile import RasterFile
 from vfmseg.geo.said import BandSaid
 from vfmseg.geo.validity import Chip, Hidden, equals, no_numbers
 from vfmseg.geo.warp import Warp
 
 _FLOAT = np.dtype(np.float32)
+_ALL: Slices = (slice(None), slice(None))
 
 
 class Raster:
@@ -51,6 +54,7 @@ class Raster:
         self._chosen: tuple[ReadBand, ...] = ()
         self._onto = onto
         self._warp: Warp | None = None  # only where the files lie on another grid
+        self._derivation: Derivation | None = None  # only where bands are computed
         self.hidden = Hidden()
 
     @property
@@ -76,7 +80,7 @@ class Raster:
 
     @property
     def said(self) -> tuple[BandSaid, ...]:
-        """What the files say of the bands that are read, with the scale and offset by which they are read."""
+        """What the files say of the bands that are read from them, with the scale and offset by which they are."""
         told = [(self._files[read.file].info.bands[read.band - 1], read) for read in self._plan()]
         return tuple(replace(band, scale=read.scale, offset=read.offset) for band, read in told)
 
@@ -98,11 +102,23 @@ class Raster:
     @property
     def count(self) -> int:
         """Number of bands that `read` returns. DataError if a band asked for does not exist."""
-        return len(self._plan())
+        plan = self._plan()
+        return len(self.bands.derive or plan)
+
+    @property
+    def derivation(self) -> Derivation | None:
+        """How bands are computed of the one that is read; None where they are the bands that are read."""
+        self._plan()
+        return self._derivation
 
     @property
     def dtype(self) -> str:
-        """The stored type of the bands read, such as "uint16"; for mixed types the one that holds them all."""
+        """The stored type of the bands read, such as "uint16"; for mixed types the one that holds them all.
+
+        Computed bands are float32, whatever the elevation is stored in.
+        """
+        if self.bands.derive:
+            return "float32"
         return str(np.result_type(*(read.dtype for read in self._plan())))
 
     @property
@@ -124,20 +140,20 @@ class Raster:
         Values are float32, or with `compact` of the type `compact`, which takes less memory on the way as well.
         DataError names the file, and the window if its part of the file is damaged.
         """
-        count = len(self._plan())
+        count = self.count
         kind = self.compact if compact else _FLOAT
         inside = window.clip(self.grid.height, self.grid.width)
         if inside == window and self._warp is None and inside.height and inside.width:  # nearly always: spare a copy
-            return Chip(*self._read_inside(inside, kind))
+            return Chip(*self._read_own(inside, kind))
         pixels = np.zeros((count, *window.shape), dtype=kind)
         valid = np.zeros(window.shape, dtype=bool)
         shared = window.shared(inside)
         if shared is not None:
             here, _ = shared
             if self._warp is None:
-                values, good = self._read_inside(inside, kind)
+                values, good = self._read_own(inside, kind)
             else:
-                values, good = self._warp.read(inside, count, self._read_inside)
+                values, good = self._warp.read(inside, count, self._read_own)
             pixels[(slice(None), *here)], valid[here] = values, good
         return Chip(pixels, valid)
 
@@ -157,7 +173,16 @@ class Raster:
     def follow(self, like: Sequence[BandSaid] | None) -> None:
         """Read from now on as the training files were: the same bands where this file names them, in their order."""
         self.bands = replace(self.bands, like=None if like is None else tuple(like))
-        self._chosen, self._warp = (), None  # settled anew at the next read
+        self._forget()
+
+    def lie_on(self, grid: Grid) -> None:
+        """Files without a CRS, pixel by pixel on a grid that has one: bands are derived by the metres of that one."""
+        self._onto = grid
+        self._forget()
+
+    def _forget(self) -> None:
+        """What follows from `bands` and the grids is settled anew at the next read."""
+        self._chosen, self._warp, self._derivation = (), None, None
 
     def _plan(self) -> tuple[ReadBand, ...]:
         """The bands to read; made once, when the files are first opened."""
@@ -166,7 +191,11 @@ class Raster:
             own = self._files[0].info.grid
             if self._onto is not None and not self._onto.same_place(own):  # else pixel lies on pixel
                 self._warp = Warp(self._name, own, self._onto)
-            self._chosen = chosen_bands(self.bands, self._files, self._name)
+            chosen = chosen_bands(self.bands, self._files, self._name)
+            if self.bands.derive:
+                place = self._onto if own.crs is None and self._onto is not None and self._warp is None else own
+                self._derivation = Derivation(self.bands.derive, self.bands.local_radius, place)
+            self._chosen = chosen
         return self._chosen
 
     def _check_grids(self) -> None:
@@ -180,10 +209,27 @@ class Raster:
                     "one grid or make them two modalities"
                 )
 
-    def _read_inside(self, window: Window, kind: np.dtype = _FLOAT) -> tuple[np.ndarray, np.ndarray]:
-        """Values (C, h, w) of type `kind` and validity (h, w) of a window inside the files, on their own grid.
+    def _read_own(self, window: Window, kind: np.dtype = _FLOAT) -> tuple[np.ndarray, np.ndarray]:
+        """Values (C, h, w) and validity (h, w) of a window inside the files, on their own grid.
 
-        A pixel is hidden for all bands alike: there is one validity a modality.
+        Bands are computed here, before anything is warped: of an interpolated surface the slope would be that of the
+        facets between the raster's pixels, and the values would hang on the pixel size of the first modality.
+        """
+        if self._derivation is None:
+            return self._read_inside(window, kind)
+        values, valid, lost = self._derivation.read(
+            window, lambda around, asked: self._read_inside(around, _FLOAT, asked)
+        )
+        self.hidden.by("elevation without valid neighbours", lost)
+        return values, valid
+
+    def _read_inside(
+        self, window: Window, kind: np.dtype = _FLOAT, asked: Slices = _ALL
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values (C, h, w) of type `kind` and validity (h, w) of a window inside the files, of the bands they store.
+
+        A pixel is hidden for all bands alike: there is one validity a modality. `asked`: the part of the window in
+        which hidden pixels are counted; the rest is a margin.
         """
         values = np.empty((len(self._chosen), *window.shape), dtype=kind)
         empty: dict[str, np.ndarray] = {}  # {"recipe" or "file": where all bands so far hold its nodata}
@@ -214,8 +260,9 @@ class Raster:
             hide(f"nodata {' and '.join(marks)} in all bands", hit)
         bad = np.zeros(window.shape, dtype=bool)
         for cause, hit in hidden.items():
-            bad |= self.hidden.by(cause, hit)
-        self.hidden.pixels += bad.size
+            self.hidden.by(cause, hit[asked])
+            bad |= hit
+        self.hidden.pixels += bad[asked].size
         values[:, bad] = 0
         return values, ~bad
 

@@ -25,6 +25,7 @@ ClassId = Annotated[Whole, Field(gt=-(2**31), lt=2**31)]  # the smallest 32-bit 
 LARGEST_TILE = 2**16  # pixels a side
 MOST_CLASSES = 4096  # each has a number for every pixel in memory
 MOST_BANDS = 1024  # of one modality
+DerivedName = Literal["height", "slope", "height_above_local"]  # those of `vfmseg.geo.derived`
 TileSide = Annotated[Whole, Field(ge=1, le=LARGEST_TILE)]
 
 SPLITS = ("train", "val", "test")
@@ -81,16 +82,35 @@ class ModalitySection(Section):
     """Stored value, or `.nan`, that means "nothing measured here" in any band (0: in all), beside the file's own."""
     normalize: Literal["encoder", "dataset"] | None = None
     """Mean and std of the encoder's own training, or of the training split; left out: encoder for 8-bit RGB."""
+    derive: Annotated[tuple[DerivedName, ...], Field(examples=[["slope", "height_above_local"]])] = ()
+    """Bands to compute from one band of elevation in metres, and to give to the model instead of it."""
+    local_radius: Annotated[Number | None, Field(gt=0, le=1e6, examples=[100])] = None
+    """Metres to each side whose mean `height_above_local` is measured from (at most 256 pixels); left out: 100."""
 
     def _problems(self) -> Iterator[Problem]:
         if self.scale == 0:
             yield Problem("scale", "= 0 must not be 0: it would erase the image; 1 takes stored numbers as they are")
         if self.bands and len(set(self.bands)) < len(self.bands):
             yield Problem("bands", f"= {show(self.bands)} must name each band once")
+        if self.derive:
+            yield from self._derive_problems()
+            return
+        if self.local_radius is not None:
+            yield Problem("local_radius", "is for derive: [height_above_local]; add that, or drop it")
         if self.normalize == "encoder" and self.bands and len(self.bands) != 3:
             yield Problem(
                 "normalize", f"= 'encoder' needs 3 bands (red, green, blue), not {len(self.bands)}; use dataset"
             )
+
+    def _derive_problems(self) -> Iterator[Problem]:
+        if len(set(self.derive)) < len(self.derive):
+            yield Problem("derive", f"= {show(self.derive)} must name each band once")
+        if self.bands and len(self.bands) != 1:
+            yield Problem("bands", f"= {show(self.bands)} must name one band: the elevation")
+        if self.normalize == "encoder":
+            yield Problem("normalize", "= 'encoder' is for red, green and blue, not for derived bands; use dataset")
+        if self.local_radius is not None and "height_above_local" not in self.derive:
+            yield Problem("local_radius", "is for height_above_local, which is not in derive; add it, or drop the key")
 
 
 class DataSection(Section):

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
-from makers import finished_run, recipe_dict, save_encoder, toy_scene, write_raster, write_recipe
+from makers import write_raster
 from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform
 
 from vfmseg.data.raster_scene import RasterScene
-from vfmseg.data.statistics import stream_statistics
-from vfmseg.errors import DataError, RecipeError
-from vfmseg.finetune import finetune
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.derived import DERIVED, MOST, SIDE, Derivation
 from vfmseg.geo.grid import Window
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.notes import notes_of
 from vfmseg.geo.reader import Raster
-from vfmseg.recipe import load_recipe
-from vfmseg.segmenter import Segmenter
 
 ALL = tuple(DERIVED)
 
@@ -199,6 +193,21 @@ def test_what_is_hidden_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.pitfall("P26")
+def test_nan_under_an_invalid_mask_reaches_no_neighbour(tmp_path: Path) -> None:
+    grid = Raster(write_raster(tmp_path / "a.tif", plane())).grid
+    valid = np.ones((20, 30), dtype=bool)
+    valid[8:12, 3:9] = False
+
+    def read(window: Window, asked: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.where(valid, plane(), np.nan)[None, window.rows, window.cols], valid[window.rows, window.cols]
+
+    pixels, good, lost = Derivation(ALL, 40.0, grid).read(Window(0, 0, 20, 30), read)
+    np.testing.assert_array_equal(good, valid)
+    assert np.isfinite(pixels).all()
+    assert not lost.any()
+
+
+@pytest.mark.pitfall("P26")
 def test_beside_a_hole_the_slope_of_a_plane_is_still_its_slope(tmp_path: Path) -> None:
     values = plane()
     values[5:9, 10:20] = -9999
@@ -242,6 +251,7 @@ def windows(height: int, width: int) -> list[Window]:
 @pytest.mark.pitfall("C16", "P25")
 def test_every_window_has_the_bits_of_the_whole(tmp_path: Path, how: str) -> None:
     values, bands = rough(), Bands(derive=ALL, local_radius=75, nodata=-9999)
+    values[5, 50] = 1e20  # in a running total it would swallow the digits of all that follows it in a window
     path = write_raster(tmp_path / "a.tif", values, pixel=10)
     onto = None
     if how.endswith("grid"):
@@ -276,7 +286,7 @@ def test_a_window_of_several_parts_has_the_bits_of_each(tmp_path: Path) -> None:
 
 
 def test_elevation_on_another_grid_is_derived_before_it_is_warped(tmp_path: Path) -> None:
-    """A coarse plane with a step: between its pixels there are no facets, and no other values for another first grid."""
+    """So the values do not hang on the pixel size of the first modality."""
     random = np.random.default_rng(1)
     values = random.normal(0, 20, (30, 30)).astype(np.float32)
     path = write_raster(tmp_path / "a.tif", values, pixel=30)

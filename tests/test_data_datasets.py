@@ -405,3 +405,31 @@ def test_a_picture_beyond_the_limit_of_pil_names_its_row(tmp_path: Path, monkeyp
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match=r"row 0, column 'photo': cannot be read as an image .*exceeds limit"):
         _ = scene.grid
+
+
+@pytest.mark.pitfall("P26")
+def test_bands_derived_of_elevation_in_a_set(tmp_path: Path) -> None:
+    """Rows as arrays, and as pictures whose alpha hides a peak: that must not reach the slope beside it."""
+    rising = np.arange(32, dtype=np.float32) * np.ones((24, 1), np.float32)
+    peak = rising.astype(np.uint8)
+    peak[10:13, 10:13] = 255
+    shown = np.where(peak == 255, 0, 255).astype(np.uint8)
+    content = {
+        "height": [rising],
+        "hidden": [Image.merge("LA", [Image.fromarray(peak), Image.fromarray(shown)])],
+        "mask": [Image.fromarray(classes(0))],
+    }
+    features = datasets.Features(
+        {"height": datasets.Array2D((24, 32), "float32"), "hidden": datasets.Image(), "mask": datasets.Image()}
+    )
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "set")
+    bands = Bands(derive=("slope", "height"))
+    (scene,) = scenes_from_dataset(
+        str(tmp_path / "set"), "train", {"a": "height", "b": "hidden"}, "mask", {"a": bands, "b": bands}, LABELS
+    )
+    assert (scene.bands(), scene.dtypes()) == ({"a": 2, "b": 2}, {"a": "float32", "b": "float32"})
+    assert {name: len(said) for name, said in scene.said().items()} == {"a": 1, "b": 1}
+    chips = scene.read(Window(0, 0, 24, 32))
+    np.testing.assert_array_equal(chips["b"].valid, shown > 0)
+    for chip in chips.values():
+        assert set(np.unique(chip.pixels[0][chip.valid])) == {np.float32(45)}  # a metre up in each pixel

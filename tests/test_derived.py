@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from vfmseg.geo.grid import Window
 from vfmseg.geo.memory import ArrayRaster
 from vfmseg.geo.notes import notes_of
 from vfmseg.geo.reader import Raster
+from vfmseg.recipe.data import DerivedName
 
 ALL = tuple(DERIVED)
 
@@ -58,6 +59,10 @@ def rough(height: int = 90, width: int = 110, hole: bool = True) -> np.ndarray:
         values[30, 45] = 12.5
         values[random.random(values.shape) < 0.01] = -9999
     return values
+
+
+def test_the_recipe_knows_each_of_them() -> None:
+    assert get_args(DerivedName) == ("height", "slope", "height_above_local") == ALL
 
 
 # --- values ---------------------------------------------------------------------------------------------------
@@ -149,7 +154,12 @@ def test_without_a_place_a_pixel_is_a_metre_and_that_is_told(tmp_path: Path) -> 
     raster = Raster(path, Bands(derive=("slope",)))
     assert raster.read(Window(5, 5, 1, 1)).pixels.item() == np.float32(np.degrees(np.arctan(5)))
     assert "a pixel for 1 x 1 m" in notes_of(raster)["metres"]
-    placed_one = Raster(write_raster(tmp_path / "b.tif", plane()), Bands(derive=("slope",)))
+    said = Raster(path, Bands(derive=("slope", "height_above_local"), pixel_size=50))
+    assert said.read(Window(5, 5, 1, 1)).pixels[0].item() == np.float32(np.degrees(np.arctan(0.1)))
+    assert said.derivation is not None
+    assert (said.derivation.sides, notes_of(said)) == ((2, 2), {})
+    placed_one = Raster(write_raster(tmp_path / "b.tif", plane()), Bands(derive=("slope",), pixel_size=50))
+    assert placed_one.read(Window(5, 5, 1, 1)).pixels.item() == np.float32(np.degrees(np.arctan(0.5)))
     assert notes_of(placed_one) == {}
 
 

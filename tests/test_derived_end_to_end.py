@@ -155,6 +155,7 @@ def test_a_run_does_not_go_on_with_other_derived_bands(place: Path, tmp_path: Pa
         ({"derive": ["slope"], "normalize": "encoder"}, "'encoder' is for red, green and blue"),
         ({"derive": ["slope"], "local_radius": 5}, "local_radius is for height_above_local, which is not in derive"),
         ({"local_radius": 5}, "local_radius is for derive: [height_above_local]"),
+        ({"pixel_size": 5}, "pixel_size is for derive: [height_above_local]"),
         ({"derive": ["height_above_local"], "local_radius": 0}, "local_radius = 0 must be above 0"),
     ],
 )

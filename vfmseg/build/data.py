@@ -36,6 +36,7 @@ def bands_of(recipe: Recipe, trained: Recipe | None = None) -> dict[str, Bands]:
             indexes=m.bands, scale=m.scale, offset=m.offset, nodata=m.nodata,
             chosen=trained is not None and m.bands not in (None, trained.data.modalities[name].bands),
             derive=m.derive, local_radius=LOCAL_RADIUS if m.local_radius is None else m.local_radius,
+            pixel_size=m.pixel_size,
         )
         for name, m in recipe.data.modalities.items()
     }  # fmt: skip

@@ -30,7 +30,8 @@ class Bands:
     file itself may name.
     like: what the bands of the training files say of themselves. A file that says where these bands are is read in
     their order, unless `chosen`; and it is scaled as it says if they were, else not.
-    derive: names of bands to compute from the one that is read, see `derived`; local_radius: metres, for one of them.
+    derive: names of bands to compute from the one that is read, see `derived`; local_radius: metres, for one of them;
+    pixel_size: metres of a pixel where files have no CRS.
 
     For example, a model trained on files whose bands are called red, green, nir reads from a file of blue, green, red,
     nir the bands 3, 2, 4.
@@ -44,6 +45,7 @@ class Bands:
     chosen: bool = False  # indexes are meant for this very file
     derive: tuple[str, ...] = ()
     local_radius: float = LOCAL_RADIUS
+    pixel_size: float | None = None
 
 
 @dataclass(frozen=True)

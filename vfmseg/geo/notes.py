@@ -86,11 +86,11 @@ def _of_derived(raster: Raster, crs: str | None) -> dict[str, str]:
     if derivation is None:
         return {}
     notes = {}
-    if crs is None and raster.grid.crs is None:
+    if crs is None and raster.grid.crs is None and raster.bands.pixel_size is None:
         down, across = derivation.pixel
         notes["metres"] = (
-            f"has no CRS: {', '.join(derivation.names)} take a pixel for {down:g} x {across:g} m; give the files a CRS "
-            "and transform if they are others"
+            f"has no CRS: {', '.join(derivation.names)} take a pixel for {down:g} x {across:g} m; if they are others, "
+            "say so (data.modalities.NAME.pixel_size, metres), or give the files a CRS and transform"
         )
     far = max(derivation.wanted)
     if "height_above_local" in derivation.names and far > MOST + 0.5:

@@ -194,6 +194,8 @@ class Raster:
             chosen = chosen_bands(self.bands, self._files, self._name)
             if self.bands.derive:
                 place = self._onto if own.crs is None and self._onto is not None and self._warp is None else own
+                if place.crs is None and (side := self.bands.pixel_size) is not None:
+                    place = replace(place, transform=(side, 0.0, 0.0, 0.0, -side, 0.0))
                 self._derivation = Derivation(self.bands.derive, self.bands.local_radius, place)
             self._chosen = chosen
         return self._chosen

@@ -86,6 +86,8 @@ class ModalitySection(Section):
     """Bands to compute from one band of elevation in metres, and to give to the model instead of it."""
     local_radius: Annotated[Number | None, Field(gt=0, le=1e6, examples=[100])] = None
     """Metres to each side whose mean `height_above_local` is measured from (at most 256 pixels); left out: 100."""
+    pixel_size: Annotated[Number | None, Field(gt=0, le=1e6, examples=[10])] = None
+    """Metres of a pixel for `derive`, where files (or arrays) have no CRS; left out: their coordinates are metres."""
 
     def _problems(self) -> Iterator[Problem]:
         if self.scale == 0:
@@ -95,8 +97,9 @@ class ModalitySection(Section):
         if self.derive:
             yield from self._derive_problems()
             return
-        if self.local_radius is not None:
-            yield Problem("local_radius", "is for derive: [height_above_local]; add that, or drop it")
+        for key in ("local_radius", "pixel_size"):
+            if getattr(self, key) is not None:
+                yield Problem(key, "is for derive: [height_above_local] and the like; add that, or drop it")
         if self.normalize == "encoder" and self.bands and len(self.bands) != 3:
             yield Problem(
                 "normalize", f"= 'encoder' needs 3 bands (red, green, blue), not {len(self.bands)}; use dataset"

@@ -164,3 +164,15 @@ def test_what_does_not_fit_is_told_before_anything_is_read(tmp_path: Path, dem: 
     with pytest.raises(RecipeError) as caught:
         load_recipe(write_recipe(tmp_path / "r.yaml", content))
     assert text in str(caught.value)
+
+
+def test_checks_of_band_counts_count_derived_bands(tmp_path: Path) -> None:
+    """Two bands and one of elevation that becomes two are four, which enter the encoder as the recipe says."""
+    content = content_of(tmp_path, tmp_path / "run", {"bands": [1], "derive": DERIVE})
+    content["data"]["modalities"]["rgb"] = {"bands": [1, 2]}
+    content["model"]["encoder"]["input"] = "project"
+    (tmp_path / "encoder").mkdir()
+    load_recipe(write_recipe(tmp_path / "r.yaml", content))
+    content["data"]["modalities"]["dem"]["derive"] = ["slope"]
+    with pytest.raises(RecipeError, match=r"model\.encoder\.input = 'project' is not used: 3 bands enter"):
+        load_recipe(write_recipe(tmp_path / "r.yaml", content))

@@ -35,7 +35,7 @@ def _input(path: Path, name: str, entry: Any, recipe: Recipe) -> Input:
     if not isinstance(entry, dict):
         raise _wrong(path, place, entry, "a mapping")
     count, dtype = entry.get("bands"), entry.get("dtype")
-    wanted = len(modality.derive or modality.bands or ()) or None
+    wanted = modality.count
     if type(count) is not int or not 1 <= count <= MOST_BANDS or count != (wanted or count):
         raise _wrong(path, f"{place}.bands", count, f"{wanted or 'a whole number'} as in recipe.yaml")
     if not isinstance(dtype, str) or not 0 < len(dtype) < 32:

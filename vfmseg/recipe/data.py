@@ -89,6 +89,11 @@ class ModalitySection(Section):
     pixel_size: Annotated[Number | None, Field(gt=0, le=1e6, examples=[10])] = None
     """Metres of a pixel for `derive`, where files (or arrays) have no CRS; left out: their coordinates are metres."""
 
+    @property
+    def count(self) -> int | None:
+        """How many bands the model gets of it, as far as the recipe says."""
+        return len(self.derive or self.bands or ()) or None
+
     def _problems(self) -> Iterator[Problem]:
         if self.scale == 0:
             yield Problem("scale", "= 0 must not be 0: it would erase the image; 1 takes stored numbers as they are")

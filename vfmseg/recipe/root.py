@@ -48,7 +48,7 @@ class Recipe(Section):
         if self.model.fusion is not None and len(modalities) == 1:
             yield Problem("model.fusion", "is not used: data.modalities has only one modality; drop it")
         yield from self._fusion_problems()
-        counts = [len(m.bands) if m.bands else None for m in modalities.values()]
+        counts = [m.count for m in modalities.values()]
         as_published = None not in counts and sum(filter(None, counts)) == 3
         if self.model.encoder.input and as_published:
             yield Problem(
@@ -106,7 +106,7 @@ class Recipe(Section):
             if name not in self.data.modalities:
                 yield Problem(place, f"is not one of data.modalities; {nearest(name, self.data.modalities)}")
                 continue
-            bands = self.data.modalities[name].bands
+            count = self.data.modalities[name].count
             for key, value in (("saturation", radiometry.saturation), ("hue", radiometry.hue)):
-                if value and bands and len(bands) != 3:
-                    yield Problem(f"{place}.{key}", f"= {value} needs 3 bands, but {name} has {len(bands)}; drop it")
+                if value and count not in (None, 3):
+                    yield Problem(f"{place}.{key}", f"= {value} needs 3 bands, but {name} has {count}; drop it")

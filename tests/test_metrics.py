@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import cohen_kappa_score, confusion_matrix, jaccard_score, precision_recall_fscore_support
 
 from vfmseg.errors import DataError
-from vfmseg.metrics import IGNORE, Confusion
+from vfmseg.metrics import IGNORE, Confusion, comparable, mean_text
 
 NAMES = ("land", "water", "road", "roof")
 
@@ -108,6 +108,26 @@ def test_a_class_true_but_never_predicted_counts_as_zero() -> None:
     scores = from_matrix([[6, 0], [2, 0]]).scores(("land", "water"))
     assert scores["classes"]["water"] == {"iou": 0.0, "f1": 0.0, "precision": None, "recall": 0.0, "support": 2}
     assert scores["miou"] == (6 / 8 + 0) / 2
+
+
+@pytest.mark.pitfall("C3")
+def test_clutter_in_the_mean_outside_of_it_and_ignored_are_three_scores() -> None:
+    """Outside of the mean it still is in the matrix: what is taken for clutter is an error of its class."""
+    names, matrix = ("road", "roof", "clutter"), [[80, 10, 10], [0, 50, 0], [20, 0, 5]]
+    inside = from_matrix(matrix).scores(names)
+    outside = from_matrix(matrix).scores(names, outside=["clutter"])
+    ignored = from_matrix([row[:2] for row in matrix[:2]]).scores(names[:2])
+    road, roof, clutter = 80 / 120, 50 / 60, 5 / 35
+    assert inside["miou"] == pytest.approx((road + roof + clutter) / 3)
+    assert outside["miou"] == pytest.approx((road + roof) / 2)
+    assert ignored["miou"] == pytest.approx((80 / 90 + roof) / 2)
+    assert [round(one["overall_accuracy"], 4) for one in (inside, outside, ignored)] == [0.7714, 0.7714, 0.9286]
+    assert (outside["classes_in_mean"], outside["outside_mean"]) == (2, ["clutter"])
+    assert outside["classes"]["clutter"]["iou"] == clutter
+    assert mean_text(outside) == "0.750 over 2 of 3 classes (clutter outside)"
+    assert comparable(outside) == pytest.approx((road + roof) / 2)
+    absent = from_matrix([[3, 0, 0], [0, 0, 0], [1, 0, 2]]).scores(names, outside=["clutter"])
+    assert mean_text(absent) == "0.750 over 1 of 3 classes (no roof; clutter outside)"
 
 
 @pytest.mark.pitfall("P44")

@@ -121,7 +121,8 @@ class Segmenter(Labeller):
         # the tile of the training, unless it is asked for: what is in a tile changes what the model says
         how = settled(recipe.predict, {"tile": recipe.predict.tile or self.how.tile})
         confusion = self.score(scenes, how, progress)
-        return confusion.scores([self.classes[i] for i in self.ids]) | {"split": split, "scenes": len(scenes)}
+        outside = [spec.name for spec in recipe.data.classes.values() if not spec.in_mean]
+        return confusion.scores([self.classes[i] for i in self.ids], outside) | {"split": split, "scenes": len(scenes)}
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write this segmenter to another folder, complete: what `from_pretrained` reads and a hub can hold.

@@ -74,6 +74,7 @@ def validation_of(recipe: Recipe, model: nn.Module, scenes: Sequence[Scene] | No
         [recipe.data.classes[i].name for i in sorted(recipe.data.classes)],
         recipe.train.batch_size,
         rule_of(recipe),
+        outside=[spec.name for spec in recipe.data.classes.values() if not spec.in_mean],
     )
 
 

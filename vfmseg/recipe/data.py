@@ -15,7 +15,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from vfmseg.errors import nearest, show
-from vfmseg.recipe.base import Name, Number, Problem, Section, Whole
+from vfmseg.recipe.base import Flag, Name, Number, Problem, Section, Whole
 from vfmseg.recipe.splits import SOURCE_KEYS, FileSource, Source, same_scenes
 
 Color = tuple[
@@ -59,6 +59,8 @@ class ClassSpec(Section):
         PALETTE[0]
     )
     """Red, green, blue, 0-255; left out: taken from a palette."""
+    in_mean: Flag = True
+    """False: learned and counted as a class, but not in the mean IoU, such as "clutter" of published protocols."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -188,6 +190,8 @@ class DataSection(Section):
                 f"= {self.ignore_index} must not be a class id ({ids}); "
                 f"try {255 if 255 not in self.classes else max(self.classes) + 1}, or drop the class",
             )
+        if not any(spec.in_mean for spec in self.classes.values()):
+            yield Problem("classes", "has no class in the mean IoU; leave in_mean out of some")
         names: dict[str, int] = {}
         for number, spec in self.classes.items():
             if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in spec.name):  # no map file could carry it

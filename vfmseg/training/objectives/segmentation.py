@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,13 +88,14 @@ class Validation:
     names: Sequence[str]  # of the classes, in index order
     batch_size: int
     rule: Known
+    outside: Collection[str] = ()  # names of classes that do not count in the mean IoU
 
     def __call__(self, accelerator: Accelerator) -> Score:
         """`values` as `Confusion.scores` gives them, `best` the mean IoU of the classes that have labels."""
         if self.windows is None:
             return Score(None, {})
         confusion = score_windows(accelerator, self.model, self.windows, len(self.names), self.batch_size, self.rule)
-        found = confusion.scores(self.names)
+        found = confusion.scores(self.names, self.outside)
         return Score(comparable(found), found)
 
 

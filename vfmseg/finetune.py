@@ -82,7 +82,8 @@ def _train(
     model = build_model(recipe, inputs)
     say(_parameter_lines(model))
     step, sources = Step(model, objectives_of(recipe)), sources_of(recipe, scenes["train"], inputs)
-    loop = Loop(accelerator, step, sources, schedule_of(recipe), validation_of(recipe, model, scenes.get("val")))
+    validation = validation_of(recipe, model, scenes.get("val"), inputs)
+    loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
     origin = Origin(
         what_decides(recipe), model.backbone.base.sha256, noted(inputs), accelerator.num_processes, traces.found
     )

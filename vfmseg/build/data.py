@@ -6,13 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from vfmseg.build.model import normalized_by, published_in_image_units, rule_of
-from vfmseg.build.remarks import tell_absent, tell_implausible, tell_notes, tell_shared_ground, tell_survey
+from vfmseg.build.remarks import (
+    tell_absent,
+    tell_implausible,
+    tell_missing,
+    tell_notes,
+    tell_shared_ground,
+    tell_survey,
+)
 from vfmseg.data.checks import disjoint, require_labels
 from vfmseg.data.from_datasets import scenes_from_dataset
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.inputs import Input, Inputs
-from vfmseg.data.scene import Scene
+from vfmseg.data.scene import Scene, speakers
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.survey import survey
 from vfmseg.data.traces import Traces
@@ -62,11 +69,12 @@ def open_split(
     if source is None:
         raise RecipeError(f"{recipe.name}: data.{split} is not in the recipe; add it, or choose another split")
     bands, labels = bands_of(recipe, trained), label_map_of(recipe)
+    optional = [name for name, modality in recipe.data.modalities.items() if modality.optional]
     if source.kind == "files":
-        scenes = scenes_from_files(source.images, source.labels, bands, labels, f"data.{split}")
+        scenes = scenes_from_files(source.images, source.labels, bands, labels, f"data.{split}", optional)
     elif source.kind == "table":
         scenes = scenes_from_table(
-            source.table, source.split, source.split_column, source.images, source.labels, bands, labels
+            source.table, source.split, source.split_column, source.images, source.labels, bands, labels, optional
         )
     else:
         scenes = scenes_from_dataset(
@@ -78,6 +86,7 @@ def open_split(
             labels,
             config=source.config,
             revision=source.revision,
+            optional=optional,
         )
     said = said_by(scenes) if like is None else like
     for scene in scenes:
@@ -95,12 +104,15 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, lis
     `traces` is told of all of them.
     """
     splits = {"train": open_split(recipe, "train")}
+    _require_each(recipe, splits["train"])
     like = said_by(splits["train"])
     splits |= {name: open_split(recipe, name, like) for name in ("val", "test") if getattr(recipe.data, name)}
     disjoint(splits)
     tell_shared_ground(splits)
     for name, scenes in splits.items():
-        _check_alike([splits["train"][0], *scenes], name)
+        tell_missing(recipe, name, scenes)
+        if name != "train":
+            _check_alike([*splits["train"], *scenes], name)
     training: dict[str, list[Scene]] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
@@ -115,7 +127,10 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, lis
 
 def inputs_of(recipe: Recipe, train: Sequence[Scene]) -> Inputs:
     """What the model will take, as the training scenes are: bands, stored types, and mean and std of each modality."""
-    counts, dtypes, said = train[0].bands(), train[0].dtypes(), said_by(train)
+    first, said = speakers(train), said_by(train)
+    counts = {name: first[name].bands()[name] for name in recipe.data.modalities}
+    dtypes = {name: first[name].dtypes()[name] for name in recipe.data.modalities}
+    met_without = recipe.train.dropout_of(recipe.data.modalities)
     chosen = {
         name: normalized_by(recipe, name, counts[name], dtypes[name], not any(band.scaled for band in said[name]))
         for name in counts
@@ -135,18 +150,33 @@ def inputs_of(recipe: Recipe, train: Sequence[Scene]) -> Inputs:
             dtypes[name],
             chosen[name],
             *(statistics[name] if chosen[name] == "dataset" else published_in_image_units(recipe)),
+            optional=recipe.data.modalities[name].optional or name in met_without,
         )
         for name, bands in bands_of(recipe).items()
     )
 
 
+def _require_each(recipe: Recipe, train: Sequence[Scene]) -> None:
+    """DataError if no training scene has some modality."""
+    there = speakers(train)
+    for name in recipe.data.modalities:
+        if name not in there:
+            raise DataError(
+                f"data.modalities.{name}: no scene of data.train has it; expected some, as nothing can be learned of it "
+                f"otherwise: name its images in data.train, or drop the modality"
+            )
+
+
 def _first_said(scenes: Sequence[Scene]) -> dict[str, tuple[BandSaid, ...]]:
-    """{modality: what the first scene that names its bands says of them, else the first one}."""
-    found = dict(scenes[0].said())
-    for name, bands in found.items():
-        told = (bands, *(scene.said()[name] for scene in scenes[1:]))
-        found[name] = next((said for said in told if numbers_by_name(said, said) is not None), bands)
-    return found
+    """{modality: what the first scene that names its bands says of them, else the first one that has it}."""
+    told: dict[str, list[tuple[BandSaid, ...]]] = {}
+    for scene in scenes:
+        for name, bands in scene.said().items():
+            told.setdefault(name, []).append(bands)
+    return {
+        name: next((said for said in found if numbers_by_name(said, said) is not None), found[0])
+        for name, found in told.items()
+    }
 
 
 def said_by(scenes: Sequence[Scene]) -> dict[str, tuple[BandSaid, ...]]:
@@ -202,14 +232,17 @@ def value_ranges(inputs: Inputs) -> dict[str, float]:
 
 
 def _check_alike(scenes: Sequence[Scene], split: str) -> None:
-    first = scenes[0]
+    """DataError unless a modality has the same bands and types in all scenes that have it."""
+    first = speakers(scenes)
     for scene in scenes:
-        for what, found, expected in (
-            ("bands", scene.bands(), first.bands()),
-            ("stored types", scene.dtypes(), first.dtypes()),
-        ):
-            if found != expected:
-                raise DataError(
-                    f"data.{split}: {scene.name} has {what} {found}, but {first.name} has {expected}; choose the same "
-                    "bands with data.modalities.NAME.bands, or convert the files to one type"
-                )
+        for name in scene.bands():
+            other = first[name]
+            for what, found, expected in (
+                ("bands", scene.bands(), other.bands()),
+                ("stored types", scene.dtypes(), other.dtypes()),
+            ):
+                if found[name] != expected[name]:
+                    raise DataError(
+                        f"data.{split}: {scene.name} has {what} {found}, but {other.name} has {expected}; choose the "
+                        "same bands with data.modalities.NAME.bands, or convert the files to one type"
+                    )

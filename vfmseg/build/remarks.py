@@ -58,6 +58,14 @@ def tell_absent(recipe: Recipe, split: str, counts: Mapping[int, int], pixels: i
     say_once(f"data.{split}: no pixel of class {', '.join(absent)}, {follows}; {remedy}")
 
 
+def tell_missing(recipe: Recipe, split: str, scenes: Sequence[Scene]) -> None:
+    """Say how many scenes of a split have each optional modality."""
+    for name, modality in recipe.data.modalities.items():
+        found = sum(name in scene.bands() for scene in scenes)
+        if modality.optional:
+            say_once(f"data.{split}: {found} of {len(scenes)} scenes have {name}, which is optional")
+
+
 def tell_survey(split: str, found: Survey, classes: Sequence[str]) -> None:
     """Say what is hidden and by what, which classes that takes, and which numbers look like a filling."""
     for name, hidden in found.hidden.items():

@@ -12,7 +12,7 @@ from vfmseg.build.data import value_ranges
 from vfmseg.build.model import rule_of
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
-from vfmseg.data.inputs import Inputs
+from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.scene import Scene
 from vfmseg.recipe import Recipe, dump_recipe
 from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
@@ -39,7 +39,17 @@ def sources_of(recipe: Recipe, scenes: Sequence[Scene], inputs: Inputs) -> dict[
         value_range=value_ranges(inputs),
     )
     data = recipe.data
-    return {"train": TrainingWindows(scenes, data.tile, recipe.seed, augment, rule_of(recipe), data.samples_per_epoch)}
+    windows = TrainingWindows(
+        scenes,
+        data.tile,
+        recipe.seed,
+        augment,
+        rule_of(recipe),
+        data.samples_per_epoch,
+        bands_in(inputs),
+        recipe.train.dropout_of(data.modalities),
+    )
+    return {"train": windows}
 
 
 def segmentation_of(recipe: Recipe) -> Segmentation:
@@ -64,13 +74,13 @@ def objectives_of(recipe: Recipe) -> dict[str, Objective]:
     return {recipe.train.objective: OBJECTIVES[recipe.train.objective](recipe)}
 
 
-def validation_of(recipe: Recipe, model: nn.Module, scenes: Sequence[Scene] | None) -> Validation:
+def validation_of(recipe: Recipe, model: nn.Module, scenes: Sequence[Scene] | None, inputs: Inputs) -> Validation:
     """Scores of the model on all windows of the validation scenes; without any it is said what that means."""
     if scenes is None:
         say("no validation split: the last epoch is kept as best; add data.val to choose on unseen scenes")
     return Validation(
         model,
-        None if scenes is None else CoverWindows(scenes, recipe.data.tile),
+        None if scenes is None else CoverWindows(scenes, recipe.data.tile, bands_in(inputs)),
         [recipe.data.classes[i].name for i in sorted(recipe.data.classes)],
         recipe.train.batch_size,
         rule_of(recipe),

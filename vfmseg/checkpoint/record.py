@@ -51,7 +51,8 @@ def _input(path: Path, name: str, entry: Any, recipe: Recipe) -> Input:
         statistics = published_in_image_units(recipe)
     elif statistics is None:
         raise _wrong(path, f"{place}.statistics", None, "mean and std of each band")
-    return Input(name, replace(bands_of(recipe)[name], like=said), count, dtype, whose, *statistics)
+    optional = modality.optional or name in recipe.train.dropout_of(recipe.data.modalities)
+    return Input(name, replace(bands_of(recipe)[name], like=said), count, dtype, whose, *statistics, optional)
 
 
 def input_entry(one: Input) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Rows:
                 self._kinds[column] = _array_type(feature, f"{place}: {role}: column {column!r}")
         encoded = [column for column, kind in self._kinds.items() if kind is None]
         arrays = [column for column, kind in self._kinds.items() if kind is not None]
+        self._cells = data.with_format("arrow")
         self._encoded = data.select_columns(encoded) if encoded else None
         self._arrays = data.select_columns(arrays).with_format("numpy") if arrays else None
         self._length = len(data)
@@ -68,6 +69,10 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": (-1, {})}
+
+    def is_null(self, row: int, column: str) -> bool:
+        """Whether a cell holds nothing at all."""
+        return bool(self._cells.select_columns([column])[row][column].null_count)
 
     def kept(self, row: int) -> dict[str, Any]:
         """A place to keep what was decoded of the row that was read last."""

@@ -7,7 +7,7 @@ what is asked for: no global random state is read or changed.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import ceil
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vfmseg.data.augment import Augment
+from vfmseg.data.dropout import hide
 from vfmseg.data.image import Image, Known, known
 from vfmseg.data.sample import Sample
 from vfmseg.data.scene import Scene
@@ -41,7 +42,9 @@ class TrainingWindows(Dataset[Sample]):
     A scene of h x w pixels is visited ceil(h / tile) * ceil(w / tile) times an epoch, each time anywhere in it; with
     `samples_per_epoch` scenes keep these shares on average. Window and augmentation follow from
     (seed, epoch, index). Scenes smaller than a tile are filled up with invalid, unlabelled pixels. `rule`: where
-    several modalities have an answer; a window without any labelled pixel there is drawn again.
+    several modalities have an answer; a window without any labelled pixel there is drawn again. `bands` {modality:
+    number}: what every sample has; of one that its scene lacks nothing is valid. `dropout` {modality: how often it is
+    hidden}, see `hide`.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class TrainingWindows(Dataset[Sample]):
         augment: Augment | None,
         rule: Known,
         samples_per_epoch: int | None = None,
+        bands: Mapping[str, int] | None = None,
+        dropout: Mapping[str, float] | None = None,
     ) -> None:
         if not scenes:
             raise DataError("there are no training scenes; expected at least one")
@@ -60,6 +65,8 @@ class TrainingWindows(Dataset[Sample]):
         self.seed = seed
         self.augment = augment
         self.rule = rule
+        self.bands = bands
+        self.dropout = dropout
         grids = [scene.grid for scene in self.scenes]
         widest = max(side for grid in grids for side in (grid.height, grid.width))
         if tile > SMALL_TILE and tile >= 2 * widest:
@@ -80,17 +87,19 @@ class TrainingWindows(Dataset[Sample]):
         return self._length
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """Read, augment and return one window; the labels of a filler are all IGNORE."""
+        """Read, augment and return one window, maybe without some modality; the labels of a filler are all IGNORE."""
         scene = self.scenes[bisect_right(self._ends, self._slot(draw))]
         draws = rng(Purpose.WINDOW, self.seed, draw.epoch, draw.index)
         chips, labels = self._learnable(scene, draws)
-        sample = to_sample(chips, labels)
+        sample = to_sample(chips, labels, self.bands)
         if draw.filler:
             return Sample(sample.images, torch.full((self.tile, self.tile), IGNORE))
-        if self.augment is None:
-            return sample
-        stream = rng(Purpose.AUGMENT, self.seed, draw.epoch, draw.index)
-        return self.augment(sample, int(stream.integers(2**63)))
+        if self.augment is not None:
+            stream = rng(Purpose.AUGMENT, self.seed, draw.epoch, draw.index)
+            sample = self.augment(sample, int(stream.integers(2**63)))
+        if self.dropout:
+            sample = hide(sample, self.dropout, rng(Purpose.MODALITY, self.seed, draw.epoch, draw.index))
+        return sample
 
     def _slot(self, draw: Draw) -> int:
         """The place in the list of visits that this draw stands for."""
@@ -122,11 +131,12 @@ class CoverWindows(Dataset[Sample]):
     """Every pixel of every scene exactly once, for scores: tiles in a fixed order, never augmented.
 
     Tiles are whole, so the last ones of a row or column overlap the one before; labels are kept in the tile's core
-    only and are IGNORE elsewhere, so that no pixel counts twice.
+    only and are IGNORE elsewhere, so that no pixel counts twice. `bands` as in `TrainingWindows`.
     """
 
-    def __init__(self, scenes: Sequence[Scene], tile: int) -> None:
+    def __init__(self, scenes: Sequence[Scene], tile: int, bands: Mapping[str, int] | None = None) -> None:
         self.scenes = list(scenes)
+        self.bands = bands
         self._tiles = [cut(scene.grid.height, scene.grid.width, tile) for scene in self.scenes]
         self._ends = list(accumulate(map(len, self._tiles)))
 
@@ -148,7 +158,7 @@ class CoverWindows(Dataset[Sample]):
         both = window.shared(core)
         if both is not None:
             labels[both[0]] = scene.read_labels(core)
-        return to_sample(scene.read(window), labels)
+        return to_sample(scene.read(window), labels, self.bands)
 
 
 def random_window(grid: Grid, tile: int, draws: np.random.Generator) -> Window:
@@ -158,7 +168,14 @@ def random_window(grid: Grid, tile: int, draws: np.random.Generator) -> Window:
     return Window(row, col, tile, tile)
 
 
-def to_sample(chips: dict[str, Chip], labels: np.ndarray) -> Sample:
-    """Chips of one window as a sample of tensors, with labels int64 (h, w)."""
-    images = {name: Image.of(chip) for name, chip in chips.items()}
+def to_sample(chips: Mapping[str, Chip], labels: np.ndarray, bands: Mapping[str, int] | None = None) -> Sample:
+    """Chips of one window as a sample of tensors, with labels int64 (h, w).
+
+    `bands` {modality: number}: those that a sample has, in this order; left out: those of the chips. One without a chip
+    becomes zeros of which nothing is valid, because all samples of a batch need one layout.
+    """
+    images = {
+        name: Image.of(chips[name]) if name in chips else Image.nothing(count, labels.shape)
+        for name, count in (bands or {name: len(chip.pixels) for name, chip in chips.items()}).items()
+    }
     return Sample(images, torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)))

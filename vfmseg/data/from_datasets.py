@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vfmseg.geo.validity import Chip, Hidden
 
 
 class DatasetScene:
-    """One row of a published set: an image of each modality and a label map of the same size, without a CRS."""
+    """One row of a published set: images of some modalities and a label map of the same size, without a CRS."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class DatasetScene:
         return {
             name: (BandSaid(scale=1.0 if s.scale is None else s.scale, offset=s.offset or 0.0),)
             * (1 if s.derive else count)
-            for (name, count), s in zip(self.bands().items(), self._settings.values(), strict=True)
+            for name, count, s in ((name, count, self._settings[name]) for name, count in self.bands().items())
         }
 
     def follow(self, said: Mapping[str, Sequence[BandSaid]]) -> None:
@@ -153,12 +153,14 @@ def scenes_from_dataset(
     label_map: LabelMap,
     config: str | None = None,
     revision: str | None = None,
+    optional: Collection[str] = (),
 ) -> list[Any]:
     """One scene for each row of `split` (which may be a part, such as "train[:80%]").
 
     dataset: a folder (written by save_to_disk, of images with a metadata file, or of parquet files), a parquet file,
     or an id on the hub. `images` {modality: column} and `labels` name columns of images or of arrays (H, W) or
-    (H, W, C). Raises DataError if the set cannot be loaded, a column is missing or holds no maps.
+    (H, W, C). A row lacks a modality in `optional` where the cell is null. Raises DataError if the set cannot be loaded,
+    a column is missing or holds no maps.
     """
     parts, known = _load(dataset, config, revision)
     place = f"{dataset} ({split})"
@@ -166,10 +168,14 @@ def scenes_from_dataset(
     scenes: list[DatasetScene] = []
     for part, data, first in chosen:
         rows = Rows(data, place, {**images, "labels": labels})
-        scenes += [
-            DatasetScene(rows, row, f"{known}#{part}#{first + row}", images, labels, bands, label_map)
-            for row in range(len(rows))
-        ]
+        for row in range(len(rows)):
+            there = {m: column for m, column in images.items() if not (m in optional and rows.is_null(row, column))}
+            if not there:
+                raise DataError(
+                    f"{place} row {row}: the cells of all modalities ({', '.join(images)}) are null; expected an image "
+                    "of one of them: leave the row out"
+                )
+            scenes.append(DatasetScene(rows, row, f"{known}#{part}#{first + row}", there, labels, bands, label_map))
     if not scenes:
         raise DataError(f"{place}: the split has no rows; expected at least one")
     return scenes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from vfmseg.data.pairing import find, pair
 from vfmseg.data.raster_scene import RasterScene
@@ -19,16 +19,21 @@ def scenes_from_files(
     bands: Mapping[str, Bands],
     label_map: LabelMap,
     base_place: str,
+    optional: Collection[str] = (),
 ) -> list[Scene]:
     """Scenes of patterns, folders, files or lists of these, paired by name; sorted by name.
 
-    `base_place` is the key of the split in the recipe (data.train), for messages.
+    `base_place` is the key of the split in the recipe (data.train), for messages; `optional`: modalities that a scene
+    may lack.
     """
     found = {name: find(entries, f"{base_place}.{name}") for name, entries in images.items()}
-    pairs = pair(found, find(labels, f"{base_place}.labels"), base_place)
+    pairs = pair(found, find(labels, f"{base_place}.labels"), base_place, optional)
     return [
         RasterScene(
-            p.name, {m: Raster(p.images[m], bands[m]) for m in images}, LabelRaster(p.labels, label_map), many=True
+            p.name,
+            {m: Raster(path, bands[m]) for m, path in p.images.items()},
+            LabelRaster(p.labels, label_map),
+            many=True,
         )
         for p in pairs
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 
@@ -27,11 +27,13 @@ def scenes_from_table(
     labels: str,
     bands: Mapping[str, Bands],
     label_map: LabelMap,
+    optional: Collection[str] = (),
 ) -> list[Scene]:
     """Scenes of the rows of a CSV file whose `split_column` is exactly `split`, in the table's order.
 
     `images` and `labels` name a column that holds paths, or are a template over columns such as
-    "{split}/rgb/{name}.png"; paths are relative to the table's folder.
+    "{split}/rgb/{name}.png"; paths are relative to the table's folder. A scene lacks a modality in `optional` where the
+    cell (or one that its template uses) is empty.
     """
     columns, rows = _read_table(table)
     if split_column not in columns:
@@ -44,7 +46,13 @@ def scenes_from_table(
     seen: dict[tuple[str, ...], int] = {}
     for line, row in chosen:
         place = f"{table} line {line}"
-        paths = {name: _table_path(Path(table), columns, row, how, place) for name, how in images.items()}
+        there = [name for name, how in images.items() if not (name in optional and _is_empty(columns, row, how))]
+        if not there:
+            raise DataError(
+                f"{place}: the cells of all modalities ({', '.join(images)}) are empty; expected an image of one of "
+                "them: fill it in, or remove the row"
+            )
+        paths = {name: _table_path(Path(table), columns, row, images[name], place) for name in there}
         label = _table_path(Path(table), columns, row, labels, place)
         files = (*paths.values(), label)
         if files in seen:
@@ -83,6 +91,12 @@ def _read_table(table: str | Path) -> tuple[list[str], list[tuple[int, dict[str,
             f"{table} line {reader.line_num + 1}: is not a row of a table ({error}); check its quotation marks"
         ) from error
     return columns, rows
+
+
+def _is_empty(columns: Sequence[str], row: Mapping[str, str], how: str) -> bool:
+    """Whether a column, or any that a template uses, holds nothing in a row."""
+    used = [how] if how in columns else [field for _, field, _, _ in Formatter().parse(how) if field in columns]
+    return any(not row[column] for column in used if column is not None)
 
 
 def _table_path(table: Path, columns: Sequence[str], row: Mapping[str, str], how: str, place: str) -> str:

@@ -128,7 +128,7 @@ def hidden_by(scenes: Sequence[RasterScene]) -> dict[str, Hidden]:
 def tell_types(found: Mapping[str, str], trained: Inputs) -> None:
     """Say once where stored types {modality: name} are others than in training: allowed, but seldom meant."""
     for one in trained:
-        if found[one.name] != one.dtype:
+        if found.get(one.name, one.dtype) != one.dtype:
             say_once(
                 f"{one.name}: this scene holds {found[one.name]}, the training scenes {one.dtype}; its values are "
                 "taken as they are, so they must be in the same units"

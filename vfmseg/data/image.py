@@ -46,6 +46,11 @@ class Image:
             torch.from_numpy(np.ascontiguousarray(chip.pixels)), torch.from_numpy(np.ascontiguousarray(chip.valid))
         )
 
+    @classmethod
+    def nothing(cls, bands: int, shape: tuple[int, ...]) -> Image:
+        """An image of (C, h, w) pixels of which nothing is valid, for a modality that is missing."""
+        return cls(torch.zeros(bands, *shape), torch.zeros(shape, dtype=torch.bool))
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Image:
         """An image of both tensors changed alike: moved to a device, turned, stacked."""
         return Image(change(self.pixels), change(self.valid))

@@ -16,7 +16,8 @@ class Input:
     bands: which bands of a file, and how stored numbers become values; `bands.like` is what the training files said of
     them. count: how many the model takes, those that are derived if there are any. dtype: type of the stored numbers in
     training. mean, std: one of `count` each, in image units; by which values are normalised. normalize: whose they are,
-    of the published encoder or of the training split.
+    of the published encoder or of the training split. optional: whether the model has met samples without it in
+    training; not kept, as the recipe tells it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Input:
     normalize: Literal["encoder", "dataset"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    optional: bool = False
 
     @property
     def stored(self) -> int:
@@ -45,3 +47,8 @@ class Input:
 
 Inputs = tuple[Input, ...]
 """All modalities of a model, in the order of the recipe; the first one's grid is that of the labels."""
+
+
+def bands_in(inputs: Inputs) -> dict[str, int]:
+    """{modality: number of its bands}, in the order of the recipe."""
+    return {one.name: one.count for one in inputs}

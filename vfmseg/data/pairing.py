@@ -36,7 +36,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of one scene: {modality: image} and its label."""
+    """The files of one scene: {modality: image}, of those that it has, and its label."""
 
     name: str
     images: dict[str, str]
@@ -135,8 +135,13 @@ def _group(wildcard: str) -> str:
     return {"**": "(.*)", "*": "([^/]*)", "?": "([^/])"}[wildcard]
 
 
-def pair(images: Mapping[str, list[Found]], labels: list[Found], place: str) -> list[Pair]:
-    """One Pair per scene, sorted by name. Raises DataError naming up to five files without a counterpart."""
+def pair(
+    images: Mapping[str, list[Found]], labels: list[Found], place: str, optional: Iterable[str] = ()
+) -> list[Pair]:
+    """One Pair per scene, sorted by name. Raises DataError naming up to five files without a counterpart.
+
+    A scene may lack the modalities in `optional`, but not all that there are; each of their files must have labels.
+    """
     roles = {**images, "labels": labels}
     if all(len(files) == 1 and files[0].literal for files in roles.values()):
         # one file each, named outright: there is nothing to mix up
@@ -144,13 +149,31 @@ def pair(images: Mapping[str, list[Found]], labels: list[Found], place: str) -> 
     by_stem = {role: _index((f.stem, f) for f in files) for role, files in roles.items()}
     by_wild = {role: _index((f.wild, f) for f in files) for role, files in roles.items()}
     for index in (by_stem, by_wild):
-        if _complete(index, roles):
-            return [
-                Pair(name, {m: index[m][name][0].path for m in images}, index["labels"][name][0].path)
+        if _complete(index, roles, optional):
+            pairs = [
+                Pair(
+                    name,
+                    {m: index[m][name][0].path for m in images if name in index[m]},
+                    index["labels"][name][0].path,
+                )
                 for name in sorted(index["labels"])
             ]
-    closest = max((by_stem, by_wild), key=lambda index: len(set.intersection(*(set(i) for i in index.values()))))
-    raise DataError(f"{place}: {_complaint(closest)}")
+            _require_images(pairs, images, place)
+            return pairs
+    closest = max((by_stem, by_wild), key=lambda index: _agreement(index, optional))
+    raise DataError(f"{place}: {_complaint(closest, optional)}")
+
+
+def _require_images(pairs: Sequence[Pair], images: Iterable[str], place: str) -> None:
+    """DataError if a scene has labels and no image at all."""
+    bare = [pair.labels for pair in pairs if not pair.images]
+    if bare:
+        more = f" and {len(bare) - 5} more" if len(bare) > 5 else ""
+        raise DataError(
+            f"{place}: {len(bare)} of labels without a file of the same name in any of {', '.join(images)}: "
+            f"{', '.join(bare[:5])}{more}; modalities may be optional, but a scene needs one of them: add an image, or "
+            "remove the labels"
+        )
 
 
 def _index(named: Iterable[tuple[str, Found]]) -> dict[str, list[Found]]:
@@ -160,13 +183,24 @@ def _index(named: Iterable[tuple[str, Found]]) -> dict[str, list[Found]]:
     return index
 
 
-def _complete(index: Mapping[str, dict[str, list[Found]]], roles: Mapping[str, list[Found]]) -> bool:
-    """Every role has the same names, each once."""
+def _complete(
+    index: Mapping[str, dict[str, list[Found]]], roles: Mapping[str, list[Found]], optional: Iterable[str]
+) -> bool:
+    """Every role has the same names, each once; one in `optional` some of them."""
     names = set(index["labels"])
-    return all(set(index[role]) == names and len(names) == len(files) for role, files in roles.items())
+    return all(
+        len(index[role]) == len(files) and (set(index[role]) <= names if role in optional else set(index[role]) == names)
+        for role, files in roles.items()
+    )
 
 
-def _complaint(index: Mapping[str, dict[str, list[Found]]]) -> str:
+def _agreement(index: Mapping[str, dict[str, list[Found]]], optional: Iterable[str]) -> int:
+    """How many names the roles share: those that all have, and for each in `optional` those that the labels have."""
+    shared = len(set.intersection(*(set(files) for role, files in index.items() if role not in optional)))
+    return shared + sum(len(set(index[role]) & set(index["labels"])) for role in index if role in optional)
+
+
+def _complaint(index: Mapping[str, dict[str, list[Found]]], optional: Iterable[str]) -> str:
     for role, files in index.items():
         for name, same in files.items():
             if len(same) > 1:
@@ -177,6 +211,8 @@ def _complaint(index: Mapping[str, dict[str, list[Found]]]) -> str:
     complaints = []
     for role, files in index.items():
         for other, others in index.items():
+            if other in optional or (role in optional and other != "labels"):
+                continue  # a scene may lack it; and whatever has labels has the others, or these are told
             lone = [files[name][0].path for name in sorted(set(files) - set(others))]
             if lone:
                 more = f" and {len(lone) - 5} more" if len(lone) > 5 else ""

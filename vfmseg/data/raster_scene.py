@@ -1,4 +1,4 @@
-"""A scene of raster files or arrays: the modalities of one place on the grid of the first, with labels or without."""
+"""A scene of raster files or arrays: modalities of one place on the grid of the first, with labels or without."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vfmseg.terminal import say_once
 
 
 class RasterScene:
-    """One raster a modality, all on the grid of the first one; a raster with labels lies on it as well.
+    """One raster for each modality that there is, all on the grid of the first one; labels lie on it as well.
 
     A further modality that lies on another grid (pixel size, CRS or extent) is resampled to it as it is read, and is
     invalid where it does not cover it; arrays must have its size, and labels are never resampled. DataError if the

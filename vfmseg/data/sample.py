@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,31 +17,45 @@ from vfmseg.geo.classes import IGNORE
 class Sample:
     """One window: images of (C, h, w) pixels, and labels int64 (h, w), class indexes 0..K-1 or IGNORE.
 
-    labels None: an unlabelled window, which only objectives without labels can learn from.
+    labels None: an unlabelled window, which only objectives without labels can learn from. hidden: modalities that the
+    model shall not see (`train.modality_dropout`); their images are kept whole, as who learns from the model that sees
+    everything needs them.
     """
 
     images: dict[str, Image]
     labels: Tensor | None
+    hidden: frozenset[str] = frozenset()
 
 
 @dataclass
 class Batch:
-    """Stacked samples: images of (B, C, h, w) pixels, labels (B, h, w) or None."""
+    """Stacked samples: images of (B, C, h, w) pixels, labels (B, h, w) or None.
+
+    hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any.
+    """
 
     images: dict[str, Image]
     labels: Tensor | None
+    hidden: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())).valid)
 
+    def shown(self) -> dict[str, Image]:
+        """What the model shall see: `images`, in which hidden ones are zero and nowhere valid."""
+        return {
+            name: _without(image, self.hidden[name]) if name in self.hidden else image
+            for name, image in self.images.items()
+        }
+
     def targets(self, rule: Known) -> Tensor:
-        """Labels int64 (B, h, w) to learn from and to score: IGNORE wherever the modalities have no answer.
+        """Labels int64 (B, h, w) to learn from and to score: IGNORE wherever what is shown has no answer.
 
         The map has no label there either, so nodata reaches neither a loss nor a metric.
         """
         if self.labels is None:
             raise DataError("this batch has no labels to learn from; expected labelled scenes")
-        return torch.where(known(self.images, rule), self.labels, IGNORE)
+        return torch.where(known(self.shown(), rule), self.labels, IGNORE)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (from pinned memory the copy runs beside the host)."""
@@ -53,7 +67,13 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         images = {name: image.each(change) for name, image in self.images.items()}
-        return Batch(images, None if self.labels is None else change(self.labels))
+        hidden = {name: change(rows) for name, rows in self.hidden.items()}
+        return Batch(images, None if self.labels is None else change(self.labels), hidden)
+
+
+def _without(image: Image, rows: Tensor) -> Image:
+    """An image of (B, C, h, w) pixels that is zero and nowhere valid in the samples where `rows`, bool (B,), is True."""
+    return Image(torch.where(rows[:, None, None, None], 0.0, image.pixels), image.valid & ~rows[:, None, None])
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -77,6 +97,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
             for name in samples[0].images
         },
         labels=torch.stack(labels) if labels else None,
+        hidden={
+            name: torch.tensor([name in sample.hidden for sample in samples])
+            for name in samples[0].images
+            if any(name in sample.hidden for sample in samples)
+        },
     )
 
 

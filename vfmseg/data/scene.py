@@ -13,7 +13,7 @@ from vfmseg.geo.validity import Chip, Hidden
 
 
 class Scene(Protocol):
-    """One place: the images of its modalities on one grid, and labels.
+    """One place: the images of its modalities on one grid, and labels. It may lack some modalities, but has one.
 
     `RasterScene` is one in files or arrays, `DatasetScene` one row of a published set.
     """
@@ -32,12 +32,12 @@ class Scene(Protocol):
     def files(self) -> tuple[str, ...]:
         """Where it comes from: full paths, or rows of a published set. Two scenes that share one are the same place.
 
-        Files of further modalities are not among them: one elevation model may lie under all scenes.
+        Files of modalities beside its first one are not among them: one elevation model may lie under all scenes.
         """
         ...
 
     def read(self, window: Window) -> dict[str, Chip]:
-        """{modality: pixels (C, h, w) and valid (h, w)}; beyond the edge everything is invalid."""
+        """{modality it has: pixels (C, h, w) and valid (h, w)}; beyond the edge everything is invalid."""
         ...
 
     def read_labels(self, window: Window) -> np.ndarray:
@@ -71,3 +71,12 @@ class Scene(Protocol):
     def traces(self) -> dict[str, tuple[str, str]]:
         """{modality, or "labels": its name and a cheap digest}; that of labels is made where they are read."""
         ...
+
+
+def speakers(scenes: Sequence[Scene]) -> dict[str, Scene]:
+    """{modality: the first of the scenes that has it}, which speaks for all of them."""
+    found: dict[str, Scene] = {}
+    for scene in scenes:
+        for name in scene.bands():
+            found.setdefault(name, scene)
+    return found

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     SCENE = 2
     WINDOW = 3
     AUGMENT = 4
+    MODALITY = 5
 
 
 @dataclass(frozen=True, slots=True)

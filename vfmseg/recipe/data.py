@@ -90,6 +90,8 @@ class ModalitySection(Section):
     """Metres to each side whose mean `height_above_local` is measured from (at most 256 pixels); left out: 100."""
     pixel_size: Annotated[Number | None, Field(gt=0, le=1e6, examples=[10])] = None
     """Metres of a pixel for `derive`, where files (or arrays) have no CRS; left out: their coordinates are metres."""
+    optional: Flag = False
+    """A scene may lack it, in training and in prediction."""
 
     @property
     def count(self) -> int | None:
@@ -124,7 +126,10 @@ class ModalitySection(Section):
 
 
 class DataSection(Section):
-    """Classes, modalities and splits. Every split names one entry per modality, and the labels."""
+    """Classes, modalities and splits. Every split names the labels, and an entry for each modality.
+
+    The entry of an optional modality may be left out.
+    """
 
     classes: Annotated[
         dict[ClassId, ClassSpec],
@@ -175,7 +180,9 @@ class DataSection(Section):
     def _order_modalities(cls, source: Source | None, info: Info) -> Source | None:
         """Images in the order of `modalities`, so that the order inside a source means nothing."""
         order = list(info.data.get("modalities", ()))
-        return source.in_order(order) if source and set(order) == set(source.images) else source
+        if source is None or not set(source.images) <= set(order):
+            return source
+        return source.in_order([name for name in order if name in source.images])
 
     def _problems(self) -> Iterator[Problem]:
         yield from self._class_problems()
@@ -222,8 +229,8 @@ class DataSection(Section):
                     keys = difflib.get_close_matches(name, SOURCE_KEYS, n=1)
                     remedy = nearest(name, [*self.modalities, *keys])
                     yield Problem(f"{split}.{name}", f"is not one of data.modalities; {remedy}")
-            for name in self.modalities:
-                if name not in source.images:
+            for name, modality in self.modalities.items():
+                if name not in source.images and not modality.optional:
                     yield Problem(f"{split}.{name}", f"is missing; say where the images of modality {name} are")
 
     def _leaks(self) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from vfmseg.errors import nearest
+from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Name, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import DataSection
 from vfmseg.recipe.fusion import AttentionFusion, DecisionFusion, StackFusion
@@ -68,6 +68,29 @@ class Recipe(Section):
                 ids = ", ".join(map(str, self.data.classes))
                 yield Problem(f"train.class_weights.{number}", f"is not a class id; data.classes has {ids}")
         yield from self._radiometry_problems()
+        yield from self._absence_problems()
+
+    def _absence_problems(self) -> Iterator[Problem]:
+        """Modalities that may be missing or are hidden at random need a fusion that answers without them."""
+        modalities, dropout = self.data.modalities, self.train.modality_dropout
+        for name in dropout if isinstance(dropout, dict) else ():
+            if name not in modalities:
+                place = f"train.modality_dropout.{name}"
+                yield Problem(place, f"is not one of data.modalities; {nearest(name, modalities)}")
+        if self.model.fusion is not None and self.model.fusion.name != "stack":
+            return
+        if len(modalities) == 1:
+            reason = "there is only one modality, and no answer without it; drop this key"
+        else:
+            reason = (
+                "model.fusion = stack puts all modalities into one image, in which none may be missing; choose a "
+                "fusion that joins the features of those that are there (linear, gated, ...), or drop this key"
+            )
+        for name, modality in modalities.items():
+            if modality.optional:
+                yield Problem(f"data.modalities.{name}.optional", f"= true: {reason}")
+        if self.train.dropout_of(modalities):
+            yield Problem("train.modality_dropout", f"= {show(dropout)}: {reason}")
 
     def _fusion_problems(self) -> Iterator[Problem]:
         """Modalities that the model section names, and whether they are there."""

@@ -67,7 +67,7 @@ class _AnySource(Section):
         return dict(self.__pydantic_extra__ or {})
 
     def in_order(self, modalities: Sequence[str]) -> Any:
-        """The same source with its modalities in this order (all of them, no others)."""
+        """The same source with its modalities in this order (all that it names, no others)."""
         own = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self).model_validate(own | {name: self.images[name] for name in modalities})
 

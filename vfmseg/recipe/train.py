@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from vfmseg.recipe.base import Flag, Number, Problem, Section, Whole
 from vfmseg.recipe.data import ClassId
@@ -22,6 +22,27 @@ def _list_losses(schema: dict[str, Any]) -> None:
     schema.pop("propertyNames", None)
     schema["properties"] = {name: dict(weight) for name in get_args(LossName)}
     schema["additionalProperties"] = False
+
+
+def _chance_or_chances(value: Any) -> Any:
+    """A number, or {modality: number}; each at least 0 and below 1."""
+    chances = list(value.values()) if isinstance(value, Mapping) else [value]
+    if not chances or not all(_is_chance(chance) for chance in chances):
+        raise ValueError("must be a number of at least 0 and below 1, or one for each modality, such as {sar: 0.3}")
+    return {str(name): float(chance) for name, chance in value.items()} if isinstance(value, Mapping) else float(value)
+
+
+def _is_chance(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
+_CHANCE = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+# A plain union would report "no number" and "no mapping" as two errors; one check says it in one line.
+Chances = Annotated[
+    float | dict[str, float],
+    BeforeValidator(_chance_or_chances),
+    WithJsonSchema({"anyOf": [_CHANCE, {"type": "object", "additionalProperties": _CHANCE, "minProperties": 1}]}),
+]
 
 
 class OptimizerSection(Section):
@@ -91,6 +112,8 @@ class TrainSection(Section):
     """Less memory for more time in the encoder."""
     track: Literal["none", "tensorboard"] = "none"
     """Curves beside metrics.jsonl; tensorboard: in output_dir/tensorboard, needs pip install 'vfmseg[track]'."""
+    modality_dropout: Annotated[Chances, Field(examples=[0.3, {"sar": 0.3}])] = 0.0
+    """How often a modality is hidden from a training window, never all at once; one number, or {modality: number}."""
     optimizer: OptimizerSection = OptimizerSection()
     augment: AugmentSection = AugmentSection()
 
@@ -101,6 +124,12 @@ class TrainSection(Section):
             return value
         loss = value.get("loss")
         return {**value, "focal_gamma": 2.0} if isinstance(loss, Mapping) and "focal" in loss else value
+
+    def dropout_of(self, modalities: Iterable[str]) -> dict[str, float]:
+        """{modality: how often it is hidden} of those that ever are."""
+        given = self.modality_dropout
+        chances = given if isinstance(given, dict) else dict.fromkeys(modalities, given)
+        return {name: chances[name] for name in modalities if chances.get(name, 0.0) > 0}
 
     def _problems(self) -> Iterator[Problem]:
         if self.focal_gamma is not None and "focal" not in self.loss:

@@ -56,9 +56,9 @@ class Segmentation(nn.Module):
         """Run the model once and return the sum of each loss."""
         added: dict[str, Tensor] = {}
         if self.fusion_weight is None:
-            logits = model(batch.images)  # (B, K, H, W)
+            logits = model(batch.shown())  # (B, K, H, W)
         else:
-            logits, added = cast("Network", model).answer(batch.images)
+            logits, added = cast("Network", model).answer(batch.shown())
         # half precision ends here, once, so that the gradients of several losses are added up in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets(self.rule)

@@ -25,6 +25,7 @@ from vfmseg.disk.digests import signed
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Window
 from vfmseg.inference.contracts import Area, Tiles
+from vfmseg.recipe import Recipe
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -125,6 +126,41 @@ def recipe_dict(data: Path, encoder: Path | None, output: Path, family: str = "d
         "train": {"epochs": 2, "batch_size": 4, "optimizer": {"lr": 0.01}},
         "output_dir": str(output),
     }
+
+
+def two_sensors(place: Path, split: str, has: dict[str, str]) -> None:
+    """Toy scenes of a split in folders rgb, sar and labels; has {name: its modalities, such as "rgb sar" or "sar"}."""
+    for number, (name, modalities) in enumerate(has.items()):
+        image, labels = toy_scene(len(split) * 100 + number, 48, 56)
+        arrays = {"rgb": image, "sar": (image[:1] / 255 * 20 - 25).astype(np.float32)}
+        for modality in modalities.split():
+            write_raster(place / split / modality / f"{name}.tif", arrays[modality])
+        write_raster(place / split / "labels" / f"{name}.tif", labels)
+
+
+def sensor_content(place: Path, **changes: object) -> dict:  # type: ignore[type-arg]
+    """A recipe for `two_sensors`, in which either may be missing; changes such as data__tile=32."""
+    encoder = place / "encoder"
+    made = recipe_dict(place, encoder if encoder.exists() else None, place / "run")
+    for split in ("train", "val", "test"):
+        made["data"][split] = {name: f"{place}/{split}/{name}/*.tif" for name in ("rgb", "sar", "labels")}
+    made["data"]["modalities"] = {"rgb": {"optional": True}, "sar": {"optional": True}}
+    made["data"]["tile"] = 24
+    made["model"]["fusion"] = {"name": "linear"}
+    for key, value in changes.items():
+        section, _, last = key.rpartition("__")
+        at = made
+        for step in section.split("__") if section else ():
+            at = at[step]
+        at[last] = value
+    return made
+
+
+def sensor_recipe(place: Path, **changes: object) -> Recipe:
+    """The recipe of `sensor_content`, checked."""
+    from vfmseg.recipe import load_recipe
+
+    return load_recipe(write_recipe(place / "recipe.yaml", sensor_content(place, **changes)))
 
 
 def finished_run(folder: Path) -> Path:

@@ -433,3 +433,31 @@ def test_bands_derived_of_elevation_in_a_set(tmp_path: Path) -> None:
     np.testing.assert_array_equal(chips["b"].valid, shown > 0)
     for chip in chips.values():
         assert set(np.unique(chip.pixels[0][chip.valid])) == {np.float32(45)}  # a metre up in each pixel
+
+
+def test_a_null_cell_is_a_scene_without_that_modality(tmp_path: Path) -> None:
+    whole = table()
+    content = {name: list(whole[name]) for name in ("photo", "height", "ids")}
+    content["photo"][1] = content["height"][0] = content["height"][3] = None
+    features = datasets.Features({name: whole.features[name] for name in content})
+    datasets.Dataset.from_dict(content, features=features).to_parquet(tmp_path / "d.parquet")
+    images, bands = {"rgb": "photo", "dem": "height"}, {"rgb": Bands(), "dem": Bands()}
+    arguments = (str(tmp_path / "d.parquet"), "train", images, "ids", bands, LABELS)
+    scenes = scenes_from_dataset(*arguments, optional=("dem", "rgb"))
+    assert [" ".join(scene.bands()) for scene in scenes] == ["rgb", "dem", "rgb dem", "rgb", "rgb dem"]
+    for row, scene in enumerate(scenes):
+        scene.follow(scene.said())
+        chips = scene.read(Window(0, 0, 24, 32))
+        assert list(chips) == list(scene.said()) == list(scene.dtypes()) == list(scene.bands())
+        if "dem" in chips:
+            assert (chips["dem"].pixels == row / 2).all()
+        if "rgb" in chips:
+            assert (chips["rgb"].pixels[0] == 10 + row).all()
+        assert set(scene.traces()) == {*chips, "labels"}
+    assert len(pickle.loads(pickle.dumps(scenes[0])).read(Window(0, 0, 4, 4))) == 1
+    with pytest.raises(DataError, match="row 1, column 'photo': the cell is empty"):
+        scenes_from_dataset(*arguments, optional=("dem",))[1].grid  # noqa: B018
+    content["height"][1] = None
+    datasets.Dataset.from_dict(content, features=features).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r"row 1: the cells of all modalities \(rgb, dem\) are null"):
+        scenes_from_dataset(str(tmp_path / "e.parquet"), *arguments[1:], optional=("dem", "rgb"))

@@ -48,6 +48,19 @@ def _table(result: dict[str, Any]) -> str:
         lines.append(f"{title:<20}{'-' if value is None else f'{value:.3f}':>8}")
     if result["absent"]:
         lines.append(f"in neither labels nor predictions, left out of the mean: {', '.join(result['absent'])}")
+    if "modalities" in result:
+        lines.append(f"with {' + '.join(result['modalities'])} alone, on {result['pixels']:,} pixels where it answers")
+    return "\n".join(lines)
+
+
+def _subsets_table(results: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each subset of the modalities."""
+    from vfmseg.metrics import mean_text
+
+    wide = max(len("modalities"), *map(len, results)) + 2
+    lines = [f"{'modalities':<{wide}}{'scenes':>7}{'pixels':>14}   mean IoU"]
+    for name, result in results.items():
+        lines.append(f"{name:<{wide}}{result['scenes']:>7}{result['pixels']:>14,}   {mean_text(result)}")
     return "\n".join(lines)
 
 
@@ -77,11 +90,16 @@ def finetune(
 # the options of `predict`, one line each below
 _Checkpoint = Annotated[str, typer.Argument(help="Segmenter: a folder or a hub id.")]
 _Scene = Annotated[
-    str, typer.Argument(help="Any path that GDAL reads; or a folder, pattern, list (.txt) or STAC file (.json).")
+    str,
+    typer.Argument(
+        help="Any path that GDAL reads; or a folder, pattern, list (.txt) or STAC file (.json) of scenes that have one "
+        "modality. It is the model's first modality; name=path names another."
+    ),
 ]
 _Output = Annotated[str, typer.Option("--output", "-o", help="GeoTIFF to write; for several scenes a folder.")]
 _Modality = Annotated[
-    list[str] | None, typer.Option("--modality", help="Further modality as name=path; on any grid. Repeat it.")
+    list[str] | None,
+    typer.Option("--modality", help="Further modality of a single scene as name=path; on any grid. Repeat it."),
 ]
 _Bands = Annotated[
     list[str] | None,
@@ -182,8 +200,8 @@ def _predict(given: Mapping[str, Any]) -> None:
     gc.disable()
     from vfmseg.inference.output import Output
     from vfmseg.inference.worklist import scenes_of
+    from vfmseg.predict import modality_named, require_all, summary
     from vfmseg.predict import predict as label
-    from vfmseg.predict import require_all, summary
     from vfmseg.segmenter import Segmenter
 
     model = {name: given[name] for name in ("device", "dtype", "encoder", "compile")}
@@ -197,14 +215,15 @@ def _predict(given: Mapping[str, Any]) -> None:
         area=_numbers("--bounds", given["bounds"], 4) if given["area"] is None else os.path.expanduser(given["area"]),
         **{name: given[name] for name in _OUTPUT},
     )
-    bands = _bands(given["bands"] or [], segmenter.inputs[0].name)
-    scenes = scenes_of(given["scene"])
-    records = label(segmenter, scenes or given["scene"], output, how, others, bands)
+    first, path = modality_named(given["scene"], segmenter.inputs)
+    bands = _bands(given["bands"] or [], first)
+    scenes = scenes_of(path)
+    records = label(segmenter, scenes or path, output, how, others, bands, first)
     if given["as_json"] and records:
         deliver(json.dumps({"scenes": records} if scenes else records[0]) + "\n")
     elif records:
         say(summary(records))
-    require_all(records, len(scenes or [given["scene"]]))
+    require_all(records, len(scenes or [path]))
 
 
 def _resumed() -> str:
@@ -229,7 +248,7 @@ def _numbers(name: str, text: str | None, count: int | None = None) -> tuple[flo
 
 
 def _bands(given: Sequence[str], first: str) -> dict[str, tuple[int, ...]]:
-    """{modality: numbers of bands} of --bands 1,2,3 (of the first modality) and --bands NAME=1,2,3."""
+    """{modality: numbers of bands} of --bands 1,2,3 (of the modality `first`) and --bands NAME=1,2,3."""
     chosen: dict[str, tuple[int, ...]] = {}
     for text in given:
         name, sign, numbers = text.rpartition("=")
@@ -258,12 +277,19 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     encoder: Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[,NAME]", help="Modalities to use, as if scenes had no others.")
+    ] = None,
+    subsets: Annotated[bool, typer.Option("--subsets", help="Measure with each subset of the modalities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure a segmenter on the labelled scenes of a recipe."""
 
     def verb() -> None:
         quiet_libraries()
+        names = [name.strip() for text in only or [] for name in text.split(",")]
+        if names and subsets:
+            raise RecipeError("--only and --subsets exclude each other: name one subset, or measure all")
         from vfmseg.recipe import load_recipe
 
         chosen = load_recipe(recipe, overrides or [])
@@ -272,9 +298,14 @@ def evaluate(
 
         segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=encoder)
         with SceneProgress(f"{split} scenes") as progress:
-            result = segmenter.evaluate(chosen, split, progress)
+            if subsets:
+                found = segmenter.evaluate_subsets(chosen, split, progress)
+                text = json.dumps({"subsets": found, "split": split}) if as_json else _subsets_table(found)
+            else:
+                result = segmenter.evaluate(chosen, split, progress, names or None)
+                text = json.dumps(result) if as_json else _table(result)
         if is_main_process():
-            deliver((json.dumps(result) if as_json else _table(result)) + "\n")
+            deliver(text + "\n")
 
     _end(verb)
 

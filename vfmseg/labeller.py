@@ -22,10 +22,10 @@ from vfmseg.inference.contracts import Area, Finished, Model, Product, Report, T
 from vfmseg.inference.job import Arrays, Job, into, into_files, prepare
 from vfmseg.inference.output import ALONE, SILENT, Output, Team, Watch
 from vfmseg.inference.products import Products
-from vfmseg.inference.provenance import finished_before, mark_of, work_of
+from vfmseg.inference.provenance import MODALITIES_TAG, finished_before, mark_of, work_of
 from vfmseg.inference.ranks import alone
 from vfmseg.inference.reading import SceneSource, Stored, stored_as
-from vfmseg.inference.scoring import Scores, class_indexes
+from vfmseg.inference.scoring import Only, Scores, class_indexes
 from vfmseg.inference.shards import tidy
 from vfmseg.inference.tolerant import Tolerant, Unreadable
 from vfmseg.inference.views import averaged
@@ -103,12 +103,12 @@ class Labeller:
 
         `scene`: an array (C, H, W) in the units of the training files (NaN = invalid; if those say a scale, whole
         numbers are scaled by it and others taken as values), a path that GDAL can read, the paths of one modality's
-        files, or {modality: one of these}. Bands are found by their names where the files say them, else taken by their
-        places; `bands` {modality: numbers from 1} says which they are. With `output` the labels are streamed into a
-        GeoTIFF and its path is returned; without, class ids (H, W) are returned, `self.nodata` where the scene is
-        invalid. `tile` in pixels, `overlap` as a share of the tile, and so on as in the recipe's section `predict`;
-        what is left out is as there. An existing `output` is refused (DataError) unless `overwrite`. For other
-        products, a part of a scene, or resuming, see `label`.
+        files, or {modality: one of these}; modalities may be missing if the model answers without them. Bands are found
+        by their names where the files say them, else taken by their places; `bands` {modality: numbers from 1} says
+        which they are. With `output` the labels are streamed into a GeoTIFF and its path is returned; without, class
+        ids (H, W) are returned, `self.nodata` where the scene is invalid. `tile` in pixels, `overlap` as a share of the
+        tile, and so on as in the recipe's section `predict`; what is left out is as there. An existing `output` is
+        refused (DataError) unless `overwrite`. For other products, a part of a scene, or resuming, see `label`.
         """
         how = {"tile": tile, "overlap": overlap, "blend": blend, "batch_size": batch_size, "tta": tta}
         if output is not None:
@@ -152,10 +152,12 @@ class Labeller:
             unreadable = Unreadable()
             products = Products(self.ids, tuple(output.extras), settings.average == "logits")
             job = self._file_job(scenes, settings, products, unreadable, output)
-            work = {**self.votes.identity, **work_of(scenes[0], job, output, chosen), **self.votes.runs_on}
+            tags = {**self.votes.identity, **self._tags(scenes[0])}
+            work = {**tags, **work_of(scenes[0], job, output, chosen), **self.votes.runs_on}
             mark = mark_of(work, {"cog": output.cog, "compress": output.compress})
             with alone(written, *team):
-                report, before = self._into_maps(job, output, self._layers(products, mark), work, mark, team, watch)
+                layers = self._layers(products, {**tags, **mark})
+                report, before = self._into_maps(job, output, layers, work, mark, team, watch)
                 if watch.labelled is not None:
                     watch.labelled()
                 if output.vector is not None and team.rank == 0:
@@ -164,12 +166,22 @@ class Labeller:
         return Labelled(output.maps, report, unreadable, before, hidden_by(scenes))
 
     def score(
-        self, scenes: Sequence[Scene], how: PredictSection, progress: Callable[[int, int], None] | None = None
+        self,
+        scenes: Sequence[Scene],
+        how: PredictSection,
+        progress: Callable[[int, int], None] | None = None,
+        only: Sequence[str] | None = None,
     ) -> Confusion:
-        """Counts of (truth, label) pairs over all labelled, valid pixels of scenes; `progress` is told how many."""
+        """Counts of (truth, label) pairs over all labelled pixels of scenes that have an answer.
+
+        `only`: these modalities of each scene, as if it had no others; left out: all. `progress` is told how many
+        scenes are done.
+        """
         confusion = Confusion(len(self.ids))
         for number, scene in enumerate(scenes, start=1):
-            into(self._job([scene], Stored(), how, class_indexes, 8), Scores(scene, confusion))
+            seen = Only(scene, [one.name for one in self.inputs] if only is None else only)
+            if seen.bands():
+                into(self._job([seen], seen.bands(), Stored(), how, class_indexes, 8), Scores(seen, confusion))
             if progress is not None:
                 progress(number, len(scenes))
         return confusion
@@ -198,10 +210,14 @@ class Labeller:
             return Report(), True
         return into_files(job, output, layers, work, team, watch), False
 
-    def _layers(self, products: Products, mark: Mapping[str, str]) -> dict[str, Layer]:
+    def _tags(self, scene: RasterScene) -> dict[str, str]:
+        """For models of several modalities: which of them the scene has."""
+        return {MODALITIES_TAG: "+".join(scene.rasters)} if len(self.inputs) > 1 else {}
+
+    def _layers(self, products: Products, tags: Mapping[str, str]) -> dict[str, Layer]:
         classes = [self.votes.classes[number] for number in self.ids]
         names, colors = [one.name for one in classes], [one.color for one in classes]
-        return products.layers(names, colors, {**self.votes.identity, **mark})
+        return products.layers(names, colors, tags)
 
     def _settled(self, how: How | None) -> PredictSection:
         """The settings with what a call says instead; arrays of NumPy are taken as lists."""
@@ -239,8 +255,11 @@ class Labeller:
             else one
             for one in self.inputs
         )
-        scenes = open_scenes(scene, inputs, settings.readers)
+        scenes = open_scenes(scene, inputs, settings.readers, self.votes.known)
         try:
+            absent = [name for name in bands if name not in scenes[0].rasters]
+            if absent:
+                raise RecipeError(f"bands: '{absent[0]}' is not among the modalities that are given; leave it out")
             yield scenes
         finally:
             for one in scenes:
@@ -258,7 +277,7 @@ class Labeller:
         settings = self._settled(how)
         with self._opened(scene, settings, self._chosen(bands or {})) as scenes:
             kept = Arrays(scenes[0].grid.height, scenes[0].grid.width)
-            into(self._job(list(scenes), stored_as(scenes[0]), settings, product, 4), kept, progress)
+            into(self._job(list(scenes), scenes[0].bands(), stored_as(scenes[0]), settings, product, 4), kept, progress)
         return kept.kept
 
     def _file_job(
@@ -269,17 +288,18 @@ class Labeller:
         unreadable: Unreadable,
         output: Output,
     ) -> Job:
-        stored = stored_as(scenes[0])
+        stored, bands = stored_as(scenes[0]), scenes[0].bands()
         sources: list[SceneSource] = list(scenes)
         if output.skip_unreadable:
-            sources = [Tolerant(scene, self._counts, stored.block, unreadable) for scene in scenes]
+            sources = [Tolerant(scene, bands, stored.block, unreadable) for scene in scenes]
         polygons = None if output.area is None else read_area(output.area, scenes[0].grid)
         wanted = None if polygons is None else Area(polygons.touches, polygons.mask)
-        return self._job(sources, stored, settings, products, products.bytes_a_pixel, wanted)
+        return self._job(sources, bands, stored, settings, products, products.bytes_a_pixel, wanted)
 
     def _job(
         self,
         scenes: Sequence[SceneSource],
+        bands: Mapping[str, int],
         stored: Stored,
         settings: PredictSection,
         product: Product,
@@ -291,12 +311,7 @@ class Labeller:
             vote = as_probabilities(vote)
         vote = averaged(vote, settings.tta, settings.scales)
         model = Model(vote, len(self.ids), str(self.votes.device), self.votes.known)
-        return prepare(scenes, stored, self._counts, model, product, product_bytes, settings, area)
-
-    @property
-    def _counts(self) -> dict[str, int]:
-        """{modality: number of its bands}."""
-        return {one.name: one.count for one in self.inputs}
+        return prepare(scenes, stored, bands, model, product, product_bytes, settings, area)
 
 
 def _is_band(number: Any) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vfmseg.data.inputs import Inputs
 from vfmseg.disk.files import never_an_input, require_new
 from vfmseg.errors import DataError, OutsideError, RecipeError
 from vfmseg.geo.grid import Window
@@ -35,15 +36,17 @@ def predict(
     how: How | None = None,
     others: Mapping[str, str] | None = None,
     bands: BandsChosen | None = None,
+    modality: str | None = None,
 ) -> list[dict[str, Any]]:
     """Label a scene, or every scene of a list (worklist.py makes it) into the folder `output.target`.
 
-    `others` {modality: path} of a single scene; `how` and `bands` as in `Labeller.label`. Processes share the scenes of
-    a list that has at least as many as there are processes, and the pieces of each scene otherwise. Returns a record
-    for each scene to the first process, and none to the others. Where a process has scenes of its own, a DataError of
-    one does not stop the list: it is told, and its record is {"scene": path, "error": message}.
+    `modality`: what `scene` is, left out: the first one; `others` {modality: path} of a single scene; `how` and `bands`
+    as in `Labeller.label`. Processes share the scenes of a list that has at least as many as there are processes, and
+    the pieces of each scene otherwise. Returns a record for each scene to the first process, and none to the others.
+    Where a process has scenes of its own, a DataError of one does not stop the list: it is told, and its record is
+    {"scene": path, "error": message}.
     """
-    jobs = _jobs(labeller, scene, output, others or {})
+    jobs = _jobs(scene, output, others or {}, modality or labeller.inputs[0].name)
     unfit = {number: why for number, job in enumerate(jobs) if (why := job.output.unfit()) is not None}
     fit = [job for number, job in enumerate(jobs) if number not in unfit]
     _spare_inputs(fit)
@@ -68,13 +71,26 @@ class _SceneJob:
     output: Output
 
 
-def _jobs(labeller: Labeller, scene: str | Sequence[str], output: Output, others: Mapping[str, str]) -> list[_SceneJob]:
+def modality_named(scene: str, inputs: Inputs) -> tuple[str, str]:
+    """The modality that a scene given as `sar=scene.tif` is, and its path; without a name it is the first one.
+
+    What is there as a file, or names no modality, is a path as it stands.
+    """
+    name, sign, path = scene.partition("=")
+    if sign and path and name in [one.name for one in inputs] and not os.path.exists(scene):
+        return name, path
+    return inputs[0].name, scene
+
+
+def _jobs(scene: str | Sequence[str], output: Output, others: Mapping[str, str], first: str) -> list[_SceneJob]:
     """What is to be done; RecipeError or DataError for what does not fit together."""
     output.check_words()
     target = output.path
-    first = labeller.inputs[0].name
     if first in others:
-        raise RecipeError(f"--modality {first}=...: '{first}' is SCENE itself, the first modality; leave this out")
+        raise RecipeError(
+            f"--modality {first}=...: '{first}' is SCENE itself, the first modality or the one it is named as; leave "
+            "this out"
+        )
     if isinstance(scene, str):
         path = os.path.expanduser(scene)
         paths = {first: path, **{name: os.path.expanduser(other) for name, other in others.items()}}

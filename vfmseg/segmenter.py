@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from vfmseg.checkpoint.reading import Loaded, load_segmenter
 from vfmseg.checkpoint.writing import versions
 from vfmseg.data.given import tell_types
 from vfmseg.data.image import Images, Known
-from vfmseg.data.inputs import Inputs
+from vfmseg.data.inputs import Inputs, bands_in
+from vfmseg.data.scene import Scene, speakers
 from vfmseg.disk.lock import LOCK, held, lock_beside
-from vfmseg.errors import CheckpointError, DataError, RecipeError
+from vfmseg.errors import CheckpointError, DataError, RecipeError, nearest
 from vfmseg.inference.contracts import Tiles
 from vfmseg.inference.ranks import own_device, usable_device
 from vfmseg.inference.votes import voter
@@ -28,6 +30,9 @@ from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.recipe.data import ClassSpec
 from vfmseg.recipe.predict import PredictSection, settled
 from vfmseg.training.run_folder import segmenter_run
+
+MOST_SUBSETS_OF = 6
+"""Modalities of which all 63 subsets are measured; each subset labels all scenes anew."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -95,14 +100,82 @@ class Segmenter(Labeller):
         return cls(loaded, folder, TrainedVotes(loaded, chosen, DTYPES[dtype], compile))
 
     def evaluate(
-        self, recipe: str | Path | Recipe, split: str = "test", progress: Callable[[int, int], None] | None = None
+        self,
+        recipe: str | Path | Recipe,
+        split: str = "test",
+        progress: Callable[[int, int], None] | None = None,
+        only: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Scores of the labels that `predict` writes if told what `recipe.predict` says, over all scenes of a split.
 
         One confusion matrix over all labelled, valid pixels at the native grid; returns miou, overall_accuracy,
-        kappa, per-class iou, f1, precision, recall and support, and the names of absent classes.
+        kappa, per-class iou, f1, precision, recall and support, the names of absent classes, and `pixels`, how many
+        were scored. `only`: with these modalities, as if the scenes had no others; pixels where they have no answer
+        are not scored, and scenes without any of them are not counted.
         """
+        names = None if only is None else self._subset(only)
+        scenes, how, outside = self._labelled_scenes(recipe, split)
+        return self._scores(scenes, how, split, outside, names, progress)
+
+    def evaluate_subsets(
+        self, recipe: str | Path | Recipe, split: str = "test", progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """What `evaluate` returns with each subset of the modalities alone: {"rgb": ..., "sar": ..., "rgb+sar": ...}.
+
+        RecipeError for a segmenter that needs all of them.
+        """
+        names = [one.name for one in self.inputs]
+        if len(names) > MOST_SUBSETS_OF:
+            raise RecipeError(
+                f"{len(names)} modalities have {2 ** len(names) - 1} subsets, more than can be measured; expected "
+                f"{MOST_SUBSETS_OF} modalities at most: name some subsets with only=... (--only)"
+            )
+        subsets = [self._subset(some) for n in range(1, len(names) + 1) for some in combinations(names, n)]
+        scenes, how, outside = self._labelled_scenes(recipe, split)
+        found = {}
+        for number, some in enumerate(subsets):
+            before = number * len(scenes)
+
+            def told(done: int, _: int, before: int = before) -> None:
+                if progress is not None:
+                    progress(before + done, len(subsets) * len(scenes))
+
+            found["+".join(some)] = self._scores(scenes, how, split, outside, some, told)
+        return found
+
+    def _subset(self, only: Sequence[str]) -> tuple[str, ...]:
+        """Names of modalities in the order of the model; RecipeError unless it answers with these alone."""
+        names = [one.name for one in self.inputs]
+        only = [only] if isinstance(only, str) else only
+        for name in only:
+            if name not in names:
+                raise RecipeError(f"only: '{name}' is no modality of this segmenter; {nearest(name, names)}")
+        chosen = tuple(name for name in names if name in only)
+        if not chosen or (self.votes.known == "all" and len(chosen) < len(names)):
+            reason = "answers only where all of them are valid" if chosen else "needs one of them at least"
+            raise RecipeError(f"only = {', '.join(chosen) or 'nothing'}: this segmenter of {', '.join(names)} {reason}")
+        return chosen
+
+    def _scores(
+        self,
+        scenes: Sequence[Scene],
+        how: PredictSection,
+        split: str,
+        outside: Sequence[str],
+        only: Sequence[str] | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> dict[str, Any]:
+        confusion = self.score(scenes, how, progress, only)
+        counted = [scene for scene in scenes if only is None or set(only) & set(scene.bands())]
+        found = confusion.scores([self.classes[i] for i in self.ids], outside) | {"split": split, "scenes": len(counted)}
+        return found if only is None else found | {"modalities": list(only)}
+
+    def _labelled_scenes(
+        self, recipe: str | Path | Recipe, split: str
+    ) -> tuple[list[Scene], PredictSection, list[str]]:
+        """The scenes of a split as this segmenter reads them, how they are labelled, and classes out of the mean."""
         from vfmseg.build.data import open_split, require_same_task
+        from vfmseg.build.remarks import tell_missing
 
         if split not in ("train", "val", "test"):
             raise RecipeError(f"split = {split!r}; expected train, val or test")
@@ -110,19 +183,18 @@ class Segmenter(Labeller):
             recipe = load_recipe(recipe)
         require_same_task(recipe, self.recipe)
         scenes = open_split(recipe, split, {one.name: one.said for one in self.inputs}, self.recipe)
-        tell_types(scenes[0].dtypes(), self.inputs)
-        counts = {one.name: one.count for one in self.inputs}
+        tell_types({name: scene.dtypes()[name] for name, scene in speakers(scenes).items()}, self.inputs)
+        tell_missing(recipe, split, scenes)
+        counts = bands_in(self.inputs)
         for scene in scenes:
-            if scene.bands() != counts:
+            if scene.bands() != {name: counts[name] for name in scene.bands()}:
                 raise DataError(
                     f"{scene.name}: has bands {scene.bands()}, but the segmenter was trained on {counts}; "
                     "choose the same with data.modalities.NAME.bands"
                 )
         # the tile of the training, unless it is asked for: what is in a tile changes what the model says
-        how = settled(recipe.predict, {"tile": recipe.predict.tile or self.how.tile})
-        confusion = self.score(scenes, how, progress)
         outside = [spec.name for spec in recipe.data.classes.values() if not spec.in_mean]
-        return confusion.scores([self.classes[i] for i in self.ids], outside) | {"split": split, "scenes": len(scenes)}
+        return scenes, settled(recipe.predict, {"tile": recipe.predict.tile or self.how.tile}), outside
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write this segmenter to another folder, complete: what `from_pretrained` reads and a hub can hold.

@@ -162,8 +162,8 @@ def _require_each(recipe: Recipe, train: Sequence[Scene]) -> None:
     for name in recipe.data.modalities:
         if name not in there:
             raise DataError(
-                f"data.modalities.{name}: no scene of data.train has it; expected some, as nothing can be learned of it "
-                f"otherwise: name its images in data.train, or drop the modality"
+                f"data.modalities.{name}: no scene of data.train has it; expected some, or nothing can be learned "
+                "of it: name its images in data.train, or drop the modality"
             )
 
 

@@ -81,7 +81,9 @@ class Augment:
         for name, changes in self.radiometry.items():
             if name in images:
                 images[name] = _recolour(name, images[name], changes, self.value_range.get(name, 0.0), draws)
-        return replace(sample, images=images, labels=None if sample.labels is None else _move_labels(sample.labels, motion))
+        return replace(
+            sample, images=images, labels=None if sample.labels is None else _move_labels(sample.labels, motion)
+        )
 
     def _motion(self, draws: np.random.Generator, square: bool) -> _Motion:
         # every number is drawn whether it is used or not: switching one change on leaves the others as they were

@@ -159,8 +159,8 @@ def scenes_from_dataset(
 
     dataset: a folder (written by save_to_disk, of images with a metadata file, or of parquet files), a parquet file,
     or an id on the hub. `images` {modality: column} and `labels` name columns of images or of arrays (H, W) or
-    (H, W, C). A row lacks a modality in `optional` where the cell is null. Raises DataError if the set cannot be loaded,
-    a column is missing or holds no maps.
+    (H, W, C). A row lacks a modality in `optional` where the cell is null. Raises DataError if the set cannot be
+    loaded, a column is missing or holds no maps.
     """
     parts, known = _load(dataset, config, revision)
     place = f"{dataset} ({split})"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vfmseg.data.image import Known
 from vfmseg.data.inputs import Input, Inputs
 from vfmseg.data.raster_scene import RasterScene
 from vfmseg.errors import DataError
@@ -35,17 +36,15 @@ def _raster(name: str, given: GivenImage, bands: Bands) -> Raster:
     return Raster(str(given) if isinstance(given, str | Path) else [str(path) for path in given], bands)
 
 
-def open_scenes(scene: GivenScene, inputs: Inputs, threads: int) -> list[RasterScene]:
+def open_scenes(scene: GivenScene, inputs: Inputs, threads: int, rule: Known = "all") -> list[RasterScene]:
     """A scene for each reader thread (an array once, as it is shared), after looking whether it fits the model.
 
-    DataError for a missing modality, another number of bands, or something that is no scene.
+    `rule`: where the model has an answer; if that is where any modality is valid, some may be missing, and the first
+    that is there is the grid of the labels. DataError for a modality that is missing otherwise, another number of
+    bands, or something that is no scene.
     """
     given = scene if isinstance(scene, Mapping) else {inputs[0].name: scene}
-    if set(given) != {one.name for one in inputs}:
-        raise DataError(
-            f"the segmenter needs the modalities {', '.join(one.name for one in inputs)}, but got "
-            f"{', '.join(map(str, given))}; pass one path or array for each"
-        )
+    inputs = _inputs_given(given, inputs, rule)
     for one in inputs:
         _check_kind(one, given[one.name])
     arrays = [name for name, one in given.items() if isinstance(one, np.ndarray)]
@@ -69,6 +68,28 @@ def open_scenes(scene: GivenScene, inputs: Inputs, threads: int) -> list[RasterS
             for text in notes_of(raster).values():
                 say_once(f"the array for '{one.name}' {text}")
     return opened
+
+
+def _inputs_given(given: Mapping[str, GivenImage], inputs: Inputs, rule: Known) -> Inputs:
+    """Those of the inputs that are given; DataError where the model can do nothing with them."""
+    names = [one.name for one in inputs]
+    missing = [name for name in names if name not in given]
+    if set(given) <= set(names) and given and (rule == "any" or not missing):
+        for one in inputs:
+            if one.name in missing and not one.optional:
+                say_once(
+                    f"{one.name} is missing, and the segmenter was never trained without it: its labels may be much "
+                    f"worse; train with data.modalities.{one.name}.optional or train.modality_dropout"
+                )
+        return tuple(one for one in inputs if one.name in given)
+    if not set(given) <= set(names):
+        remedy = "pass one path or array for each"
+    elif rule == "any":
+        remedy = "pass a path or array for one of them at least"
+    else:
+        remedy = "it answers only where all of them are valid, so none may be missing: pass one path or array for each"
+    got = ", ".join(map(str, given)) or "none"
+    raise DataError(f"the segmenter needs the modalities {', '.join(names)}, but got {got}; {remedy}")
 
 
 def _check_kind(wanted: Input, given: GivenImage) -> None:

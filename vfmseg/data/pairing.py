@@ -189,7 +189,8 @@ def _complete(
     """Every role has the same names, each once; one in `optional` some of them."""
     names = set(index["labels"])
     return all(
-        len(index[role]) == len(files) and (set(index[role]) <= names if role in optional else set(index[role]) == names)
+        len(index[role]) == len(files)
+        and (set(index[role]) <= names if role in optional else set(index[role]) == names)
         for role, files in roles.items()
     )
 

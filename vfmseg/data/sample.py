@@ -72,7 +72,7 @@ class Batch:
 
 
 def _without(image: Image, rows: Tensor) -> Image:
-    """An image of (B, C, h, w) pixels that is zero and nowhere valid in the samples where `rows`, bool (B,), is True."""
+    """An image of (B, C, h, w) pixels that is zero and nowhere valid in the samples of `rows`, bool (B,)."""
     return Image(torch.where(rows[:, None, None, None], 0.0, image.pixels), image.valid & ~rows[:, None, None])
 
 

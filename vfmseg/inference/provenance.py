@@ -24,6 +24,9 @@ from vfmseg.inference.output import Output
 WORK_TAG = "vfmseg_work"
 """Tag of a finished map that tells by which work it was made."""
 
+MODALITIES_TAG = "vfmseg_modalities"
+"""Tag of a map that tells which modalities the scene had, of a model that takes several: `rgb+sar`."""
+
 
 def work_of(scene: RasterScene, job: Job, output: Output, bands: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """What is labelled, and how: with another of these, finished pieces are of no use.

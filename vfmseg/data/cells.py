@@ -58,7 +58,6 @@ class Rows:
                 self._kinds[column] = _array_type(feature, f"{place}: {role}: column {column!r}")
         encoded = [column for column, kind in self._kinds.items() if kind is None]
         arrays = [column for column, kind in self._kinds.items() if kind is not None]
-        self._cells = data.with_format("arrow")
         self._encoded = data.select_columns(encoded) if encoded else None
         self._arrays = data.select_columns(arrays).with_format("numpy") if arrays else None
         self._length = len(data)
@@ -69,10 +68,6 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": (-1, {})}
-
-    def is_null(self, row: int, column: str) -> bool:
-        """Whether a cell holds nothing at all."""
-        return bool(self._cells.select_columns([column])[row][column].null_count)
 
     def kept(self, row: int) -> dict[str, Any]:
         """A place to keep what was decoded of the row that was read last."""
@@ -174,6 +169,16 @@ class Rows:
     def where(self, row: int, column: str) -> str:
         """A cell, for messages."""
         return f"{self.place} row {row}, column {column!r}"
+
+
+def null_cells(data: Any, column: str) -> list[bool]:
+    """For each row of a table whether a cell of the column holds nothing; nothing is decoded."""
+    cells = data.select_columns([column]).with_format("arrow")
+    return [
+        null
+        for first in range(0, len(data), 1000)
+        for null in cells[first : first + 1000][column].is_null().to_pylist()
+    ]
 
 
 def _array_type(feature: Any, place: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vfmseg.data.cells import Header, Rows
+from vfmseg.data.cells import Header, Rows, null_cells
 from vfmseg.errors import DataError, nearest
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
@@ -168,8 +168,9 @@ def scenes_from_dataset(
     scenes: list[DatasetScene] = []
     for part, data, first in chosen:
         rows = Rows(data, place, {**images, "labels": labels})
+        nulls = {name: null_cells(data, column) for name, column in images.items() if name in optional}
         for row in range(len(rows)):
-            there = {m: column for m, column in images.items() if not (m in optional and rows.is_null(row, column))}
+            there = {name: column for name, column in images.items() if not (name in nulls and nulls[name][row])}
             if not there:
                 raise DataError(
                     f"{place} row {row}: the cells of all modalities ({', '.join(images)}) are null; expected an image "

@@ -81,6 +81,7 @@ def test_a_constant_labels_arrays_and_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m.tif"), labels)
     with rasterio.open(tmp_path / "m.tif") as stored:
         assert {"made_by": "a constant", "answer": "7"}.items() <= stored.tags().items()
+        assert "vfmseg_modalities" not in stored.tags()  # there is only one
     sure = 1 / (1 + np.exp(-5.0))  # softmax of 0 and 5
     assert made.probabilities(path)[1, 0, 0] == pytest.approx(sure, abs=1e-6)
 

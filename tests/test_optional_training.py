@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import save_encoder, sensor_recipe, two_sensors
+from makers import save_encoder, sensor_recipe, two_sensors, write_raster
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +26,9 @@ from vfmseg.data.windows import Draw, Purpose, rng
 from vfmseg.finetune import finetune
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
+from vfmseg.geo.grid import Window
+from vfmseg.geo.reader import Raster
+from vfmseg.segmenter import Segmenter
 from vfmseg.training.keeper import Keeper
 from vfmseg.training.losses import LOSSES
 from vfmseg.training.objectives.segmentation import Segmentation
@@ -279,3 +282,32 @@ def test_objectives_of_a_recipe_take_what_is_shown(place: Path) -> None:
     hidden, missing = (objective.terms(model, collate(some)) for some in (samples, gone))
     for name, term in hidden.items():
         torch.testing.assert_close(term.sum, missing[name].sum, atol=0, rtol=0)
+
+
+@pytest.mark.pitfall("C44")
+def test_dropout_keeps_a_model_from_leaning_on_one_sensor(tmp_path: Path) -> None:
+    """Only the clear sensor decides what is learned, and the noisy one alone is worth nothing then, but for dropout."""
+    two_sensors(tmp_path, "train", {f"s{i}": "rgb" for i in range(6)})
+    two_sensors(tmp_path, "test", {"t": "rgb", "u": "rgb"})
+    for path in tmp_path.glob("*/labels/*.tif"):
+        labels, random = Raster(path).read(Window(0, 0, 48, 56)).pixels, np.random.default_rng(ord(path.stem[-1]))
+        noisy = (-10 * labels + random.normal(0, 8, (1, 48, 56))).astype(np.float32)
+        write_raster(path.parent.parent / "sar" / path.name, noisy)
+    save_encoder(tmp_path / "encoder", "dinov2")
+    alone = {}
+    for chance in (0.0, 0.4):
+        recipe = sensor_recipe(
+            tmp_path,
+            data__val=None,
+            train__epochs=20,
+            train__modality_dropout=chance,
+            output_dir=f"{tmp_path}/{chance}",
+            model__fusion={"name": "linear", "op": "sum"},
+        )
+        finetune(recipe)
+        segmenter = Segmenter.from_pretrained(recipe.output_dir / "last", device="cpu")
+        found = segmenter.evaluate_subsets(recipe)
+        assert found["rgb+sar"]["miou"] > 0.7
+        alone[chance] = found["sar"]["miou"]
+    assert alone[0.0] < 0.4
+    assert alone[0.4] > 0.6

@@ -56,7 +56,8 @@ class Confusion:
 
         `names` in index order. `miou`: mean over the classes that occur in labels or predictions; `absent`
         names the others, whose scores are None, `classes_in_mean` counts those that took part. `outside`: classes that
-        count in the matrix, so in `overall_accuracy` and as errors of the others, but not in the mean. `precision` is
+        count in the matrix, so in `overall_accuracy` and as errors of the others, but not in the mean; `outside_mean`
+        names them, if there are any. `precision` is
         undefined for a class that is never predicted, `recall` for one without labels, `kappa` if chance alone
         would agree everywhere. `support` and `pixels` count labelled pixels.
         """
@@ -89,9 +90,8 @@ class Confusion:
             "kappa": _kappa(sum(hits), pixels, sum(t * p for t, p in zip(truth, predicted, strict=True))),
             "classes": per_class,
             "absent": [name for name, row in per_class.items() if row["iou"] is None],
-            "outside_mean": [name for name in names if name in outside],
             "pixels": pixels,
-        }
+        } | ({"outside_mean": [name for name in names if name in outside]} if outside else {})
 
     def _check(self, what: str, values: Tensor) -> None:
         """Refuse indexes that have no row or column: counted anyway they would land in another class."""
@@ -110,7 +110,7 @@ def mean_text(scores: Mapping[str, Any], digits: int = 3) -> str:
     With a class outside of the mean `0.832 over 5 of 6 classes (clutter outside)`.
     """
     value = "none" if scores["miou"] is None else f"{scores['miou']:.{digits}f}"
-    outside = scores.get("outside_mean", [])  # notes of before do not have it
+    outside = scores.get("outside_mean", [])
     absent = [name for name in scores.get("absent") or [] if name not in outside]
     if not absent and not outside:
         return value

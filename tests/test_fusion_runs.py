@@ -158,7 +158,7 @@ def test_a_step_in_parts_is_the_step_in_one(place: Path, tmp_path: Path, kind: s
     recipe = recipe_of(place, tmp_path / "run", FUSIONS[kind])
     scenes = open_training(recipe)
     inputs = inputs_of(recipe, scenes["train"])
-    step = Step(build_model(recipe, inputs), objectives_of(recipe))
+    step = Step(build_model(recipe, inputs), objectives_of(recipe, inputs))
     source = sources_of(recipe, scenes["train"], inputs)["train"]
     samples = [source[Draw(0, i)] for i in range(4)]
     for name in ("rgb", "dem"):  # of some samples a modality says nothing

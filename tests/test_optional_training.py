@@ -273,7 +273,7 @@ def test_objectives_of_a_recipe_take_what_is_shown(place: Path) -> None:
     recipe = without_test(place)
     scenes = open_training(recipe)
     inputs = inputs_of(recipe, scenes["train"])
-    model, (objective,) = build_model(recipe, inputs), objectives_of(recipe).values()
+    model, (objective,) = build_model(recipe, inputs), objectives_of(recipe, inputs).values()
     source = sources_of(recipe, scenes["train"], inputs)["train"]
     samples = [s for s in (source[Draw(0, i)] for i in range(len(source))) if s.images["rgb"].valid.any()][:3]
     for sample in samples:

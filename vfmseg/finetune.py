@@ -81,7 +81,7 @@ def _train(
         inputs = as_then(inputs, folder.state)
     model = build_model(recipe, inputs)
     say(_parameter_lines(model))
-    step, sources = Step(model, objectives_of(recipe)), sources_of(recipe, scenes["train"], inputs)
+    step, sources = Step(model, objectives_of(recipe, inputs)), sources_of(recipe, scenes["train"], inputs)
     validation = validation_of(recipe, model, scenes.get("val"), inputs)
     loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
     origin = Origin(

@@ -127,13 +127,14 @@ class Network(nn.Module):
         """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W)."""
         return self.answer(images)[0]
 
-    def answer(self, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
+    def answer(self, images: Images, frames: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, K, H, W), and what the fusion adds to a training loss: {name: (B,), one number an image}.
 
-        The second is empty outside training, and for fusions that add nothing.
+        The second is empty outside training, and for fusions that add nothing. `frames` (B, 2, 2): how each image was
+        turned (`Batch.frames`), for what depends on directions.
         """
         if self.coregister is not None:
-            images = self.coregister(images)
+            images = self.coregister(images, frames)
         found = self.encode(images)
         size = next(iter(images.values())).valid.shape[-2:]
         if isinstance(self.fuse, Decision):

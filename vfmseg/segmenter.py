@@ -167,7 +167,10 @@ class Segmenter(Labeller):
     ) -> dict[str, Any]:
         confusion = self.score(scenes, how, progress, only)
         counted = [scene for scene in scenes if only is None or set(only) & set(scene.bands())]
-        found = confusion.scores([self.classes[i] for i in self.ids], outside) | {"split": split, "scenes": len(counted)}
+        found = confusion.scores([self.classes[i] for i in self.ids], outside) | {
+            "split": split,
+            "scenes": len(counted),
+        }
         return found if only is None else found | {"modalities": list(only)}
 
     def _labelled_scenes(

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from vfmseg.build.data import value_ranges
-from vfmseg.build.model import rule_of
+from vfmseg.build.model import coregister_of, rule_of
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.inputs import Inputs, bands_in
@@ -20,6 +21,7 @@ from vfmseg.recipe.predict import PredictSection
 from vfmseg.terminal import say
 from vfmseg.training.loop import Stream
 from vfmseg.training.losses import LOSSES, Loss
+from vfmseg.training.objectives.coregistration import Coregistration
 from vfmseg.training.objectives.segmentation import Segmentation, Validation, class_weight_tuple
 from vfmseg.training.schedule import Schedule
 from vfmseg.training.step import Objective
@@ -62,16 +64,23 @@ def segmentation_of(recipe: Recipe) -> Segmentation:
     }
     losses: dict[str, Loss] = {name: LOSSES[name](**settings.get(name, {})) for name in section.loss}
     fusion = recipe.model.fusion
-    weight = fusion.weight if isinstance(fusion, ReconstructionFusion | AlignmentFusion) else None
-    return Segmentation(losses, dict(section.loss.items()), rule_of(recipe), weights, fusion_weight=weight)
+    weight = fusion.weight if isinstance(fusion, ReconstructionFusion | AlignmentFusion) else 0.0
+    return Segmentation(losses, dict(section.loss.items()), rule_of(recipe), weights, whole=True, fusion_weight=weight)
 
 
 OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"segmentation": segmentation_of}
 
 
-def objectives_of(recipe: Recipe) -> dict[str, Objective]:
-    """What is minimised, by name."""
-    return {recipe.train.objective: OBJECTIVES[recipe.train.objective](recipe)}
+def objectives_of(recipe: Recipe, inputs: Inputs) -> dict[str, Objective]:
+    """What is minimised, by name; a fusion that moves modalities brings what finds their shifts."""
+    found: dict[str, Objective] = {recipe.train.objective: OBJECTIVES[recipe.train.objective](recipe)}
+    moves = coregister_of(recipe)
+    if moves is not None:
+        bands = {one.name: one.count for one in inputs if one.name in moves.modalities}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            found["coregistration"] = Coregistration(bands, len(recipe.data.classes), moves.limit.item())
+    return found
 
 
 def validation_of(recipe: Recipe, model: nn.Module, scenes: Sequence[Scene] | None, inputs: Inputs) -> Validation:

@@ -51,6 +51,14 @@ class _Motion:
     def resamples(self) -> bool:
         return self.zoom != 1.0 or self.degrees != 0.0
 
+    def frame(self) -> Tensor:
+        """(2, 2): a way of (rows, columns) pixels before is frame @ way after."""
+        mirror = torch.tensor([[1.0, 0.0], [0.0, -1.0 if self.mirror else 1.0]])
+        quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+        angle = math.radians(self.degrees)
+        turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        return self.zoom * turn @ torch.linalg.matrix_power(quarter, self.quarters) @ mirror
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -81,9 +89,8 @@ class Augment:
         for name, changes in self.radiometry.items():
             if name in images:
                 images[name] = _recolour(name, images[name], changes, self.value_range.get(name, 0.0), draws)
-        return replace(
-            sample, images=images, labels=None if sample.labels is None else _move_labels(sample.labels, motion)
-        )
+        labels = None if sample.labels is None else _move_labels(sample.labels, motion)
+        return replace(sample, images=images, labels=labels, frame=motion.frame() @ sample.frame)
 
     def _motion(self, draws: np.random.Generator, square: bool) -> _Motion:
         # every number is drawn whether it is used or not: switching one change on leaves the others as they were

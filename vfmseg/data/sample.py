@@ -19,24 +19,28 @@ class Sample:
 
     labels None: an unlabelled window, which only objectives without labels can learn from. hidden: modalities that the
     model shall not see (`train.modality_dropout`); their images are kept whole, as who learns from the model that sees
-    everything needs them.
+    everything needs them. frame (2, 2): how augmentation has turned the window; a way of (rows, columns) pixels in the
+    scene is frame @ way here. Of a window mirrored left-right it is [[1, 0], [0, -1]].
     """
 
     images: dict[str, Image]
     labels: Tensor | None
     hidden: frozenset[str] = frozenset()
+    frame: Tensor = field(default_factory=lambda: torch.eye(2))
 
 
 @dataclass
 class Batch:
     """Stacked samples: images of (B, C, h, w) pixels, labels (B, h, w) or None.
 
-    hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any.
+    hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any. frames (B, 2, 2): how
+    each sample was turned; None: none of them was.
     """
 
     images: dict[str, Image]
     labels: Tensor | None
     hidden: dict[str, Tensor] = field(default_factory=dict)
+    frames: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())).valid)
@@ -68,7 +72,8 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         images = {name: image.each(change) for name, image in self.images.items()}
         hidden = {name: change(rows) for name, rows in self.hidden.items()}
-        return Batch(images, None if self.labels is None else change(self.labels), hidden)
+        labels, frames = (None if one is None else change(one) for one in (self.labels, self.frames))
+        return Batch(images, labels, hidden, frames)
 
 
 def _without(image: Image, rows: Tensor) -> Image:
@@ -102,6 +107,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             for name in samples[0].images
             if any(name in sample.hidden for sample in samples)
         },
+        frames=torch.stack([sample.frame for sample in samples]),
     )
 
 

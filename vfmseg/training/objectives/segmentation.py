@@ -33,12 +33,13 @@ class Segmentation(nn.Module):
         rule: Known,
         class_weights: tuple[float, ...] | None = None,
         source: str = "train",
-        fusion_weight: float | None = None,
+        whole: bool = False,
+        fusion_weight: float = 0.0,
     ) -> None:
         """`weights` {loss: its factor}; `rule`: where several modalities have an answer, other pixels count nowhere.
 
         `class_weights`: those that the pixel losses were made with, as they weigh the count of pixels too.
-        `fusion_weight`: of what the model's fusion adds to the loss (`Network.answer`), if it does.
+        `whole`: the model is a `Network`, which is asked by `answer`. `fusion_weight`: of what its fusion adds.
         """
         super().__init__()
         self.losses = dict(losses)
@@ -46,6 +47,7 @@ class Segmentation(nn.Module):
         self.rule = rule
         self.class_weights = class_weights
         self.source = source
+        self.whole = whole
         self.fusion_weight = fusion_weight
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -55,10 +57,10 @@ class Segmentation(nn.Module):
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Run the model once and return the sum of each loss."""
         added: dict[str, Tensor] = {}
-        if self.fusion_weight is None:
+        if not self.whole:
             logits = model(batch.shown())  # (B, K, H, W)
         else:
-            logits, added = cast("Network", model).answer(batch.shown())
+            logits, added = cast("Network", model).answer(batch.shown(), batch.frames)
         # half precision ends here, once, so that the gradients of several losses are added up in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets(self.rule)
@@ -67,7 +69,7 @@ class Segmentation(nn.Module):
         }
         for name, values in added.items():
             counted = (targets != IGNORE).flatten(1).any(dim=1)  # a filler counts nowhere
-            found[name] = Term((values.float() * counted).sum(), self.fusion_weight or 0.0, "samples")
+            found[name] = Term((values.float() * counted).sum(), self.fusion_weight, "samples")
         return found
 
     def after_step(self, model: nn.Module, step: int) -> None:

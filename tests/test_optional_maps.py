@@ -289,6 +289,22 @@ def test_scores_of_each_subset_are_those_of_its_maps(place: Path, segmenter: Seg
     assert found["rgb"]["miou"] != found["sar"]["miou"]
 
 
+def test_a_split_without_a_modality_is_scored_without_it(place: Path, segmenter: Segmenter) -> None:
+    split = f"{{rgb: {place}/test/rgb/*.tif, labels: [{place}/test/labels/t.tif, {place}/test/labels/u.tif]}}"
+    recipe = load_recipe(place / "recipe.yaml", [f"data.test={split}"])
+    expected = counted(segmenter, place, ("rgb",)).scores(["ground", "disc"])
+    assert expected.items() <= segmenter.evaluate(recipe).items()
+
+
+@pytest.mark.pitfall("P62")
+def test_a_segmenter_that_needs_all_is_not_scored_on_scenes_that_lack_some(
+    place: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmenter.votes, "known", "all")
+    with pytest.raises(DataError, match=r"u: has no sar, but the segmenter answers only where all"):
+        segmenter.evaluate(load_recipe(place / "recipe.yaml"))
+
+
 def test_a_string_names_one_modality(place: Path, segmenter: Segmenter) -> None:
     recipe = load_recipe(place / "recipe.yaml")
     assert segmenter.evaluate(recipe, only="sar") == segmenter.evaluate(recipe, only=["sar"])

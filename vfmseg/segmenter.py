@@ -195,6 +195,11 @@ class Segmenter(Labeller):
                     f"{scene.name}: has bands {scene.bands()}, but the segmenter was trained on {counts}; "
                     "choose the same with data.modalities.NAME.bands"
                 )
+            if self.votes.known == "all" and (missing := [name for name in counts if name not in scene.bands()]):
+                raise DataError(
+                    f"{scene.name}: has no {', '.join(missing)}, but the segmenter answers only where all modalities are "
+                    "valid; leave the scene out"
+                )
         # the tile of the training, unless it is asked for: what is in a tile changes what the model says
         outside = [spec.name for spec in recipe.data.classes.values() if not spec.in_mean]
         return scenes, settled(recipe.predict, {"tile": recipe.predict.tile or self.how.tile}), outside

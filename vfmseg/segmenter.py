@@ -197,8 +197,8 @@ class Segmenter(Labeller):
                 )
             if self.votes.known == "all" and (missing := [name for name in counts if name not in scene.bands()]):
                 raise DataError(
-                    f"{scene.name}: has no {', '.join(missing)}, but the segmenter answers only where all modalities are "
-                    "valid; leave the scene out"
+                    f"{scene.name}: has no {', '.join(missing)}, but the segmenter answers only where all modalities "
+                    "are valid; leave the scene out"
                 )
         # the tile of the training, unless it is asked for: what is in a tile changes what the model says
         outside = [spec.name for spec in recipe.data.classes.values() if not spec.in_mean]

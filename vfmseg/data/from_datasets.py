@@ -38,7 +38,7 @@ class DatasetScene:
         self.files = (identity,)
         self._rows, self._row = rows, row
         self._columns, self._labels = dict(columns), labels
-        self._settings, self._label_map = dict(bands), label_map
+        self._settings, self._label_map = {name: bands[name] for name in columns}, label_map
         self._hidden = {name: Hidden() for name in columns}
 
     @cached_property

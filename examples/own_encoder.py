@@ -19,7 +19,7 @@ def main(folder: str, family: str = "dinov2") -> tuple[str, ...]:
     backbone = build_backbone(family, folder)
     mean, std = ([255 * value for value in values] for values in FAMILIES[family].statistics)  # of 8-bit files
     stem = build_stem(backbone, {"rgb": 3}, mean, std, upscale=1.5)
-    attached = ADAPTERS["lora"].attach(backbone, rank=8, alpha=16.0, dropout=0.0, targets=("q", "v"))
+    attached = ADAPTERS["lora"].attach(backbone, ("rgb",), rank=8, alpha=16.0, dropout=0.0, targets=("q", "v"))
     strides = (backbone.patch / stem.upscale,) * len(backbone.layers)
     decoder = build_decoder("fpn", backbone.channels, strides, classes=2)
     network = Network(backbone, {"rgb": stem}, attached, None, decoder, classes=2)

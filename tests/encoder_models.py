@@ -25,7 +25,14 @@ KINDS = tuple(NATIVE)
 ALL = ("q", "k", "v", "o", "mlp")
 MODELS = ("dinov2", "registers", "clip", "sam")
 LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")}
-SETTINGS: dict[str, dict[str, Any]] = {"none": {}, "full": {}, "lora": LORA, "adapter": {"hidden": 4, "scale": 0.5}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {},
+    "lora": LORA,
+    "adapter": {"hidden": 4, "scale": 0.5},
+    "mm_lora": {"rank": 2, "alpha": None, "dropout": 0.0, "targets": ("q", "v", "mlp"), "mix": True},
+    "mm_adapter": {"ratio": 0.25},
+}
 
 
 def family(kind: str) -> str:
@@ -121,7 +128,7 @@ def encoder_of(
         mean, std = ([255 * value for value in values] for values in FAMILIES[backbone.family.name].statistics)
     modalities = {f"b{i}": 1 for i in range(in_channels)}
     stem = build_stem(backbone, modalities, mean, std, upscale, input)
-    return Encoder(backbone, {"image": stem}, attach_none(backbone), None, nn.Identity(), 2)
+    return Encoder(backbone, {"image": stem}, attach_none(backbone, ("image",)), None, nn.Identity(), 2)
 
 
 def build_encoder(
@@ -143,7 +150,7 @@ def picture(height: int, width: int, bands: int = 3, batch: int = 1) -> tuple[Te
 
 
 def attach(encoder: Encoder, name: str, **changes: Any) -> Attached:
-    encoder.attached = ADAPTERS[name].attach(encoder.backbone, **{**SETTINGS[name], **changes})
+    encoder.attached = ADAPTERS[name].attach(encoder.backbone, encoder.streams, **{**SETTINGS[name], **changes})
     encoder.train(encoder.training)
     return encoder.attached
 

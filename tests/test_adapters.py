@@ -142,7 +142,7 @@ def test_a_fresh_adapter_changes_nothing(folders: dict[str, Path], kind: str, na
     images = picture(50, 70)
     with torch.no_grad():
         before = encoder(*images).maps
-        attach(encoder, name, **({"targets": ALL} if name == "lora" else {}))
+        attach(encoder, name, **({"targets": ALL} if name.endswith("lora") else {}))
         after = encoder(*images).maps
     assert all((a - b).abs().max() == 0 for a, b in zip(after, before, strict=True))
 
@@ -155,7 +155,14 @@ def test_only_the_adapter_learns_and_all_of_it(folders: dict[str, Path], kind: s
     backbone = encoder.backbone.network
     before = {n: (p.dtype, p.device) for n, p in backbone.named_parameters()}
     attached = attach(encoder, name)
-    marks = {"none": "stems.", "full": "", "lora": ".lora_", "adapter": ".mlp."}
+    marks = {
+        "none": "stems.",
+        "full": "",
+        "lora": ".lora_",
+        "adapter": ".mlp.",
+        "mm_lora": ".lora_",
+        "mm_adapter": ".own.",
+    }
     learning = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     assert "stems.of_image.mix.extra.weight" in learning  # what maps further bands in is no part of the frozen backbone
     assert all(marks[name] in n or n.startswith("stems.") for n in learning)

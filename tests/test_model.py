@@ -49,8 +49,10 @@ def wired(
     options = {
         "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")},
         "adapter": {"hidden": 4, "scale": 0.5},
+        "mm_lora": {"rank": 2, "alpha": None, "dropout": 0.0, "targets": ("q", "v", "mlp"), "mix": True},
+        "mm_adapter": {"ratio": 0.25},
     }
-    attached = ADAPTERS[adapter].attach(backbone, **options.get(adapter, {}))
+    attached = ADAPTERS[adapter].attach(backbone, ("rgb",), **options.get(adapter, {}))
     strides = (backbone.patch / stem.upscale,) * len(backbone.layers)
     head = build_decoder(decoder, backbone.channels, strides, 2, 16 if decoder in WITH_WIDTH else None)
     return Network(backbone, {"rgb": stem}, attached, None, head, 2)

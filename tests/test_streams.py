@@ -53,7 +53,11 @@ def network(folders: dict[str, Path], kind: str, attached: Any = "none", **optio
         "optical": build_stem(backbone, {"optical": 3}, [100.0] * 3, [50.0] * 3),
         "dem": build_stem(backbone, {"dem": 1}, [300.0], [40.0]),
     }
-    put = ADAPTERS[attached].attach(backbone, **options) if isinstance(attached, str) else attached(backbone)
+    put = (
+        ADAPTERS[attached].attach(backbone, tuple(stems), **options)
+        if isinstance(attached, str)
+        else attached(backbone)
+    )
     torch.manual_seed(0)
     strides = (float(backbone.patch),) * len(backbone.layers)
     mean = Mean(tuple(stems), backbone.channels)
@@ -116,7 +120,7 @@ def test_the_fusion_says_where_there_is_an_answer(folders: dict[str, Path]) -> N
     assert network(folders, "clip").known == "any"
     backbone = build_backbone("clip", str(folders["clip"]))
     stem = build_stem(backbone, {"optical": 3}, [100.0] * 3, [50.0] * 3)
-    attached = ADAPTERS["none"].attach(backbone)
+    attached = ADAPTERS["none"].attach(backbone, ("optical",))
     assert Network(backbone, {"optical": stem}, attached, None, nn.Identity(), 2).known == "all"
     with pytest.raises(ValueError, match="1 streams"):
         Network(backbone, {"optical": stem}, attached, Mean(("optical",), (8,)), nn.Identity(), 2)

@@ -5,21 +5,16 @@ x is what the MLP gets, normed tokens; where a block scales its MLP (DINOv2), it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.adapters.attached import Attached
-from vfmseg.disk.tensors import require_tensors
+from vfmseg.adapters.tensorfile import load_tensors, save_tensors
 from vfmseg.encoders.backbone import Backbone
-from vfmseg.errors import AdapterError, CheckpointError
-
-FILE = "adapter.safetensors"
+from vfmseg.errors import AdapterError
 
 
 class ParallelMlp(nn.Module):
@@ -31,20 +26,26 @@ class ParallelMlp(nn.Module):
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, width)
         self.scale = scale
-        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
-        nn.init.zeros_(self.down.bias)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        start_at_zero(self.down, self.up)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return self.mlp(x) + self.scale * self.up(F.relu(self.down(x)))
 
 
-def attach(backbone: Backbone, hidden: int, scale: float) -> Attached:
-    """Put a small MLP beside the MLP of every block; all else of the backbone is frozen."""
-    backbone.network.requires_grad_(False)
-    placed: dict[str, ParallelMlp] = {}
+def start_at_zero(down: nn.Linear, up: nn.Linear) -> None:
+    """Fill the layers of a bottleneck: `down` at random and `up` with zeros, so that it answers zero at first."""
+    nn.init.kaiming_uniform_(down.weight, a=5**0.5)
+    nn.init.zeros_(down.bias)
+    nn.init.zeros_(up.weight)
+    nn.init.zeros_(up.bias)
+
+
+def mlps(backbone: Backbone) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(dotted name of the MLP inside the upstream module, its block, the MLP) of each block.
+
+    AdapterError for a block without a part called mlp.
+    """
     for prefix, block in backbone.blocks:
         children = dict(block.named_children())
         if "mlp" not in children:
@@ -52,16 +53,25 @@ def attach(backbone: Backbone, hidden: int, scale: float) -> Attached:
                 f"model.adapter: block {prefix} has no part called mlp, but {', '.join(children)}; "
                 "choose lora for this encoder"
             )
-        adapter = ParallelMlp(children["mlp"], backbone.width, hidden, scale)
+        yield f"{prefix}.mlp", block, children["mlp"]
+
+
+def attach(backbone: Backbone, streams: tuple[str, ...], hidden: int, scale: float) -> Attached:
+    """Put a small MLP beside the MLP of every block, for all streams; all else of the backbone is frozen."""
+    backbone.network.requires_grad_(False)
+    placed: dict[str, ParallelMlp] = {}
+    for name, block, mlp in mlps(backbone):
+        adapter = ParallelMlp(mlp, backbone.width, hidden, scale)
         device = next(block.parameters()).device
         block.add_module("mlp", adapter.to(device))
-        placed[f"{prefix}.mlp"] = adapter
+        placed[name] = adapter
+    tensors, settings = tensors_of(placed), {"scale": float(scale)}
     return Attached(
         "adapter",
         sites=tuple(placed),
         added=tuple(parameter for parameter in backbone.network.parameters() if parameter.requires_grad),
-        save=partial(_save, placed),
-        load=partial(_load, placed),
+        save=partial(save_tensors, tensors, settings),
+        load=partial(load_tensors, tensors, settings),
     )
 
 
@@ -73,36 +83,3 @@ def tensors_of(placed: dict[str, ParallelMlp]) -> dict[str, Tensor]:
         for part, layer in (("down", adapter.down), ("up", adapter.up))
         for kind, tensor in (("weight", layer.weight), ("bias", layer.bias))
     }
-
-
-def _save(placed: dict[str, ParallelMlp], folder: Path) -> None:
-    """Write the adapters' tensors and their scale."""
-    folder.mkdir(parents=True)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors_of(placed).items()}
-    save_file(tensors, folder / FILE, {"scale": repr(_scale(placed))})
-
-
-def _load(placed: dict[str, ParallelMlp], folder: Path) -> None:
-    """Fill the adapters, strictly: CheckpointError for a missing, extra or misshapen tensor, or another scale."""
-    file = folder / FILE
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; the checkpoint is incomplete, copy it again")
-    try:
-        with safe_open(file, "pt") as stored:
-            scale = (stored.metadata() or {}).get("scale")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from None
-    require_tensors(file, tensors, {n: tuple(t.shape) for n, t in tensors_of(placed).items()})
-    if scale != repr(_scale(placed)):
-        raise CheckpointError(
-            f"{file}: adapters of scale {scale}, but recipe.yaml says {_scale(placed)}; the folder mixes two "
-            "checkpoints"
-        )
-    with torch.no_grad():
-        for name, tensor in tensors_of(placed).items():
-            tensor.copy_(tensors[name])
-
-
-def _scale(placed: dict[str, ParallelMlp]) -> float:
-    return float(next(iter(placed.values())).scale)

@@ -36,8 +36,21 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
-def attach(backbone: Backbone, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> Attached:
+def require_lora(rank: int, alpha: float, dropout: float) -> None:
+    """AdapterError for numbers that no LoRA can have."""
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise AdapterError(
+            f"model.adapter: rank = {rank}, alpha = {alpha}, dropout = {dropout}; expected a rank of at least 1, "
+            "an alpha above 0 and a dropout from 0 to below 1"
+        )
+
+
+def attach(
+    backbone: Backbone, streams: tuple[str, ...], rank: int, alpha: float, dropout: float, targets: tuple[str, ...]
+) -> Attached:
     """What was attached, after peft has put its layers on the linear layers `targets` of every block.
+
+    All streams have the same A and B.
 
     `targets`: some of q, k, v, o, mlp; peft freezes everything else. Where q, k and v are one fused layer (SAM), peft
     can only adapt the whole of it; the rows of B of those that are not wanted then stay zero (`SomeThirds`), so the
@@ -45,11 +58,7 @@ def attach(backbone: Backbone, rank: int, alpha: float, dropout: float, targets:
     """
     from peft import LoraConfig, get_peft_model
 
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise AdapterError(
-            f"model.adapter: rank = {rank}, alpha = {alpha}, dropout = {dropout}; expected a rank of at least 1, "
-            "an alpha above 0 and a dropout from 0 to below 1"
-        )
+    require_lora(rank, alpha, dropout)
     sites = chosen_sites(backbone, targets)
     settings = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=list(sites),

@@ -86,7 +86,7 @@ def build_model(recipe: Recipe, inputs: Inputs) -> Network:
     adapter = recipe.model.adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        attached = ADAPTERS[adapter.name].attach(backbone, **adapter.model_dump(exclude={"name"}))
+        attached = ADAPTERS[adapter.name].attach(backbone, inside(stems), **adapter.model_dump(exclude={"name"}))
         model = around(recipe, backbone, stems, attached)
     _say_if_windows_are_padding(model, recipe.data.tile)
     return model
@@ -127,6 +127,11 @@ def stems_of(recipe: Recipe, inputs: Inputs, backbone: Backbone) -> dict[str, St
                 backbone, bands, mean=mean, std=std, upscale=section.upscale, input=section.input
             )
     return stems
+
+
+def inside(stems: Mapping[str, Stem | SideEncoder]) -> tuple[str, ...]:
+    """The streams that go through the backbone: all but those with a small encoder of their own."""
+    return tuple(name for name, stem in stems.items() if isinstance(stem, Stem))
 
 
 def around(recipe: Recipe, backbone: Backbone, stems: Mapping[str, Stem | SideEncoder], attached: Attached) -> Network:

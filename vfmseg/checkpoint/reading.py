@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vfmseg.adapters.attach import ADAPTERS, attach_none
 from vfmseg.adapters.attached import Attached
-from vfmseg.build.model import around, published_backbone, stems_of
+from vfmseg.build.model import around, inside, published_backbone, stems_of
 from vfmseg.checkpoint.folder import MARK, fingerprint_of, read_record, require_unchanged
 from vfmseg.checkpoint.record import encoder_of, inputs_in
 from vfmseg.data.inputs import Inputs
@@ -80,7 +80,7 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
             "to (cp -rL)"
         )
     stems = stems_of(recipe, inputs, backbone)
-    model = around(recipe, backbone, stems, _adapted(recipe, backbone, place, merge)).without_auxiliary()
+    model = around(recipe, backbone, stems, _adapted(recipe, backbone, inside(stems), place, merge)).without_auxiliary()
     path = folder / "head.safetensors"
     tensors = _read_tensors(path)
     if record["format"] == 1:
@@ -92,14 +92,14 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
     return Loaded(model.eval(), recipe, inputs, record, fingerprint_of(folder, known))
 
 
-def _adapted(recipe: Recipe, backbone: Backbone, folder: Path, merge: bool) -> Attached:
+def _adapted(recipe: Recipe, backbone: Backbone, streams: tuple[str, ...], folder: Path, merge: bool) -> Attached:
     """The saved adapter: merged into the frozen weights where it can be and shall be, else a part of its own."""
     options = recipe.model.adapter.model_dump(exclude={"name"})
     adapter = ADAPTERS[recipe.model.adapter.name]
     if merge and adapter.merge is not None:
         adapter.merge(backbone, folder, **options)
-        return attach_none(backbone)
-    attached = adapter.attach(backbone, **options)
+        return attach_none(backbone, streams)
+    attached = adapter.attach(backbone, streams, **options)
     attached.load(folder)
     return attached
 

@@ -78,6 +78,9 @@ class BuiltinEncoder(_AnyEncoder):
     name: Literal["builtin"]
 
 
+Targets = Annotated[tuple[Literal["q", "k", "v", "o", "mlp"], ...], Field(min_length=1, max_length=5)]
+
+
 class NoAdapter(Section):
     """The encoder stays as published; only the decoder learns."""
 
@@ -98,7 +101,7 @@ class LoraAdapter(Section):
     alpha: Annotated[Number, Field(gt=0)] = 16.0
     """The update is scaled by alpha / rank."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    targets: Annotated[tuple[Literal["q", "k", "v", "o", "mlp"], ...], Field(min_length=1, max_length=5)] = ("q", "v")
+    targets: Targets = ("q", "v")
     """Which layers of each block: query, key, value, output of the attention, mlp."""
 
     def _problems(self) -> Iterator[Problem]:
@@ -114,6 +117,32 @@ class BottleneckAdapter(Section):
     """Width of the bottleneck."""
     scale: Annotated[Number, Field(gt=0)] = 0.1
     """Factor on its output."""
+
+
+class MmLoraAdapter(Section):
+    """Low-rank updates for each modality, mixed in the MLP of each block."""
+
+    name: Literal["mm_lora"]
+    rank: Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)] = 4
+    alpha: Annotated[Number | None, Field(gt=0)] = None
+    """The update is scaled by alpha / rank; left out: by 1."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    targets: Targets = ("q", "v", "mlp")
+    """Which layers of each block: query, key, value, output of the attention, mlp."""
+    mix: Annotated[bool, Field(strict=True)] = True
+    """Modalities learn of each other in the mlp; false: each has its own updates alone."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if len(set(self.targets)) < len(self.targets):
+            yield Problem("targets", f"= {show(self.targets)} must name each target once")
+
+
+class MmAdapter(Section):
+    """Small trainable MLPs for each modality after the attention and beside the MLP of each block, there mixed."""
+
+    name: Literal["mm_adapter"]
+    ratio: Annotated[Number, Field(gt=0, le=4)] = 0.25
+    """Width of the bottlenecks as a share of the encoder's."""
 
 
 class LinearDecoder(Section):
@@ -142,7 +171,9 @@ else:
     _sections = {section.__name__: section for section in map(_section_of, PUBLISHED_FAMILIES)}
     globals().update(_sections)  # pickle looks a class up by its name in the module
     EncoderSection = Annotated[reduce(or_, (*_sections.values(), BuiltinEncoder)), Field(discriminator="name")]
-AdapterSection = Annotated[NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter, Field(discriminator="name")]
+AdapterSection = Annotated[
+    NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter | MmLoraAdapter | MmAdapter, Field(discriminator="name")
+]
 DecoderSection = Annotated[LinearDecoder | FpnDecoder | UpernetDecoder, Field(discriminator="name")]
 
 

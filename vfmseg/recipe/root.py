@@ -48,6 +48,7 @@ class Recipe(Section):
         if self.model.fusion is not None and len(modalities) == 1:
             yield Problem("model.fusion", "is not used: data.modalities has only one modality; drop it")
         yield from self._fusion_problems()
+        yield from self._stream_problems()
         counts = [m.count for m in modalities.values()]
         as_published = None not in counts and sum(filter(None, counts)) == 3
         if self.model.encoder.input and as_published:
@@ -122,6 +123,23 @@ class Recipe(Section):
                 "model.modalities",
                 "gives each modality an encoder of its own, so that model.encoder has none; leave one out",
             )
+
+    def _stream_problems(self) -> Iterator[Problem]:
+        """Adapters of several modalities where only one image goes through the encoder."""
+        adapter, names = self.model.adapter.name, tuple(self.data.modalities)
+        if adapter not in ("mm_lora", "mm_adapter"):
+            return
+        one, fusion = {"mm_lora": "lora", "mm_adapter": "adapter"}[adapter], self.model.fusion
+        inside = [name for name in names if name not in self.model.modalities]
+        if len(names) == 1:
+            why = "data.modalities has only one modality"
+        elif fusion is None or isinstance(fusion, StackFusion):
+            why = "fusion stack makes one image of all modalities"
+        elif len(inside) == 1:
+            why = f"only {inside[0]} goes through the encoder"
+        else:
+            return
+        yield Problem("model.adapter", f"= '{adapter}' is not used: {why}; use {one}")
 
     def _radiometry_problems(self) -> Iterator[Problem]:
         for name, radiometry in self.train.augment.radiometry.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from makers import recipe_dict, save_encoder, sign, toy_scene, write_raster, write_recipe
 from safetensors.torch import load_file
@@ -49,6 +50,13 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "projection": {"name": "alignment", "by": "projection", "width": 8},
     "moved": {"name": "linear", "coregister": {"max_shift": 4}},
 }
+ADAPTED: dict[str, dict[str, Any]] = {
+    "mm_lora": {"fusion": {"name": "linear", "op": "sum"}, "adapter": {"name": "mm_lora", "rank": 2}},
+    "mm_adapter": {"fusion": {"name": "se"}, "adapter": {"name": "mm_adapter"}},
+    "bottleneck": {"fusion": {"name": "gated"}, "adapter": {"name": "adapter", "hidden": 4}},
+    "frozen": {"fusion": {"name": "decision"}, "adapter": {"name": "none"}},
+}
+KINDS = (*FUSIONS, *ADAPTED)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +87,16 @@ def recipe_of(place: Path, run: Path, fusion: dict[str, Any], **changes: Any) ->
     return load_recipe(write_recipe(run.parent / f"{run.name}.yaml", content))
 
 
-@pytest.fixture(scope="module", params=FUSIONS)
+@pytest.fixture(scope="module", params=KINDS)
 def trained(request: pytest.FixtureRequest, place: Path) -> tuple[str, Recipe]:
-    recipe = recipe_of(place, place / "runs" / request.param, FUSIONS[request.param])
+    recipe = recipe_of(place, place / "runs" / request.param, **model_of(request.param))
     finetune(recipe)
     return request.param, recipe
+
+
+def model_of(kind: str) -> dict[str, Any]:
+    """The changes of `model` that make a kind."""
+    return {"fusion": FUSIONS[kind]} if kind in FUSIONS else ADAPTED[kind]
 
 
 def scene(place: Path, *names: str) -> dict[str, Any]:
@@ -92,7 +105,7 @@ def scene(place: Path, *names: str) -> dict[str, Any]:
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, Recipe], place: Path) -> None:
     kind, recipe = trained
-    shorter = recipe_of(place, place / "stopped" / kind, FUSIONS[kind])
+    shorter = recipe_of(place, place / "stopped" / kind, **model_of(kind))
 
     class Stopped(Exception):
         pass
@@ -148,17 +161,18 @@ def test_a_map_has_labels_where_the_fusion_says(trained: tuple[str, Recipe], pla
     assert np.array_equal(known, expected)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FUSIONS if kind != "stack"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stack"])
 @pytest.mark.pitfall("C8", "P53")
 def test_a_step_in_parts_is_the_step_in_one(place: Path, tmp_path: Path, kind: str) -> None:
     """Terms of a fusion are divided by the counts of the whole step: processes and accumulation change nothing.
 
     And nothing that learns is without a gradient, whichever modality a batch does not see.
     """
-    recipe = recipe_of(place, tmp_path / "run", FUSIONS[kind])
+    recipe = recipe_of(place, tmp_path / "run", **model_of(kind))
     scenes = open_training(recipe)
     inputs = inputs_of(recipe, scenes["train"])
-    step = Step(build_model(recipe, inputs), objectives_of(recipe, inputs))
+    model = build_model(recipe, inputs)
+    step = Step(model, objectives_of(recipe, inputs, model))
     source = sources_of(recipe, scenes["train"], inputs)["train"]
     samples = [source[Draw(0, i)] for i in range(4)]
     for name in ("rgb", "dem"):  # of some samples a modality says nothing
@@ -244,6 +258,31 @@ def test_a_level_that_the_encoder_has_not_is_told(place: Path, tmp_path: Path) -
     with pytest.raises(RecipeError, match="names map 9"):
         finetune(recipe)
     assert not (tmp_path / "run" / "best").exists()
+
+
+def test_a_shift_in_metres_is_one_of_pixels_on_the_ground(place: Path, tmp_path: Path) -> None:
+    """Pixels are 10 m; the limit in pixels is kept with the segmenter. Without a CRS nobody knows it."""
+    fusion = {"name": "linear", "coregister": {"max_shift": 40, "unit": "metres"}}
+    recipe = recipe_of(place, tmp_path / "run", fusion, epochs=1)
+    finetune(recipe)
+    coregister = load_segmenter(recipe.output_dir / "best").model.coregister
+    assert coregister is not None
+    assert coregister.limit.item() == pytest.approx(4, rel=0.01)
+    for path in place.glob("*/*/*.tif"):
+        array, nodata = read_raster(path)
+        write_raster(tmp_path / path.relative_to(place), array, nodata=nodata, crs=None)
+    shutil.copytree(place / "encoder", tmp_path / "encoder")
+    nowhere = recipe_of(tmp_path, tmp_path / "other", fusion, epochs=1)
+    with pytest.raises(RecipeError, match="max_shift = 40 metres: the scenes have no CRS"):
+        finetune(nowhere)
+    far = {"name": "linear", "coregister": {"max_shift": 9000, "unit": "metres"}}
+    with pytest.raises(RecipeError, match="are 900 pixels; expected 256 at most"):
+        finetune(recipe_of(place, tmp_path / "far", far, epochs=1))
+
+
+def read_raster(path: Path) -> tuple[np.ndarray, float | None]:
+    with rasterio.open(path) as opened:
+        return opened.read(), opened.nodata
 
 
 @pytest.mark.pitfall("P14", "C14")

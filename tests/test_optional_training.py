@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.dropout import hide
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.image import Image, Images
-from vfmseg.data.sample import Sample, collate
+from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.data.windows import Draw, Purpose, rng
+from vfmseg.errors import RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import IGNORE, LabelMap
@@ -273,7 +275,8 @@ def test_objectives_of_a_recipe_take_what_is_shown(place: Path) -> None:
     recipe = without_test(place)
     scenes = open_training(recipe)
     inputs = inputs_of(recipe, scenes["train"])
-    model, (objective,) = build_model(recipe, inputs), objectives_of(recipe, inputs).values()
+    model = build_model(recipe, inputs)
+    (objective,) = objectives_of(recipe, inputs, model).values()
     source = sources_of(recipe, scenes["train"], inputs)["train"]
     samples = [s for s in (source[Draw(0, i)] for i in range(len(source))) if s.images["rgb"].valid.any()][:3]
     for sample in samples:
@@ -311,3 +314,46 @@ def test_dropout_keeps_a_model_from_leaning_on_one_sensor(tmp_path: Path) -> Non
         alone[chance] = found["sar"]["miou"]
     assert alone[0.0] < 0.4
     assert alone[0.4] > 0.6
+
+
+# --------------------------------------------------------------------------------------------------- distillation
+
+
+class Shares(nn.Module):
+    """Logits that are the sum of what each modality shows, through a weight that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, images: Images) -> torch.Tensor:
+        total = torch.stack([image.pixels.sum(dim=1) for image in images.values()]).sum(dim=0)
+        return torch.stack([self.weight * total, torch.zeros_like(total)], dim=1)
+
+
+def test_distillation_is_the_distance_to_what_the_whole_model_says() -> None:
+    """KL(full || hidden) over labelled pixels, with no gradient through the full answer; nothing hidden: 0."""
+    valid = torch.ones(2, 4, 4, dtype=torch.bool)
+    images = {name: Image(torch.full((2, 1, 4, 4), value), valid) for name, value in (("rgb", 1.0), ("sar", 2.0))}
+    labels = torch.zeros(2, 4, 4, dtype=torch.int64)
+    labels[:, 0] = IGNORE
+    objective = Segmentation({"cross_entropy": LOSSES["cross_entropy"]()}, {"cross_entropy": 1.0}, "any", distill=0.5)
+    model, batch = Shares(), Batch(images, labels, {"sar": torch.tensor([True, False])})
+    term = objective.terms(model, batch)["distill"]
+    assert (term.weight, term.count) == (0.5, "samples")
+
+    def chance(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    full, hidden = chance(3.0), chance(1.0)
+    expected = full * math.log(full / hidden) + (1 - full) * math.log((1 - full) / (1 - hidden))
+    assert term.sum.item() == pytest.approx(expected, rel=1e-5)
+    term.sum.backward()  # type: ignore[no-untyped-call]
+    assert model.weight.grad is not None
+    assert model.weight.grad.item() == pytest.approx(1.0 * (hidden - full), rel=1e-4)  # not that of the full answer
+    assert objective.terms(model, Batch(images, labels))["distill"].sum.item() == 0.0
+
+
+def test_distillation_without_dropout_is_a_problem(place: Path) -> None:
+    with pytest.raises(RecipeError, match="hides nothing"):
+        without_test(place, train__distill=0.5)

@@ -63,7 +63,7 @@ def _train(
     if not is_main_process():  # which has come as far, and so has the folder
         stack.enter_context(folder.with_the_others())
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-    from vfmseg.build.data import inputs_of, open_training
+    from vfmseg.build.data import inputs_of, metres_of, open_training
     from vfmseg.build.model import build_model
     from vfmseg.build.training import objectives_of, schedule_of, sources_of, validation_of, what_decides
     from vfmseg.data.traces import Traces
@@ -79,9 +79,9 @@ def _train(
     inputs = inputs_of(recipe, scenes["train"])
     if known and accept_changed_data:
         inputs = as_then(inputs, folder.state)
-    model = build_model(recipe, inputs)
+    model = build_model(recipe, inputs, metres_of(scenes["train"]))
     say(_parameter_lines(model))
-    step, sources = Step(model, objectives_of(recipe, inputs)), sources_of(recipe, scenes["train"], inputs)
+    step, sources = Step(model, objectives_of(recipe, inputs, model)), sources_of(recipe, scenes["train"], inputs)
     validation = validation_of(recipe, model, scenes.get("val"), inputs)
     loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
     origin = Origin(

@@ -27,6 +27,7 @@ from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.derived import LOCAL_RADIUS
+from vfmseg.geo.ground import Ground
 from vfmseg.geo.said import BandSaid, numbers_by_name
 from vfmseg.recipe import Recipe
 from vfmseg.terminal import say_once
@@ -123,6 +124,14 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, lis
         tell_absent(recipe, name, dict(zip(ids, counts, strict=True)), pixels)
         tell_survey(name, survey(scenes, len(ids), rule_of(recipe)), [recipe.data.classes[i].name for i in ids])
     return training
+
+
+def metres_of(train: Sequence[Scene]) -> float | None:
+    """Metres on the ground of a pixel of the first scene that has a CRS: the mean of both axes; None if none has."""
+    for scene in train:
+        if scene.grid.crs is not None:
+            return sum(Ground(scene.grid).pixel) / 2
+    return None
 
 
 def inputs_of(recipe: Recipe, train: Sequence[Scene]) -> Inputs:

@@ -28,6 +28,7 @@ from vfmseg.fusion.decision import Decision, DecoderPerStream
 from vfmseg.fusion.refine import Refine
 from vfmseg.model import Network
 from vfmseg.recipe import Recipe
+from vfmseg.recipe.fusion import LARGEST_SHIFT
 from vfmseg.recipe.model import BuiltinEncoder
 from vfmseg.terminal import say_once
 
@@ -76,9 +77,10 @@ def rule_of(recipe: Recipe) -> Known:
     return Decision.known if fusion.name == "decision" else FUSIONS[fusion.name].known
 
 
-def build_model(recipe: Recipe, inputs: Inputs) -> Network:
+def build_model(recipe: Recipe, inputs: Inputs, metres: float | None = None) -> Network:
     """Build what the recipe describes: backbone, freeze, adapter, stems, decoder; all that is random from its seed.
 
+    `metres` of a pixel of the training scenes, for lengths that the recipe gives in metres; None if nobody knows.
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
     backbone = published_backbone(recipe)
@@ -87,7 +89,7 @@ def build_model(recipe: Recipe, inputs: Inputs) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         attached = ADAPTERS[adapter.name].attach(backbone, inside(stems), **adapter.model_dump(exclude={"name"}))
-        model = around(recipe, backbone, stems, attached)
+        model = around(recipe, backbone, stems, attached, _metres_for(recipe, metres))
     _say_if_windows_are_padding(model, recipe.data.tile)
     return model
 
@@ -134,13 +136,22 @@ def inside(stems: Mapping[str, Stem | SideEncoder]) -> tuple[str, ...]:
     return tuple(name for name, stem in stems.items() if isinstance(stem, Stem))
 
 
-def around(recipe: Recipe, backbone: Backbone, stems: Mapping[str, Stem | SideEncoder], attached: Attached) -> Network:
-    """The network of a backbone, its stems and its adapter: fusion and decoder are built, with random weights."""
+def around(
+    recipe: Recipe,
+    backbone: Backbone,
+    stems: Mapping[str, Stem | SideEncoder],
+    attached: Attached,
+    metres: float = 1.0,
+) -> Network:
+    """The network of a backbone, its stems and its adapter: fusion and decoder are built, with random weights.
+
+    `metres` of a pixel, for lengths in metres; those of a segmenter lie in its files.
+    """
     section = recipe.model.fusion
     if section is None or section.name == "stack":
         return Network(backbone, stems, attached, None, _decoder(recipe, backbone), len(recipe.data.classes))
     streams = tuple(stems)
-    moved = coregister_of(recipe)
+    moved = _coregister_of(recipe, metres)
     if section.name == "decision":
         refine = None if section.refine is None else Refine(section.refine.guide, section.refine.iterations)
         decision = Decision(streams, len(recipe.data.classes), section.op, refine)
@@ -165,13 +176,32 @@ def _decoder(recipe: Recipe, backbone: Backbone, levels: Sequence[int] | None = 
     )
 
 
-def coregister_of(recipe: Recipe) -> Coregister | None:
-    """What moves modalities onto the first, if the recipe says so."""
+def _coregister_of(recipe: Recipe, metres: float) -> Coregister | None:
+    """What moves modalities onto the first, if the recipe says so; `metres` of a pixel."""
     fusion = recipe.model.fusion
     if fusion is None or fusion.name == "stack" or fusion.coregister is None:
         return None
     section, names = fusion.coregister, tuple(recipe.data.modalities)
-    return Coregister(section.modalities or names[1:], section.max_shift)
+    pixels = section.max_shift / metres if section.unit == "metres" else section.max_shift
+    return Coregister(section.modalities or names[1:], pixels)
+
+
+def _metres_for(recipe: Recipe, metres: float | None) -> float:
+    """The metres of a pixel, 1 where the recipe needs none; RecipeError where it does and they do not fit."""
+    fusion = recipe.model.fusion
+    section = None if fusion is None or fusion.name == "stack" else fusion.coregister
+    if section is None or section.unit == "pixels":
+        return 1.0
+    place = f"model.fusion.coregister.max_shift = {section.max_shift:g} metres"
+    if metres is None:
+        raise RecipeError(
+            f"{place}: the scenes have no CRS, so nobody knows how many metres a pixel is; use unit: pixels"
+        )
+    if section.max_shift / metres > LARGEST_SHIFT:
+        raise RecipeError(
+            f"{place} are {section.max_shift / metres:.0f} pixels; expected {LARGEST_SHIFT} at most: give a smaller one"
+        )
+    return metres
 
 
 def _say_if_windows_are_padding(model: Network, tile: int) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from vfmseg.build.data import value_ranges
-from vfmseg.build.model import coregister_of, rule_of
+from vfmseg.build.model import rule_of
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.scene import Scene
+from vfmseg.model import Network
 from vfmseg.recipe import Recipe, dump_recipe
 from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
 from vfmseg.recipe.predict import PredictSection
@@ -65,16 +66,24 @@ def segmentation_of(recipe: Recipe) -> Segmentation:
     losses: dict[str, Loss] = {name: LOSSES[name](**settings.get(name, {})) for name in section.loss}
     fusion = recipe.model.fusion
     weight = fusion.weight if isinstance(fusion, ReconstructionFusion | AlignmentFusion) else 0.0
-    return Segmentation(losses, dict(section.loss.items()), rule_of(recipe), weights, whole=True, fusion_weight=weight)
+    return Segmentation(
+        losses,
+        dict(section.loss.items()),
+        rule_of(recipe),
+        weights,
+        whole=True,
+        fusion_weight=weight,
+        distill=section.distill,
+    )
 
 
 OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"segmentation": segmentation_of}
 
 
-def objectives_of(recipe: Recipe, inputs: Inputs) -> dict[str, Objective]:
-    """What is minimised, by name; a fusion that moves modalities brings what finds their shifts."""
+def objectives_of(recipe: Recipe, inputs: Inputs, model: Network) -> dict[str, Objective]:
+    """What is minimised, by name; a model that moves modalities brings what finds their shifts."""
     found: dict[str, Objective] = {recipe.train.objective: OBJECTIVES[recipe.train.objective](recipe)}
-    moves = coregister_of(recipe)
+    moves = model.coregister
     if moves is not None:
         bands = {one.name: one.count for one in inputs if one.name in moves.modalities}
         with torch.random.fork_rng(devices=[]):

@@ -12,16 +12,22 @@ from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Name, Number, Problem
 
 Width = Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)]
 
+LARGEST_SHIFT = 256  # pixels that a modality may lie beside its place
+
 
 class CoregisterSection(Section):
     """Further modalities are moved onto the first by a shift that training finds."""
 
-    max_shift: Annotated[Number, Field(gt=0, le=256, examples=[8])]
+    max_shift: Annotated[Number, Field(gt=0, le=1e6, examples=[8])]
     """The largest shift along each axis."""
     unit: Literal["pixels", "metres"] = "pixels"
     """Pixels of the reference grid, or metres, which needs scenes with a CRS."""
     modalities: Annotated[tuple[Name, ...] | None, Field(min_length=1, max_length=64)] = None
     """Those that are moved; left out: all but the first."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.unit == "pixels" and self.max_shift > LARGEST_SHIFT:
+            yield Problem("max_shift", f"= {self.max_shift:g} must be at most {LARGEST_SHIFT} pixels")
 
 
 class _AnyFusion(Section):

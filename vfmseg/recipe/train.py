@@ -114,6 +114,8 @@ class TrainSection(Section):
     """Curves beside metrics.jsonl; tensorboard: in output_dir/tensorboard, needs pip install 'vfmseg[track]'."""
     modality_dropout: Annotated[Chances, Field(examples=[0.3, {"sar": 0.3}])] = 0.0
     """How often a modality is hidden from a training window, never all at once; one number, or {modality: number}."""
+    distill: Annotated[Number, Field(ge=0, examples=[0.5])] = 0.0
+    """Weight of a loss that draws the answer without hidden modalities to that with all; with modality_dropout."""
     optimizer: OptimizerSection = OptimizerSection()
     augment: AugmentSection = AugmentSection()
 
@@ -134,5 +136,9 @@ class TrainSection(Section):
     def _problems(self) -> Iterator[Problem]:
         if self.focal_gamma is not None and "focal" not in self.loss:
             yield Problem("focal_gamma", f"= {self.focal_gamma} is used by no loss; drop it, or add focal")
+        if self.distill and not (self.modality_dropout if isinstance(self.modality_dropout, float) else True):
+            yield Problem(
+                "distill", f"= {self.distill:g} is not used: train.modality_dropout hides nothing; set it too"
+            )
         if self.class_weights is not None and not {"cross_entropy", "focal"} & set(self.loss):
             yield Problem("class_weights", "is used by no loss; drop it, or add cross_entropy or focal")

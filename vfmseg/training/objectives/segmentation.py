@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vfmseg.data.dataset import CoverWindows
-from vfmseg.data.image import Known
+from vfmseg.data.image import Images, Known
 from vfmseg.data.sample import Batch, collate
 from vfmseg.geo.classes import IGNORE
 from vfmseg.metrics import Confusion, comparable, mean_text
@@ -35,11 +36,13 @@ class Segmentation(nn.Module):
         source: str = "train",
         whole: bool = False,
         fusion_weight: float = 0.0,
+        distill: float = 0.0,
     ) -> None:
         """`weights` {loss: its factor}; `rule`: where several modalities have an answer, other pixels count nowhere.
 
         `class_weights`: those that the pixel losses were made with, as they weigh the count of pixels too.
         `whole`: the model is a `Network`, which is asked by `answer`. `fusion_weight`: of what its fusion adds.
+        `distill`: of the distance between what it says with hidden modalities and what it says with all.
         """
         super().__init__()
         self.losses = dict(losses)
@@ -49,6 +52,7 @@ class Segmentation(nn.Module):
         self.source = source
         self.whole = whole
         self.fusion_weight = fusion_weight
+        self.distill = distill
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`pixels`: weighted number of valid labelled pixels; `samples`: number of samples that have any."""
@@ -56,11 +60,7 @@ class Segmentation(nn.Module):
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Run the model once and return the sum of each loss."""
-        added: dict[str, Tensor] = {}
-        if not self.whole:
-            logits = model(batch.shown())  # (B, K, H, W)
-        else:
-            logits, added = cast("Network", model).answer(batch.shown(), batch.frames)
+        logits, added = self._asked(model, batch, batch.shown())
         # half precision ends here, once, so that the gradients of several losses are added up in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets(self.rule)
@@ -70,10 +70,27 @@ class Segmentation(nn.Module):
         for name, values in added.items():
             counted = (targets != IGNORE).flatten(1).any(dim=1)  # a filler counts nowhere
             found[name] = Term((values.float() * counted).sum(), self.fusion_weight, "samples")
+        if self.distill:
+            with torch.no_grad():
+                full = self._asked(model, batch, batch.images)[0] if batch.hidden else logits
+            found["distill"] = Term(_distances(logits, full.float(), targets).sum(), self.distill, "samples")
         return found
+
+    def _asked(self, model: nn.Module, batch: Batch, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, K, H, W) for images of the batch, and what the fusion adds to the loss."""
+        if self.whole:
+            return cast("Network", model).answer(images, batch.frames)
+        return model(images), {}
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Nothing: this objective keeps no averages."""
+
+
+def _distances(logits: Tensor, full: Tensor, targets: Tensor) -> Tensor:
+    """(B,): mean over the labelled pixels of KL(full || logits), both (B, K, H, W); 0 for an image without any."""
+    counted = targets != IGNORE
+    each = F.kl_div(logits.log_softmax(dim=1), full.log_softmax(dim=1), reduction="none", log_target=True).sum(dim=1)
+    return (each * counted).sum(dim=(1, 2)) / counted.sum(dim=(1, 2)).clamp(min=1)
 
 
 def class_weight_tuple(weights: Mapping[int, float] | None, ids: tuple[int, ...]) -> tuple[float, ...] | None:

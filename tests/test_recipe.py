@@ -88,6 +88,13 @@ def test_adapter_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     assert lora.model_dump() == {"name": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("q", "v")}
     bottleneck = small(tmp_path, "model.adapter={name: adapter}").model.adapter
     assert bottleneck.model_dump() == {"name": "adapter", "hidden": 64, "scale": 0.1}
+    streams = ("data.modalities.dem={}", "data.train.dem=dem/*.tif", "model.fusion={name: gated}")
+    mm_lora = small(tmp_path, *streams, "model.adapter={name: mm_lora}").model.adapter
+    assert mm_lora.model_dump() == {
+        "name": "mm_lora", "rank": 4, "alpha": None, "dropout": 0.0, "targets": ("q", "v", "mlp"), "mix": True
+    }  # fmt: skip
+    mm_adapter = small(tmp_path, *streams, "model.adapter={name: mm_adapter}").model.adapter
+    assert mm_adapter.model_dump() == {"name": "mm_adapter", "ratio": 0.25}
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "dice", "focal", "lovasz"])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vfmseg.adapters.attach import ADAPTERS
+from vfmseg.adapters.mm_adapter import OwnBottlenecks
 from vfmseg.adapters.mm_lora import StreamLora
 from vfmseg.adapters.streams import Mix, Route
 from vfmseg.data.image import Image
@@ -20,6 +21,7 @@ from vfmseg.encoders.backbone import Backbone, BaseRecord
 from vfmseg.encoders.build import ENCODERS, build_backbone
 from vfmseg.encoders.tokens import Tokens
 from vfmseg.errors import AdapterError
+from vfmseg.model import Network
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,47 @@ def test_a_layer_that_is_told_of_other_rows_says_so() -> None:
         route.rows_of(torch.zeros(6, 3))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_bottlenecks_come_after_the_attention_and_beside_the_mlp(folders: dict[str, Path], kind: str) -> None:
+    """Of the first block, whose input is that of the frozen encoder; windows of an image are rows of its stream."""
+    attention = {"clip": "self_attn", "sam": "attn"}.get(kind, "attention")
+    given = of(images(), "optical", "dem")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+
+    def watch(model: Network, name: str) -> None:
+        found[name] = {}
+        block = model.backbone.blocks[0][1]
+
+        def keep(part: str) -> Any:
+            def hook(_: nn.Module, x: Any, y: Any) -> None:
+                found[name] |= {part: y[0] if isinstance(y, tuple) else y, f"{part} gets": x[0] if x else None}
+
+            return hook
+
+        block.get_submodule(attention).register_forward_hook(keep("attention"))
+        block.get_submodule("mlp").register_forward_hook(keep("mlp"))
+        maps(model, given, "dem")
+
+    model = network(folders, kind, "mm_adapter")
+    watch(network(folders, kind, "none"), "plain")
+    watch(model, "adapted")
+    block = model.backbone.blocks[0][1]
+    after, beside = (m for m in block.modules() if isinstance(m, OwnBottlenecks))
+    with torch.no_grad():
+        answer = found["plain"]["attention"]
+        for rows, stream in zip(answer.chunk(2), ("optical", "dem"), strict=True):
+            layer: Any = after.own[f"of_{stream}"]
+            expected = rows + layer.up(F.gelu(layer.down(rows)))
+            got = found["adapted"]["attention"].chunk(2)[stream == "dem"]
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(got, rows, atol=1e-2)
+        x = found["adapted"]["mlp gets"]
+        mine, other = (beside.own[f"of_{s}"](rows) for s, rows in zip(("optical", "dem"), x.chunk(2), strict=True))
+        seen = beside.route.seen_of(x)  # less than 1 where patches reach beyond the image
+        updates = [mine + 0.5 * seen["dem"] * (other - mine), other + 0.5 * seen["optical"] * (mine - other)]
+        torch.testing.assert_close(found["adapted"]["mlp"], beside.part(x) + torch.cat(updates))
+
+
 @pytest.mark.parametrize("targets", [("q", "v"), ("v",), ("q", "k")])
 @pytest.mark.pitfall("P4")
 def test_of_a_fused_layer_the_wanted_thirds_alone_are_changed(
@@ -251,6 +294,21 @@ def test_all_that_was_added_learns_and_checkpointing_changes_no_bit(
         found.append({name: p.grad for name, p in parts["adapter"].items()})
     assert [name for name, gradient in found[0].items() if gradient is None or not gradient.any()] == []
     torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_layers_answer_in_the_type_that_the_frozen_ones_compute_in(
+    folders: dict[str, Path], kind: str, name: str
+) -> None:
+    """Tokens of type float32 would take twice the memory in mixed precision."""
+    model, given, types = network(folders, kind, name), of(images(), "optical", "dem"), set()
+    whole = maps(model, given, "optical")
+    for site in model.attached.sites:
+        model.backbone.network.get_submodule(site).register_forward_hook(lambda _, x, y: types.add(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert far(maps(model, given, "optical"), whole) < 0.1
+    assert types == {torch.bfloat16}
 
 
 @pytest.mark.pitfall("P8")

@@ -47,7 +47,7 @@ class Route:
 
     def seen_of(self, x: Tensor) -> dict[str, Tensor]:
         """{stream: (..., 1), the share of each of its tokens that is valid}, in the shape of x (B, ..., width)."""
-        seen = self.seen.to(x.dtype).view(*x.shape[:-1], 1)
+        seen = self.seen.view(*x.shape[:-1], 1)
         return {name: seen[mine] for name, mine in self.rows.items()}
 
 
@@ -73,9 +73,11 @@ class Mix(nn.Module):
         mine, others = updates[name], [other for other in updates if other != name]
         if not others:
             return mine
-        drawn = sum((seen[other] * (updates[other] - mine) for other in others), torch.zeros_like(mine))
+        # in the type of the updates: float32 shares would make float32 of what autocast computes in bfloat16
+        weights = {other: seen[other].to(mine.dtype) for other in others}
+        drawn = sum((weights[other] * (updates[other] - mine) for other in others), torch.zeros_like(mine))
         if len(others) > 1:
-            drawn = drawn / sum((seen[other] for other in others), torch.zeros_like(seen[name])).clamp(min=1)
+            drawn = drawn / sum(weights.values(), torch.zeros_like(weights[others[0]])).clamp(min=1)
         return mine + (1 - self.shares[key(name)]) * drawn
 
 

@@ -176,7 +176,12 @@ def test_wrong_encoder_shows_no_errors_of_other_families(tmp_path: Path) -> None
         "model.encoder={name: sam}": ("model.encoder.checkpoint", "missing", "'facebook/sam-vit-base'"),
         "model.encoder.name=dino2": ("model.encoder.name", "'dino2'", "did you mean 'dinov2'?"),
         "model.encoder={layers: [1]}": ("model.encoder.name", "missing", "sam, dinov2, clip, builtin"),
-        "model.adapter=lora": ("model.adapter", "'lora'", "(none, full, lora, adapter)", "{name: 'lora'}"),
+        "model.adapter=lora": (
+            "model.adapter",
+            "'lora'",
+            "(none, full, lora, adapter, mm_lora, mm_adapter)",
+            "{name: 'lora'}",
+        ),
     }.items():
         (line,) = complaint(tmp_path, override)
         assert tells(line.removeprefix(f", {override}: "), *parts)

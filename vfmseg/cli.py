@@ -310,6 +310,36 @@ def evaluate(
     _end(verb)
 
 
+@app.command(epilog="Example: vfmseg compare recipes/oam_buildings.yaml model.decoder.name=linear,fpn --seeds 3")
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    changes: Annotated[
+        list[str], typer.Argument(help="Alternatives as key.path=a,b; several keys make a grid. Others as usual.")
+    ],
+    seeds: Annotated[int, typer.Option(help="Runs of each cell, with the recipe's seed and those after it.")] = 3,
+    test: Annotated[bool, typer.Option("--test", help="Measure the test split too.")] = False,
+    equal: Annotated[
+        bool, typer.Option("--equal", help="Widen decoders or adapters until all train as many parameters.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of all runs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Train a recipe in several forms with several seeds, and put them into one table. Goes on where it was stopped."""
+
+    def verb() -> None:
+        from vfmseg.compare.comparison import compare as train_all
+
+        content = train_all(recipe, changes, seeds, test, equal, output)
+        from vfmseg.compare.table import text
+
+        deliver((json.dumps(content) if as_json else text(content)) + "\n")
+
+    flags = {"--test": test, "--equal": equal, "--json": as_json}
+    again = ["vfmseg", "compare", str(recipe), *changes, "--seeds", str(seeds)]
+    again += [*(["--output", str(output)] if output else []), *(flag for flag, given in flags.items() if given)]
+    _end(verb, shlex.join(again))
+
+
 @app.command(epilog="Example: vfmseg demo --output runs/demo")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("runs/demo"),

@@ -1,0 +1,86 @@
+"""The runs of a comparison: one recipe with one seed in one folder, finished, to go on with, or to start."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vfmseg.build.training import what_decides
+from vfmseg.compare.grid import Cell
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.errors import CheckpointError
+from vfmseg.finetune import finetune
+from vfmseg.recipe import Recipe, load_recipe
+from vfmseg.training.run_folder import BEST, RECIPE, RESULT, segmenter_run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a cell."""
+
+    cell: str
+    recipe: Recipe  # with its own seed and folder
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return self.recipe.output_dir
+
+    @property
+    def best(self) -> Path:
+        """The segmenter that validation chose."""
+        return self.folder / BEST
+
+    def result(self) -> dict[str, Any] | None:
+        """The content of its metrics.json; None if it is not finished."""
+        path = self.folder / RESULT
+        if not path.is_file():
+            return None
+        try:
+            found: dict[str, Any] = read_json(path)
+            if {"validation", "trainable_parameters", "total_parameters"} <= set(found):
+                return found
+            reason = "it is not the result of a run"
+        except (ValueError, TypeError) as error:
+            reason = str(error)
+        raise CheckpointError(f"{path}: not readable as a result ({reason}); remove {self.folder} to train it again")
+
+    def require_same(self) -> None:
+        """CheckpointError if the folder holds a run of another recipe, as far as that decides its weights."""
+        path = self.folder / RECIPE
+        if not path.is_file():
+            return  # nothing there, or a run in its first epoch, of which `finetune` asks the same
+        then, now = what_decides(load_recipe(path)).splitlines(), what_decides(self.recipe).splitlines()
+        lines = [f"now '{line.strip()}'" for line in now if line not in then]
+        lines += [f"then '{line.strip()}'" for line in then if line not in now]
+        if lines:
+            raise CheckpointError(
+                f"{self.folder}: holds a run of another recipe ({'; '.join(lines[:3])}); choose another --output, or "
+                "move it away"
+            )
+
+    def train(self) -> dict[str, Any]:
+        """Start it, or go on with it; the content of its metrics.json."""
+        state = segmenter_run(self.folder).state
+        try:
+            return finetune(self.recipe, resume=state.is_file())
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def runs_of(cell: Cell, folder: Path, seeds: int) -> list[Run]:
+    """The runs of a cell, with the recipe's seed and the ones after it."""
+    first = cell.recipe.seed
+    return [
+        Run(
+            cell.name,
+            cell.recipe.model_copy(update={"seed": seed, "output_dir": folder / cell.name / f"seed-{seed}"}),
+        )
+        for seed in range(first, first + seeds)
+    ]

@@ -57,7 +57,7 @@ def test_help_answers_within_a_second_and_shows_examples() -> None:
     spent = os.times().children_user - children + time.process_time() - started
     assert done.returncode == 0
     assert spent < 1.0
-    for verb in ("finetune", "predict", "evaluate", "demo"):
+    for verb in ("finetune", "predict", "evaluate", "compare", "demo"):
         assert verb in done.stdout
         assert f"vfmseg {verb}" in vfmseg(verb, "--help").stdout.split("Example:")[1]
 

@@ -138,7 +138,7 @@ def scored(patch: pytest.MonkeyPatch, *scores: float) -> None:
     following = iter(scores)
 
     class Confusion:
-        def scores(self, names: list[str], outside: Sequence[str] = ()) -> dict[str, Any]:
+        def scores(self, names: list[str], outside: list[str]) -> dict[str, Any]:
             score = next(following)
             classes = {name: {"iou": score, "support": 1} for name in ("ground", "disc")}
             return {"miou": score, "classes": classes, "absent": [], "classes_in_mean": 2}

@@ -83,15 +83,19 @@ def build_model(recipe: Recipe, inputs: Inputs, metres: float | None = None) -> 
     `metres` of a pixel of the training scenes, for lengths that the recipe gives in metres; None if nobody knows.
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
-    backbone = published_backbone(recipe)
+    model = assembled(recipe, inputs, published_backbone(recipe), metres)
+    _say_if_windows_are_padding(model, recipe.data.tile)
+    return model
+
+
+def assembled(recipe: Recipe, inputs: Inputs, backbone: Backbone, metres: float | None = None) -> Network:
+    """What `build_model` says, put into and around this backbone, which it changes; also of tensors on `meta`."""
     stems = stems_of(recipe, inputs, backbone)
     adapter = recipe.model.adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         attached = ADAPTERS[adapter.name].attach(backbone, inside(stems), **adapter.model_dump(exclude={"name"}))
-        model = around(recipe, backbone, stems, attached, _metres_for(recipe, metres))
-    _say_if_windows_are_padding(model, recipe.data.tile)
-    return model
+        return around(recipe, backbone, stems, attached, _metres_for(recipe, metres))
 
 
 def published_backbone(recipe: Recipe, instead: str | None = None) -> Backbone:

@@ -126,7 +126,6 @@ def _content(
     rows = []
     for cell in cells:
         mine = runs[cell.name]
-        say(f"measuring {cell.name}")
         found = [measured(run, cost=run is mine[0], test=test) for run in mine]
         trainable = first[cell.name]["trainable_parameters"]
         rows.append(

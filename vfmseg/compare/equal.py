@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.build.data import inputs_of, open_training
-from vfmseg.build.model import around, published_backbone, stems_of
+from vfmseg.build.model import assembled, published_backbone
 from vfmseg.compare.grid import Cell
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.scene import Scene
@@ -19,10 +18,6 @@ from vfmseg.encoders.backbone import Backbone
 from vfmseg.errors import VfmsegError
 from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.recipe.base import LARGEST_WIDTH
-
-DECODERS = {"fpn": "channels", "upernet": "channels"}
-ADAPTER_WIDTHS = {"lora": "rank", "adapter": "hidden"}
-"""{name: the key of its width}; what is not here has no width to choose."""
 
 CLOSE = 0.02
 """Cells count as equal if they train at most this share fewer parameters than the yardstick."""
@@ -50,11 +45,8 @@ class Counting:
     def of(self, recipe: Recipe) -> Count:
         """The parameters of a recipe's model; the errors of `finetune` for data, encoder or parts that do not fit."""
         inputs, backbone = self._inputs_of(recipe), copy.deepcopy(self._backbone_of(recipe))
-        adapter = recipe.model.adapter
         with torch.device("meta"):
-            stems = stems_of(recipe, inputs, backbone)
-            attached = ADAPTERS[adapter.name].attach(backbone, **adapter.model_dump(exclude={"name"}))
-            model = around(recipe, backbone, stems, attached)
+            model = assembled(recipe, inputs, backbone)
         return Count(
             sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
         )
@@ -65,6 +57,10 @@ class Counting:
             return self.of(cell.recipe)
         except VfmsegError as error:
             raise type(error)(f"cell {cell.name}: {error}") from None
+
+    def encoder_width(self, recipe: Recipe) -> int:
+        """Channels of the encoder's tokens."""
+        return self._backbone_of(recipe).width
 
     def _inputs_of(self, recipe: Recipe) -> Inputs:
         data = recipe.data.model_dump_json()
@@ -83,16 +79,58 @@ class Counting:
         return self._backbones[key]
 
 
+@dataclass(frozen=True)
+class Width:
+    """A number of a recipe by which a part grows. key: its place; now: its value; most: the largest that is tried.
+
+    changes(value): the overrides that set it.
+    """
+
+    key: str
+    now: int
+    most: int
+    changes: Callable[[int], list[str]]
+
+
+def width_of(cell: Cell, encoder: int) -> Width | None:
+    """By which number the model of a cell can train more: of its decoder, else of its adapter; None if by none.
+
+    A key that is itself compared is left alone. A rank reaches up to the width of the encoder: a product of larger
+    factors has more parameters and says no more. `alpha` grows with it, so that alpha / rank stays. The bottlenecks of
+    mm_adapter are given as a share of that width.
+    """
+    decoder, adapter = cell.recipe.model.decoder, cell.recipe.model.adapter
+
+    def plain(key: str, now: int, most: int, alpha: float | None = None) -> Width:
+        def changes(value: int) -> list[str]:
+            scaled = [] if alpha is None else [f"model.adapter.alpha={alpha * value / now!r}"]
+            return [f"{key}={value}", *scaled]
+
+        return Width(key, now, most, changes)
+
+    found: list[Width] = []
+    if decoder.name != "linear":
+        found.append(plain("model.decoder.channels", decoder.channels, LARGEST_WIDTH))
+    if adapter.name == "lora" or adapter.name == "mm_lora":
+        found.append(plain("model.adapter.rank", adapter.rank, encoder, adapter.alpha))
+    elif adapter.name == "adapter":
+        found.append(plain("model.adapter.hidden", adapter.hidden, LARGEST_WIDTH))
+    elif adapter.name == "mm_adapter":
+        now = max(1, round(adapter.ratio * encoder))
+        key = "model.adapter.ratio"
+        found.append(Width(key, now, 4 * encoder, lambda value: [f"{key}={value / encoder!r}"]))
+    return next((width for width in found if width.key not in cell.keys), None)
+
+
 def equalised(path: Path, cells: list[Cell], counting: Counting) -> list[Cell]:
     """The same cells, those that train fewer parameters than the largest made wider where they have a width.
 
-    A decoder's `channels`, else an adapter's `rank` (with `alpha`, so that alpha / rank stays) or `hidden`: the widest
-    that trains no more than the largest cell.
+    Each gets the largest width by which it trains no more than the largest cell.
     """
-    counts = [counting.of_cell(cell) for cell in cells]
-    target = max(count.trainable for count in counts)
+    counts = [counting.of_cell(cell).trainable for cell in cells]
+    target = max(counts)
     return [
-        cell if count.trainable == target else _grown(path, cell, target, counting)
+        cell if count == target else _grown(path, cell, target, counting)
         for cell, count in zip(cells, counts, strict=True)
     ]
 
@@ -103,25 +141,21 @@ def is_equal(trainable: int, yardstick: int) -> bool:
 
 
 def _grown(path: Path, cell: Cell, target: int, counting: Counting) -> Cell:
-    """The widest form of a cell that trains at most `target` parameters; the cell itself if it has no width."""
-    model = cell.recipe.model
-    section: Any = model.decoder if model.decoder.name in DECODERS else model.adapter
-    key = DECODERS.get(model.decoder.name) or ADAPTER_WIDTHS.get(model.adapter.name)
-    if key is None:
+    """The widest form of a cell that trains at most `target` parameters; the cell itself if nothing can grow."""
+    width = width_of(cell, counting.encoder_width(cell.recipe))
+    if width is None or width.now >= width.most:
         return cell
-    part = "decoder" if section is model.decoder else "adapter"
-    now = int(getattr(section, key))
 
-    def wider(width: int) -> Cell:
-        changes = [f"model.{part}.{key}={width}"]
-        if key == "rank":
-            changes.append(f"model.adapter.alpha={section.alpha * width / now!r}")
-        every = (*cell.changes, *changes)
-        return Cell(f"{cell.name}_{key}-{width}", every, load_recipe(path, every))
+    def wider(value: int) -> Cell:
+        changes = (*cell.changes, *width.changes(value))
+        name = f"{cell.name}_{changes[len(cell.changes)].removeprefix('model.').replace('=', '-')}"
+        return Cell(name, changes, cell.keys, load_recipe(path, changes))
 
-    most, too_wide = now, LARGEST_WIDTH + 1  # the answer is at least `most` and below `too_wide`
-    while too_wide - most > 1:
-        middle = (most + too_wide) // 2
-        fits = counting.of(wider(middle).recipe).trainable <= target
-        most, too_wide = (middle, too_wide) if fits else (most, middle)
-    return cell if most == now else wider(most)
+    fits, too_wide = width.now, width.most + 1
+    while too_wide - fits > 1:
+        middle = (fits + too_wide) // 2
+        if counting.of(wider(middle).recipe).trainable <= target:
+            fits = middle
+        else:
+            too_wide = middle
+    return cell if fits == width.now else wider(fits)

@@ -27,10 +27,14 @@ SET_HERE = {"seed": "--seeds says how many seeds there are", "output_dir": "--ou
 
 @dataclass(frozen=True)
 class Cell:
-    """One recipe of the grid. name: of its folder; changes: the overrides that make it, as on the command line."""
+    """One recipe of the grid.
+
+    name: of its folder; changes: the overrides that make it, as on the command line; keys: those that are compared.
+    """
 
     name: str
     changes: tuple[str, ...]
+    keys: tuple[str, ...]
     recipe: Recipe
 
 
@@ -68,7 +72,9 @@ def cells_of(path: Path, changes: Sequence[str]) -> list[Cell]:
     grid = list(product(*listed))
     several = [number for number, options in enumerate(listed) if len(options) > 1]
     names = _names([[row[number] for number in several] for row in grid])
-    cells = [Cell(name, row, _checked(path, name, row, keys)) for name, row in zip(names, grid, strict=True)]
+    cells = [
+        Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in zip(names, grid, strict=True)
+    ]
     _require_different(cells)
     return cells
 

@@ -23,8 +23,10 @@ from vfmseg.disk.jsonfile import read_json
 from vfmseg.inference.ranks import own_device
 from vfmseg.progress import SceneProgress
 from vfmseg.segmenter import Segmenter
+from vfmseg.terminal import say
 
 KEPT = "measured.json"
+_WORDS = {"cost": "time and memory", "test": "the test split"}
 WARM_UP, TIMES = 2, 7
 """Forwards before, and those of which the median is taken."""
 
@@ -56,6 +58,7 @@ def measured(run: Run, cost: bool, test: bool) -> dict[str, Any]:
         }
     missing = [name for name, about in asked.items() if known.get(name, {}).get("about") != about]
     if missing:
+        say(f"measuring {run.cell}, seed {run.recipe.seed}: {', '.join(_WORDS[name] for name in missing)}")
         segmenter = Segmenter.from_pretrained(run.best)
         for name in missing:
             found = _cost(segmenter, run.recipe.data.tile) if name == "cost" else _test(segmenter, run)

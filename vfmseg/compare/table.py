@@ -68,7 +68,8 @@ def text(content: Mapping[str, Any]) -> str:
     cells = content["cells"]
     with_test = content["test"]
     titles = ["cell", "val mIoU", *(["test mIoU"] if with_test else []), "trainable", "total", "ms/tile", "MiB", ""]
-    rows = [_row(cell, with_test) for cell in cells]
+    most = max(cell["trainable_parameters"] for cell in cells)
+    rows = [_row(cell, with_test, most) for cell in cells]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     lines = [
         "  ".join(
@@ -93,8 +94,8 @@ def text(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(cell: Mapping[str, Any], with_test: bool) -> list[str]:
-    cost = cell["cost"]
+def _row(cell: Mapping[str, Any], with_test: bool, most: int) -> list[str]:
+    cost, fewer = cell["cost"], 100 * (1 - cell["trainable_parameters"] / most)
     return [
         cell["name"],
         _mean(cell["validation"]),
@@ -103,7 +104,7 @@ def _row(cell: Mapping[str, Any], with_test: bool) -> list[str]:
         f"{cell['total_parameters']:,}",
         f"{cost['ms']:.1f}",
         "-" if cost["mib"] is None else f"{cost['mib']:.1f}",
-        "not equal" if cell["equal"] is False else "",
+        f"not equal: {fewer:.0f} % fewer" if cell["equal"] is False else "",
     ]
 
 

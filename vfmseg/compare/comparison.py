@@ -49,18 +49,20 @@ def compare(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler complains where there is no GPU
     # torch-based rooms are imported here: a wrong grid or folder has been refused long before
     from vfmseg.compare.equal import Counting, equalised
-    from vfmseg.compare.runs import runs_of
+    from vfmseg.compare.runs import require_same_data, runs_of
 
     with held(folder / LOCK, folder, "comparing recipes"):
         counting = Counting()
         if equal:
             cells = equalised(path, cells, counting)
         runs = {cell.name: runs_of(cell, folder, seeds) for cell in cells}
-        for run in (run for some in runs.values() for run in some):
+        every = [run for some in runs.values() for run in some]
+        for run in every:
             run.require_same()
         for cell in () if equal else cells:
             if any(run.result() is None for run in runs[cell.name]):
                 counting.of_cell(cell)  # builds it, so that what does not fit is told before hours of training
+        require_same_data(every, counting.traces)
         results = _train(runs)
         content = _content(path, cells, runs, results, test, equal)
         write_json(folder / TABLE, content)

@@ -12,8 +12,10 @@ import torch
 from vfmseg.build.data import inputs_of, open_training
 from vfmseg.build.model import assembled, published_backbone
 from vfmseg.compare.grid import Cell
+from vfmseg.compare.runs import data_key
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.scene import Scene
+from vfmseg.data.traces import Traces
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.errors import VfmsegError
 from vfmseg.recipe import Recipe, load_recipe
@@ -38,6 +40,8 @@ class Counting:
     Models are built on torch's `meta` device, where tensors have a shape and no content.
     """
 
+    traces: dict[str, dict[str, str]] = field(default_factory=dict)
+    """{`data_key` of a recipe: digests of its images and labels}, of the data that were opened."""
     _scenes: dict[str, dict[str, list[Scene]]] = field(default_factory=dict)
     _inputs: dict[str, Inputs] = field(default_factory=dict)
     _backbones: dict[str, Backbone] = field(default_factory=dict)
@@ -63,9 +67,11 @@ class Counting:
         return self._backbone_of(recipe).width
 
     def _inputs_of(self, recipe: Recipe) -> Inputs:
-        data = recipe.data.model_dump_json()
+        data = data_key(recipe)
         if data not in self._scenes:
-            self._scenes[data] = open_training(recipe)
+            traces = Traces()
+            self._scenes[data] = open_training(recipe, traces)
+            self.traces[data] = traces.found
         # statistics are of the training scenes, or those that the encoder was published with
         key = data + recipe.model.encoder.model_dump_json() + repr(recipe.train.modality_dropout)
         if key not in self._inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vfmseg.disk.jsonfile import read_json
 from vfmseg.errors import CheckpointError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import Recipe, load_recipe
+from vfmseg.training.resume import changed_data, data_of
 from vfmseg.training.run_folder import BEST, RECIPE, RESULT, segmenter_run
 
 
@@ -72,6 +74,31 @@ class Run:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def data_key(recipe: Recipe) -> str:
+    """The data section of a recipe as text, without what decides of no pixel: runs of one key learn from one data."""
+    return recipe.data.model_copy(update={"workers": 0}).model_dump_json()
+
+
+def require_same_data(runs: Iterable[Run], now: Mapping[str, Mapping[str, str]]) -> None:
+    """CheckpointError if two runs that there are learned from other images or labels, though of the same names.
+
+    now {`data_key`: digests of the data as they are}, where runs are still to be trained.
+    """
+    known = {key: ("the data of now", found) for key, found in now.items()}
+    for run in runs:
+        state = segmenter_run(run.folder).state
+        if not state.is_file():
+            continue
+        found = data_of(state)
+        where, other = known.setdefault(data_key(run.recipe), (str(run.folder), found))
+        changed = changed_data(found, other)
+        if changed:
+            raise CheckpointError(
+                f"{run.folder}: has learned from other data than {where} ({changed}), so their scores cannot be "
+                "compared; choose another --output, or move that folder away"
+            )
 
 
 def runs_of(cell: Cell, folder: Path, seeds: int) -> list[Run]:

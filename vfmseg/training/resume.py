@@ -75,6 +75,19 @@ def as_then(inputs: Inputs, path: Path) -> Inputs:
         raise _no_state(path, error) from None
 
 
+def data_of(path: Path) -> dict[str, str]:
+    """{image or label map, in words: digest} of what the run of a state learned from; empty if none were noted."""
+    try:
+        return dict(Origin(**_read(path)["origin"]).data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_state(path, error) from None
+
+
+def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What of `data_of` is another than it was, in words; empty if nothing is, or none were noted."""
+    return _some(list(_other_data(then, now))) if then and now else ""
+
+
 def load_run(path: Path, loop: Loop, origin: Origin, accept_changed_data: bool = False) -> None:
     """Put a run back to where `save_run` left it; a run of another origin is refused.
 

@@ -321,6 +321,13 @@ def test_parameters_are_counted_as_the_built_model_has_them(two_modalities: Path
     assert count.total == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("adapter", ["none", "full", "lora", "adapter", "mm_lora", "mm_adapter"])
+def test_adapters_are_counted_too(two_modalities: Path, tmp_path: Path, adapter: str) -> None:
+    recipe = recipe_of(two_modalities, tmp_path / "run", {"name": "linear"}, adapter={"name": adapter})
+    model = build_model(recipe, inputs_of(recipe, open_training(recipe)["train"]))
+    assert Counting().of(recipe).trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.pitfall("C41")
 @pytest.mark.parametrize(
     ("changes", "grown"),
@@ -330,6 +337,7 @@ def test_parameters_are_counted_as_the_built_model_has_them(two_modalities: Path
             ["model.decoder={name: linear},{name: fpn, channels: 8}", "model.adapter={name: adapter, hidden: 4}"],
             "model.adapter.hidden=",
         ),
+        (["model.adapter={name: mm_lora, rank: 2, mix: false},{name: mm_lora, rank: 9}"], "model.adapter.rank="),
         (["model.adapter={name: lora, rank: 2, targets: [q]},{name: lora, rank: 7}"], "model.adapter.rank="),
         (
             ["model.fusion={name: linear},{name: decision},{name: stack}", "model.decoder={name: fpn, channels: 96}"],
@@ -365,6 +373,18 @@ def test_a_rank_grows_with_its_alpha_and_not_beyond_the_width_of_the_encoder(pla
     adapter = cells[0].recipe.model.adapter
     assert adapter.name == "lora"
     assert (adapter.rank, adapter.alpha) == (32, 16 / 2 * 32)
+
+
+def test_the_bottlenecks_of_several_modalities_grow_by_their_share(two_modalities: Path, tmp_path: Path) -> None:
+    recipe_of(two_modalities, tmp_path / "run", {"name": "linear"})
+    both = "model.adapter={name: mm_adapter, ratio: 0.125},{name: mm_adapter, ratio: 1.0}"
+    cells, counting = cells_of(tmp_path / "run.yaml", [both]), Counting()
+    first, second = equalised(tmp_path / "run.yaml", cells, counting)
+    assert second == cells[1]
+    assert first.recipe.model.adapter == second.recipe.model.adapter
+    with pytest.raises(RecipeError, match="leave out --equal if it undoes the difference"):
+        compare(tmp_path / "run.yaml", [both], equal=True)
+    assert not (tmp_path / "run-compare").exists()
 
 
 @pytest.mark.pitfall("C41")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfmseg.compare.grid import Cell, cells_of
+from vfmseg.compare.grid import Cell, cells_of, require_different
 from vfmseg.disk.files import write_json
 from vfmseg.disk.lock import LOCK, held
 from vfmseg.errors import RecipeError
@@ -55,6 +55,7 @@ def compare(
         counting = Counting()
         if equal:
             cells = equalised(path, cells, counting)
+            require_different(cells)
         runs = {cell.name: runs_of(cell, folder, seeds) for cell in cells}
         every = [run for some in runs.values() for run in some]
         for run in every:

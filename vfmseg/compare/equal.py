@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vfmseg.build.data import inputs_of, open_training
+from vfmseg.build.data import inputs_of, metres_of, open_training
 from vfmseg.build.model import assembled, published_backbone
 from vfmseg.compare.grid import Cell
 from vfmseg.compare.runs import data_key
@@ -50,7 +50,7 @@ class Counting:
         """The parameters of a recipe's model; the errors of `finetune` for data, encoder or parts that do not fit."""
         inputs, backbone = self._inputs_of(recipe), copy.deepcopy(self._backbone_of(recipe))
         with torch.device("meta"):
-            model = assembled(recipe, inputs, backbone)
+            model = assembled(recipe, inputs, backbone, metres_of(self._scenes[data_key(recipe)]["train"]))
         return Count(
             sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
         )

@@ -75,7 +75,7 @@ def cells_of(path: Path, changes: Sequence[str]) -> list[Cell]:
     cells = [
         Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in zip(names, grid, strict=True)
     ]
-    _require_different(cells)
+    require_different(cells)
     return cells
 
 
@@ -109,15 +109,15 @@ def _checked(path: Path, name: str, changes: Sequence[str], keys: Sequence[str])
         raise RecipeError(f"cell {name}: {error}{hint}") from None
 
 
-def _require_different(cells: Sequence[Cell]) -> None:
-    """RecipeError if two cells are one recipe, such as a default and the same value written out."""
+def require_different(cells: Sequence[Cell]) -> None:
+    """RecipeError if two cells are one recipe: a default and the same value written out, or made equal by `--equal`."""
     seen: dict[str, str] = {}
     for cell in cells:
         text = dump_recipe(cell.recipe)
         if text in seen:
             raise RecipeError(
-                f"cell {cell.name}: is the same recipe as cell {seen[text]}; name each once, or leave out a key that "
-                "changes nothing"
+                f"cell {cell.name}: is the same recipe as cell {seen[text]}; name each once, leave out a key that changes "
+                "nothing, or leave out --equal if it undoes the difference"
             )
         seen[text] = cell.name
 

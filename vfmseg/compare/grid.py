@@ -116,8 +116,8 @@ def require_different(cells: Sequence[Cell]) -> None:
         text = dump_recipe(cell.recipe)
         if text in seen:
             raise RecipeError(
-                f"cell {cell.name}: is the same recipe as cell {seen[text]}; name each once, leave out a key that changes "
-                "nothing, or leave out --equal if it undoes the difference"
+                f"cell {cell.name}: is the same recipe as cell {seen[text]}; name each once, leave out a key that "
+                "changes nothing, or leave out --equal if it undoes the difference"
             )
         seen[text] = cell.name
 

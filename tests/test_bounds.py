@@ -101,7 +101,7 @@ def test_windows_of_vast_scenes_are_counted_and_not_listed() -> None:
     with pytest.raises(DataError, match=f"more than {MOST_WINDOWS:,}; set data.samples_per_epoch"):
         TrainingWindows([Vast()], 256, 0, None, "all")  # type: ignore[list-item]
     windows = TrainingWindows([Vast(), Vast()], 256, 0, None, "all", 100)  # type: ignore[list-item]
-    slots = {windows._slot(Draw(epoch, index)) for epoch in range(3) for index in range(100)}
+    slots = {windows.visits.slot(Draw(epoch, index)) for epoch in range(3) for index in range(100)}
     assert len(slots) == 300
     assert max(slots) >= (2**23) ** 2 > min(slots)
     assert tracemalloc.get_traced_memory()[1] < 2**20

@@ -43,6 +43,9 @@ class Numbers:
         pixels = torch.randn(1, 2, 2, generator=values)
         return Sample({"x": Image(pixels, torch.full((2, 2), not draw.filler))}, None)
 
+    def kind(self, draw: Draw) -> str:
+        return "numbers"
+
 
 class Linear(nn.Linear):
     """A model of one part."""

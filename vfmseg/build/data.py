@@ -19,7 +19,7 @@ from vfmseg.data.from_datasets import scenes_from_dataset
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.inputs import Input, Inputs
-from vfmseg.data.scene import Scene, speakers
+from vfmseg.data.scene import Scene, Scenes, speakers
 from vfmseg.data.statistics import stream_statistics
 from vfmseg.data.survey import survey
 from vfmseg.data.traces import Traces
@@ -30,6 +30,7 @@ from vfmseg.geo.derived import LOCAL_RADIUS
 from vfmseg.geo.ground import Ground
 from vfmseg.geo.said import BandSaid, numbers_by_name
 from vfmseg.recipe import Recipe
+from vfmseg.recipe.splits import AnySource, FileSource, TableSource
 from vfmseg.terminal import say_once
 
 
@@ -60,35 +61,17 @@ def open_split(
     split: str,
     like: Mapping[str, Sequence[BandSaid]] | None = None,
     trained: Recipe | None = None,
-) -> list[Scene]:
-    """Open the scenes of `train`, `val` or `test`; nothing of their pixels is read yet.
+) -> Scenes:
+    """Open the scenes of `train`, `val` or `test`, source by source; nothing of their pixels is read yet.
 
     `like` {modality: what the training files say of their bands}: bands are found by it; left out, by what these say.
     `trained`: as in `bands_of`.
     """
-    source = getattr(recipe.data, split)
-    if source is None:
+    sources = recipe.data.sources(split)
+    if not sources:
         raise RecipeError(f"{recipe.name}: data.{split} is not in the recipe; add it, or choose another split")
-    bands, labels = bands_of(recipe, trained), label_map_of(recipe)
-    optional = [name for name, modality in recipe.data.modalities.items() if modality.optional]
-    if source.kind == "files":
-        scenes = scenes_from_files(source.images, source.labels, bands, labels, f"data.{split}", optional)
-    elif source.kind == "table":
-        scenes = scenes_from_table(
-            source.table, source.split, source.split_column, source.images, source.labels, bands, labels, optional
-        )
-    else:
-        scenes = scenes_from_dataset(
-            source.dataset,
-            source.split,
-            source.images,
-            source.labels,
-            bands,
-            labels,
-            config=source.config,
-            revision=source.revision,
-            optional=optional,
-        )
+    bands = bands_of(recipe, trained)
+    scenes = Scenes([_opened(recipe, source, f"data.{place}", bands) for place, source in sources.items()])
     said = said_by(scenes) if like is None else like
     for scene in scenes:
         scene.follow(said)
@@ -99,7 +82,30 @@ def open_split(
     return scenes
 
 
-def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, list[Scene]]:
+def _opened(recipe: Recipe, source: AnySource, place: str, bands: Mapping[str, Bands]) -> list[Scene]:
+    """The scenes of one source; `place`: its key in the recipe, for messages."""
+    labels = label_map_of(recipe)
+    optional = [name for name, modality in recipe.data.modalities.items() if modality.optional]
+    if isinstance(source, FileSource):
+        return scenes_from_files(source.images, source.labels, bands, labels, place, optional)
+    if isinstance(source, TableSource):
+        return scenes_from_table(
+            source.table, source.split, source.split_column, source.images, source.labels, bands, labels, optional
+        )
+    return scenes_from_dataset(
+        source.dataset,
+        source.split,
+        source.images,
+        source.labels,
+        bands,
+        labels,
+        config=source.config,
+        revision=source.revision,
+        optional=optional,
+    )
+
+
+def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, Scenes]:
     """The scenes of `train` and, if the recipe has it, `val`; `test` is opened only to see that it shares no file.
 
     `traces` is told of all of them.
@@ -107,14 +113,14 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, lis
     splits = {"train": open_split(recipe, "train")}
     _require_each(recipe, splits["train"])
     like = said_by(splits["train"])
-    splits |= {name: open_split(recipe, name, like) for name in ("val", "test") if getattr(recipe.data, name)}
+    splits |= {name: open_split(recipe, name, like) for name in ("val", "test") if recipe.data.sources(name)}
     disjoint(splits)
     tell_shared_ground(splits)
     for name, scenes in splits.items():
         tell_missing(recipe, name, scenes)
         if name != "train":
             _check_alike([*splits["train"], *scenes], name)
-    training: dict[str, list[Scene]] = {name: splits[name] for name in ("train", "val") if name in splits}
+    training: dict[str, Scenes] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
         counts = require_labels(scenes, name, len(ids), rule_of(recipe), traces)

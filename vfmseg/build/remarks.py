@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -64,6 +64,15 @@ def tell_missing(recipe: Recipe, split: str, scenes: Sequence[Scene]) -> None:
         found = sum(name in scene.bands() for scene in scenes)
         if modality.optional:
             say_once(f"data.{split}: {found} of {len(scenes)} scenes have {name}, which is optional")
+
+
+def tell_portions(places: Iterable[str], scenes: Sequence[int], shares: Sequence[float]) -> None:
+    """Say how many scenes each source of a list has given, and of which part of the windows of an epoch they are."""
+    told = [
+        f"data.{place} has {count} scenes and {share:.1%} of the windows"
+        for place, count, share in zip(places, scenes, shares, strict=True)
+    ]
+    say_once("; ".join(told))
 
 
 def tell_survey(split: str, found: Survey, classes: Sequence[str]) -> None:

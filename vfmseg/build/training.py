@@ -11,10 +11,12 @@ from torch import nn
 
 from vfmseg.build.data import value_ranges
 from vfmseg.build.model import rule_of
+from vfmseg.build.remarks import tell_portions
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.inputs import Inputs, bands_in
-from vfmseg.data.scene import Scene
+from vfmseg.data.scene import Scene, Scenes
+from vfmseg.data.visits import Portion
 from vfmseg.model import Network
 from vfmseg.recipe import Recipe, dump_recipe
 from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
@@ -28,7 +30,7 @@ from vfmseg.training.schedule import Schedule
 from vfmseg.training.step import Objective
 
 
-def sources_of(recipe: Recipe, scenes: Sequence[Scene], inputs: Inputs) -> dict[str, Stream]:
+def sources_of(recipe: Recipe, scenes: Scenes, inputs: Inputs) -> dict[str, Stream]:
     """The streams to learn from, by name: random windows of the training scenes, augmented."""
     section = recipe.train.augment
     augment = Augment(
@@ -42,6 +44,8 @@ def sources_of(recipe: Recipe, scenes: Sequence[Scene], inputs: Inputs) -> dict[
         value_range=value_ranges(inputs),
     )
     data = recipe.data
+    weights = [source.weight for source in data.sources("train").values()]
+    portions = [Portion(count, weight) for count, weight in zip(scenes.per_source, weights, strict=True)]
     windows = TrainingWindows(
         scenes,
         data.tile,
@@ -51,7 +55,10 @@ def sources_of(recipe: Recipe, scenes: Sequence[Scene], inputs: Inputs) -> dict[
         data.samples_per_epoch,
         bands_in(inputs),
         recipe.train.dropout_of(data.modalities),
+        portions,
     )
+    if len(portions) > 1:
+        tell_portions(data.sources("train"), scenes.per_source, windows.visits.shares)
     return {"train": windows}
 
 

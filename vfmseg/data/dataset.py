@@ -7,7 +7,8 @@ what is asked for: no global random state is read or changed.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from math import ceil
 
@@ -20,6 +21,7 @@ from vfmseg.data.dropout import hide
 from vfmseg.data.image import Image, Known, known
 from vfmseg.data.sample import Sample
 from vfmseg.data.scene import Scene
+from vfmseg.data.visits import MOST_WINDOWS, Portion, Visits
 from vfmseg.data.windows import Draw, Purpose, rng
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
@@ -32,9 +34,6 @@ _TRIES = 10
 SMALL_TILE = 1024
 """Pixels; tiles up to here may be far larger than all scenes, as what is empty in them takes little memory."""
 
-MOST_WINDOWS = 10**7
-"""Of an epoch: the order of that many fits in memory."""
-
 
 class TrainingWindows(Dataset[Sample]):
     """Random tile x tile windows, asked for by Draw(epoch, index).
@@ -44,7 +43,7 @@ class TrainingWindows(Dataset[Sample]):
     (seed, epoch, index). Scenes smaller than a tile are filled up with invalid, unlabelled pixels. `rule`: where
     several modalities have an answer; a window without any labelled pixel there is drawn again. `bands` {modality:
     number}: what every sample has; of one that its scene lacks nothing is valid. `dropout` {modality: how often it is
-    hidden}, see `hide`.
+    hidden}, see `hide`. `portions`: the sources that the scenes are of, which may have weights, see `Visits`.
     """
 
     def __init__(
@@ -57,6 +56,7 @@ class TrainingWindows(Dataset[Sample]):
         samples_per_epoch: int | None = None,
         bands: Mapping[str, int] | None = None,
         dropout: Mapping[str, float] | None = None,
+        portions: Sequence[Portion] = (),
     ) -> None:
         if not scenes:
             raise DataError("there are no training scenes; expected at least one")
@@ -74,21 +74,20 @@ class TrainingWindows(Dataset[Sample]):
                 f"data.tile = {tile}, but the longest side of a training scene is {widest} px: three quarters or more "
                 f"of every window would be empty, at the full price in memory and time; try data.tile = {widest}"
             )
-        self._ends = list(accumulate(ceil(g.height / tile) * ceil(g.width / tile) for g in grids))
-        self._length = samples_per_epoch or self._ends[-1]
-        if self._length > MOST_WINDOWS:
+        counts = [ceil(g.height / tile) * ceil(g.width / tile) for g in grids]
+        self.visits = Visits(counts, seed, samples_per_epoch, portions)
+        if (length := samples_per_epoch or sum(counts)) > MOST_WINDOWS:
             raise DataError(
-                f"data.train: an epoch would be {self._length:,} windows of {tile} px, more than {MOST_WINDOWS:,}; set "
+                f"data.train: an epoch would be {length:,} windows of {tile} px, more than {MOST_WINDOWS:,}; set "
                 "data.samples_per_epoch to fewer"
             )
-        self._shuffled: tuple[int, np.ndarray] | None = None  # (epoch, permutation of the slots)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.visits)
 
     def __getitem__(self, draw: Draw) -> Sample:
         """Read, augment and return one window, maybe without some modality; the labels of a filler are all IGNORE."""
-        scene = self.scenes[bisect_right(self._ends, self._slot(draw))]
+        scene = self.scenes[self.visits.scene(draw)]
         draws = rng(Purpose.WINDOW, self.seed, draw.epoch, draw.index)
         chips, labels = self._learnable(scene, draws)
         sample = to_sample(chips, labels, self.bands)
@@ -101,17 +100,16 @@ class TrainingWindows(Dataset[Sample]):
             sample = hide(sample, self.dropout, rng(Purpose.MODALITY, self.seed, draw.epoch, draw.index))
         return sample
 
-    def _slot(self, draw: Draw) -> int:
-        """The place in the list of visits that this draw stands for."""
-        slots = self._ends[-1]
-        if draw.index < self._length // slots * slots:
-            return draw.index % slots
-        if slots > MOST_WINDOWS:  # too many to be put into an order
-            return int(rng(Purpose.SCENE, self.seed, draw.epoch, draw.index).integers(slots))
-        # A part of the list is left for the rest of the draws; another part each epoch, so that every scene is seen.
-        if self._shuffled is None or self._shuffled[0] != draw.epoch:
-            self._shuffled = (draw.epoch, rng(Purpose.SCENE, self.seed, draw.epoch).permutation(slots))
-        return int(self._shuffled[1][draw.index % slots])
+    def kind(self, draw: Draw) -> Hashable:
+        """The modalities that the scene of a draw has."""
+        sets = self._sets
+        return sets[0] if len(sets) == 1 else sets[self.visits.scene(draw)]
+
+    @cached_property
+    def _sets(self) -> list[tuple[str, ...]]:
+        """The modalities of each scene; a single entry if all have the same."""
+        found = [tuple(sorted(scene.bands())) for scene in self.scenes]
+        return found[:1] if len(set(found)) == 1 else found
 
     def _learnable(self, scene: Scene, draws: np.random.Generator) -> tuple[dict[str, Chip], np.ndarray]:
         """Pixels and labels of a random window; one without any usable label is drawn again, ten times in all."""

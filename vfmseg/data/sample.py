@@ -41,6 +41,7 @@ class Batch:
     labels: Tensor | None
     hidden: dict[str, Tensor] = field(default_factory=dict)
     frames: Tensor | None = None
+    absent: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())).valid)
@@ -51,6 +52,11 @@ class Batch:
             name: _without(image, self.hidden[name]) if name in self.hidden else image
             for name, image in self.images.items()
         }
+
+    def present(self) -> dict[str, Image]:
+        """`shown` without the modalities that are absent in the whole batch; all if that would leave none."""
+        shown = self.shown()
+        return {name: image for name, image in shown.items() if name not in self.absent} or shown
 
     def targets(self, rule: Known) -> Tensor:
         """Labels int64 (B, h, w) to learn from and to score: IGNORE wherever what is shown has no answer.
@@ -73,7 +79,7 @@ class Batch:
         images = {name: image.each(change) for name, image in self.images.items()}
         hidden = {name: change(rows) for name, rows in self.hidden.items()}
         labels, frames = (None if one is None else change(one) for one in (self.labels, self.frames))
-        return Batch(images, labels, hidden, frames)
+        return Batch(images, labels, hidden, frames, self.absent)
 
 
 def _without(image: Image, rows: Tensor) -> Image:
@@ -108,6 +114,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
             if any(name in sample.hidden for sample in samples)
         },
         frames=torch.stack([sample.frame for sample in samples]),
+        absent=frozenset(
+            name
+            for name in samples[0].images
+            if all(name in sample.hidden or not bool(sample.images[name].valid.any()) for sample in samples)
+        ),
     )
 
 

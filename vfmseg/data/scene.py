@@ -73,6 +73,17 @@ class Scene(Protocol):
         ...
 
 
+class Scenes(list[Scene]):
+    """The scenes of a split, those of one source after those of the one before.
+
+    `per_source`: how many each source has given.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Scene]]) -> None:
+        super().__init__(scene for scenes in sources for scene in scenes)
+        self.per_source = tuple(len(scenes) for scenes in sources)
+
+
 def speakers(scenes: Sequence[Scene]) -> dict[str, Scene]:
     """{modality: the first of the scenes that has it}, which speaks for all of them."""
     found: dict[str, Scene] = {}

@@ -7,7 +7,7 @@ random generator; nothing here touches a global random state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     WINDOW = 3
     AUGMENT = 4
     MODALITY = 5
+    SOURCE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,24 @@ def epoch_draws(length: int, count: int, seed: int, epoch: int, source: int = 0)
     laps = range(first // length, (last - 1) // length + 1)
     draws = [Draw(lap, index) for lap in laps for index in epoch_order(length, seed, lap, source)]
     return draws[first - laps.start * length :][:count]
+
+
+def alike_together(draws: Sequence[Draw], batch_size: int, kind: Callable[[Draw], Hashable]) -> list[Draw]:
+    """The same draws in an order in which batches are of one kind, as far as the draws of a kind fill them.
+
+    Full batches come in the order in which their last sample was drawn, so kinds stay mixed over the epoch; what is
+    left of each kind comes at the end. Of A B A B B with batches of 2: A A, B B, B. One kind alone keeps its order. It
+    does not depend on the number of processes, of which each takes whole batches.
+    """
+    found: list[Draw] = []
+    waiting: dict[Hashable, list[Draw]] = {}
+    for draw in draws:
+        alike = waiting.setdefault(kind(draw), [])
+        alike.append(draw)
+        if len(alike) == batch_size:
+            found += alike
+            alike.clear()
+    return found + [draw for alike in waiting.values() for draw in alike]
 
 
 def rank_batches(draws: Sequence[Draw], batch_size: int, rank: int, world: int) -> list[list[Draw]]:

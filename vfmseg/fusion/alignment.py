@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from math import comb
 from typing import Literal
 
 import torch
@@ -51,7 +52,10 @@ class Alignment(Fusion):
         return fused_features(maps, found, self.levels)
 
     def terms(self, found: Mapping[str, Features], fused: Features) -> dict[str, Tensor]:
-        """`alignment`: (B,) mean over the pairs of streams of the loss between them, at the deepest level."""
+        """`alignment`: (B,) mean over the pairs of streams of the loss between them, at the deepest level.
+
+        Pairs with a missing stream count as 0, as those with one that has seen nothing.
+        """
         level = self.levels[-1]
         projected = self.projected(found)
         losses = []
@@ -59,7 +63,11 @@ class Alignment(Fusion):
             both = (found[one].seen[level] >= 1) & (found[two].seen[level] >= 1)
             losses.append(torch.stack([self._pair(a, b) for a, b in _cells(projected[one], projected[two], both)]))
         some = next(iter(found.values())).maps[level]
-        return {"alignment": torch.stack(losses).mean(dim=0) if losses else some.flatten(1).sum(dim=1) * 0.0}
+        return {
+            "alignment": torch.stack(losses).sum(dim=0) / comb(len(self.streams), 2)
+            if losses
+            else some.flatten(1).sum(dim=1) * 0.0
+        }
 
     def projected(self, found: Mapping[str, Features]) -> dict[str, Tensor]:
         """{stream: (B, width, h, w)}: the deepest features where streams are compared, of length 1."""

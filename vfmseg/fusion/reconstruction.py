@@ -60,6 +60,7 @@ class Reconstruction(Fusion):
         """`reconstruction`: (B,) mean over the decoders of the squared error of what they rebuild.
 
         Over the cells that both streams have seen wholly. Targets are normed, so a guess of zero has an error of 1.
+        Decoders of a missing stream count as 0, as those of one that has seen nothing: it is the same loss.
         """
         assert self.decoders is not None
         errors = []
@@ -72,7 +73,11 @@ class Reconstruction(Fusion):
             both = (found[to].seen[level] >= 1) & (source.seen[level] >= 1)
             errors.append(error_of(decoder(source.maps[level]), target, both))
         some = next(iter(found.values())).maps[0]
-        return {"reconstruction": torch.stack(errors).mean(dim=0) if errors else some.flatten(1).sum(dim=1) * 0.0}
+        return {
+            "reconstruction": torch.stack(errors).sum(dim=0) / len(self.decoders)
+            if errors
+            else some.flatten(1).sum(dim=1) * 0.0
+        }
 
     def _recovered(self, found: Mapping[str, Features]) -> dict[str, Features]:
         """All streams: where one has not seen a cell, it is the mean of what the others' decoders rebuild there."""

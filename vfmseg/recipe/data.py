@@ -7,6 +7,7 @@ import difflib
 import keyword
 import unicodedata
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, field_validator
@@ -16,7 +17,7 @@ from pydantic_core import CoreSchema
 
 from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Flag, Name, Number, Problem, Section, Whole
-from vfmseg.recipe.splits import SOURCE_KEYS, FileSource, Source, same_scenes
+from vfmseg.recipe.splits import SOURCE_KEYS, AnySource, Source, Sources, same_scenes
 
 Color = tuple[
     Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)]
@@ -147,8 +148,8 @@ class DataSection(Section):
         dict[str, ModalitySection], Field(min_length=1, max_length=64, examples=[{"rgb": {"bands": [1, 2, 3]}}])
     ]
     """One or several kinds of image of the same place; the first is the reference grid."""
-    train: Annotated[Source, Field(examples=[{"rgb": "train/*.tif", "labels": "train_labels/*.tif"}])]
-    """Scenes to learn from: files, a table (CSV) or a data set."""
+    train: Annotated[Sources, Field(examples=[{"rgb": "train/*.tif", "labels": "train_labels/*.tif"}])]
+    """Scenes to learn from: files, a table (CSV) or a data set, or a list of such sources, which may have weights."""
     val: Source | None = None
     """Scenes that choose the best checkpoint."""
     test: Source | None = None
@@ -175,18 +176,42 @@ class DataSection(Section):
             filled[key] = spec
         return filled
 
+    @field_validator("val", "test", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            raise ValueError("must be one source; only data.train may be a list of them")
+        return value
+
     @field_validator(*SPLITS)
     @classmethod
-    def _order_modalities(cls, source: Source | None, info: Info) -> Source | None:
+    def _order_modalities(cls, found: Sources | None, info: Info) -> Sources | None:
         """Images in the order of `modalities`, so that the order inside a source means nothing."""
         order = list(info.data.get("modalities", ()))
-        if source is None or not set(source.images) <= set(order):
-            return source
-        return source.in_order([name for name in order if name in source.images])
+
+        def ordered(source: AnySource) -> Any:
+            if not set(source.images) <= set(order):
+                return source
+            return source.in_order([name for name in order if name in source.images])
+
+        if found is None:
+            return None
+        return tuple(map(ordered, found)) if isinstance(found, tuple) else ordered(found)
+
+    def sources(self, split: str) -> dict[str, AnySource]:
+        """{its key below `data`: source} of a split, in order: `train`, or `train.0`, `train.1` of a list.
+
+        Empty if the recipe does not have the split.
+        """
+        found = getattr(self, split)
+        if isinstance(found, tuple):
+            return {f"{split}.{number}": source for number, source in enumerate(found)}
+        return {} if found is None else {split: found}
 
     def _problems(self) -> Iterator[Problem]:
         yield from self._class_problems()
         yield from self._modality_problems()
+        yield from self._weight_problems()
         yield from self._leaks()
 
     def _class_problems(self) -> Iterator[Problem]:
@@ -220,24 +245,34 @@ class DataSection(Section):
                 )
             elif name in SOURCE_KEYS:
                 yield Problem(f"modalities.{name}", f"has a name that sources use themselves; try {name}_image")
-        for split in SPLITS:
-            source: FileSource | None = getattr(self, split)
-            if source is None:
-                continue
+        for place, source in [pair for split in SPLITS for pair in self.sources(split).items()]:
             for name in source.images:
                 if name not in self.modalities:
                     keys = difflib.get_close_matches(name, SOURCE_KEYS, n=1)
                     remedy = nearest(name, [*self.modalities, *keys])
-                    yield Problem(f"{split}.{name}", f"is not one of data.modalities; {remedy}")
+                    yield Problem(f"{place}.{name}", f"is not one of data.modalities; {remedy}")
             for name, modality in self.modalities.items():
                 if name not in source.images and not modality.optional:
-                    yield Problem(f"{split}.{name}", f"is missing; say where the images of modality {name} are")
+                    yield Problem(f"{place}.{name}", f"is missing; say where the images of modality {name} are")
+
+    def _weight_problems(self) -> Iterator[Problem]:
+        """Weights that nothing is weighed against."""
+        weighed = {split: [p for p, one in self.sources(split).items() if one.weight is not None] for split in SPLITS}
+        for place in (*weighed["val"], *weighed["test"]):
+            yield Problem(f"{place}.weight", "is not used: only the sources of data.train are drawn by weight; drop it")
+        if weighed["train"] == ["train"]:
+            yield Problem("train.weight", "is not used: there is only one source; drop it, or list several sources")
+        elif len(weighed["train"]) == 1:
+            yield Problem(
+                f"{weighed['train'][0]}.weight",
+                "is not used: it shares draws with the other sources that have a weight, and none has; drop it, or "
+                "give others one",
+            )
 
     def _leaks(self) -> Iterator[Problem]:
         """A model must not be chosen or measured on scenes that it saw in training."""
         for later, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
-            first, second = getattr(self, earlier), getattr(self, later)
-            if first and second and (shared := same_scenes(first, second)):
-                yield Problem(
-                    later, f"names the same scenes as data.{earlier} ({shared}); give {later} scenes of its own"
-                )
+            for (place, first), second in product(self.sources(earlier).items(), self.sources(later).values()):
+                if shared := same_scenes(first, second):
+                    text = f"names the same scenes as data.{place} ({shared}); give {later} scenes of its own"
+                    yield Problem(later, text)

@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator,
 from pydantic import ValidationInfo as Info
 
 from vfmseg.errors import show
-from vfmseg.recipe.base import LocalOrHub, Name, Problem, RecipePath, Section, beside_recipe, recipe_folder
+from vfmseg.recipe.base import LocalOrHub, Name, Number, Problem, RecipePath, Section, beside_recipe, recipe_folder
 
 # Keys that some source has for itself: no modality may be called so.
-SOURCE_KEYS = ("labels", "table", "dataset", "split", "split_column", "revision", "config")
+SOURCE_KEYS = ("labels", "table", "dataset", "split", "split_column", "revision", "config", "weight")
 
 
 def _text_or_texts(value: Any) -> Any:
@@ -49,6 +49,10 @@ Files = Annotated[
         }
     ),
 ]
+
+
+# Beside other sources in a list: parts of the draws. It needs no unit, so its bounds only keep sums of it finite.
+Weight = Annotated[Number | None, Field(gt=0, le=1e9, examples=[2])]
 
 
 def _foreign(own: Sequence[str]) -> dict[str, Any]:
@@ -87,17 +91,21 @@ class _AnySource(Section):
 class FileSource(_AnySource):
     """Images and labels named by globs, files, folders or lists; paired by the stem of their names."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=_foreign(["labels"]))
+    model_config = ConfigDict(extra="allow", json_schema_extra=_foreign(["labels", "weight"]))
     __pydantic_extra__: dict[str, Files]
     kind: ClassVar[Literal["files", "table", "dataset"]] = "files"
 
     labels: Annotated[Files, Field(examples=["train_labels/*.tif"])]
+    weight: Weight = None
+    """In a list of sources: its part of the windows drawn; left out: as its area."""
 
 
 class TableSource(_AnySource):
     """A CSV with one row per scene. Paths in it, and templates, are relative to its folder."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=_foreign(["table", "split", "split_column", "labels"]))
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra=_foreign(["table", "split", "split_column", "labels", "weight"])
+    )
     __pydantic_extra__: dict[str, Name]
     kind: ClassVar[Literal["files", "table", "dataset"]] = "table"
 
@@ -108,6 +116,8 @@ class TableSource(_AnySource):
     split_column: Name = "split"
     labels: Annotated[Name, Field(examples=["label"])]
     """Column that holds the label file, or a template over columns such as "{split}/labels/{name}.png"."""
+    weight: Weight = None
+    """In a list of sources: its part of the windows drawn; left out: as its area."""
 
     def _problems(self) -> Iterator[Problem]:
         yield from super()._problems()
@@ -128,7 +138,7 @@ class DatasetSource(_AnySource):
     """A data set of the `datasets` library: local folder, parquet file or hub id; columns are named."""
 
     model_config = ConfigDict(
-        extra="allow", json_schema_extra=_foreign(["dataset", "split", "config", "revision", "labels"])
+        extra="allow", json_schema_extra=_foreign(["dataset", "split", "config", "revision", "labels", "weight"])
     )
     __pydantic_extra__: dict[str, Name]
     kind: ClassVar[Literal["files", "table", "dataset"]] = "dataset"
@@ -140,6 +150,8 @@ class DatasetSource(_AnySource):
     revision: Name | None = None
     labels: Annotated[Name, Field(examples=["label"])]
     """Column of the labels."""
+    weight: Weight = None
+    """In a list of sources: its part of the windows drawn; left out: as its area."""
 
     def _problems(self) -> Iterator[Problem]:
         yield from super()._problems()
@@ -163,6 +175,19 @@ Source = Annotated[
     | Annotated[DatasetSource, Tag("dataset")],
     Discriminator(_kind),
 ]
+
+
+AnySource = FileSource | TableSource | DatasetSource
+MOST_SOURCES = 64
+
+Sources = Annotated[
+    Annotated[FileSource, Tag("files")]
+    | Annotated[TableSource, Tag("table")]
+    | Annotated[DatasetSource, Tag("dataset")]
+    | Annotated[tuple[Source, ...], Field(min_length=1, max_length=MOST_SOURCES), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, (list, tuple)) else _kind(value)),
+]
+"""One source, or several in a list."""
 
 
 def same_scenes(first: _AnySource, second: _AnySource) -> str:

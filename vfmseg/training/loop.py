@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vfmseg.data.sample import Batch, Sample, collate
-from vfmseg.data.windows import Draw, epoch_draws, rank_batches
+from vfmseg.data.windows import Draw, alike_together, epoch_draws, rank_batches
 from vfmseg.errors import MachineError, RecipeError, VfmsegError
 from vfmseg.training.schedule import Schedule, learning_rate, parameter_groups
 from vfmseg.training.step import Step, total
@@ -41,6 +41,10 @@ class Stream(Protocol):
 
     def __getitem__(self, draw: Draw) -> Sample:
         """The sample of a draw, whose index is 0..len-1; a filler must count nowhere, so its labels are IGNORE."""
+        ...
+
+    def kind(self, draw: Draw) -> Hashable:
+        """What the samples of one batch should have in common; known before the sample is read."""
         ...
 
 
@@ -241,6 +245,7 @@ class Loop:
         """The batches of the number-th source."""
         source = list(self.sources.values())[number]
         draws = epoch_draws(len(source), self.samples_per_epoch, self.schedule.seed, epoch, number)
+        draws = alike_together(draws, self.schedule.batch_size, source.kind)
         return DataLoader(
             cast("Dataset[Sample]", source),
             batch_sampler=rank_batches(

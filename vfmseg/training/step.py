@@ -79,7 +79,19 @@ class Step(nn.Module):
         for name, objective in self._each().items():
             for key, term in objective.terms(self.model, batches[objective.source]).items():
                 found[f"{name}/{key}"] = replace(term, count=f"{name}/{term.count}")
+        if any(batch.absent for batch in batches.values()):
+            first = next(iter(found))
+            found[first] = replace(found[first], sum=found[first].sum + self._touched())
         return found
+
+    def _touched(self) -> Tensor:
+        """Zero, with a gradient of zero for all that learns.
+
+        What belongs to absent modalities may not have been run, and processes wait for the gradients of all others.
+        Without it the optimizer would also treat such a tensor otherwise than one whose gradient is zero.
+        """
+        tensors = [tensor for part in self.parts().values() for tensor in part.values()]
+        return torch.stack([tensor.flatten()[:1].float().sum() * 0.0 for tensor in tensors]).sum()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

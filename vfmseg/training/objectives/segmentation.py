@@ -60,7 +60,9 @@ class Segmentation(nn.Module):
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Run the model once and return the sum of each loss."""
-        logits, added = self._asked(model, batch, batch.shown())
+        # where any modality is an answer, those that the whole batch lacks need not be run
+        skips = self.whole and self.rule == "any"
+        logits, added = self._asked(model, batch, batch.present() if skips else batch.shown())
         # half precision ends here, once, so that the gradients of several losses are added up in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets(self.rule)

@@ -34,7 +34,8 @@ class Batch:
     """Stacked samples: images of (B, C, h, w) pixels, labels (B, h, w) or None.
 
     hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any. frames (B, 2, 2): how
-    each sample was turned; None: none of them was.
+    each sample was turned; None: none of them was. absent: modalities of which no sample shows a single valid pixel, as
+    far as is known without asking the device.
     """
 
     images: dict[str, Image]

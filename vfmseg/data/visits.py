@@ -15,6 +15,9 @@ from vfmseg.data.windows import Draw, Purpose, rng
 MOST_WINDOWS = 10**7
 """Of an epoch: the order of that many fits in memory."""
 
+GOLDEN = 0.5 * (5**0.5 - 1)
+"""Steps of this length modulo 1 spread more evenly than any other, however many there are."""
+
 
 @dataclass(frozen=True)
 class Portion:
@@ -44,16 +47,15 @@ class Visits:
         self.seed = seed
         self._ends = list(accumulate(counts))
         self._length = length or self._ends[-1]
-        last_scenes = list(accumulate(portion.scenes for portion in portions))
-        if any(portion.weight is not None for portion in portions):
-            if last_scenes[-1] != len(counts):
-                raise ValueError(f"sources of {last_scenes[-1]} scenes in all, but there are {len(counts)}")
-            self._bounds = [0, *(self._ends[last - 1] for last in last_scenes)]  # of each source, in visits
-            self.shares = shares_of(
-                [end - first for first, end in pairwise(self._bounds)], [portion.weight for portion in portions]
-            )
-        else:
-            self._bounds, self.shares = [0, self._ends[-1]], [1.0]
+        portions = portions or [Portion(len(counts))]
+        behind = list(accumulate(portion.scenes for portion in portions))  # each source, in scenes
+        if behind[-1] != len(counts):
+            raise ValueError(f"sources of {behind[-1]} scenes in all, but there are {len(counts)}")
+        weights = [portion.weight for portion in portions]
+        self._bounds = [0, *(self._ends[end - 1] for end in behind)]  # of each source, in visits
+        self.shares = shares_of([end - first for first, end in pairwise(self._bounds)], weights)
+        if not any(weights):
+            self._bounds = [0, self._ends[-1]]
         self._begun: tuple[int, list[int]] | None = None  # (epoch, what `_begins` says of it)
         self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # {source: (epoch, permutation of its visits)}
 
@@ -84,13 +86,13 @@ class Visits:
     def _begins(self, epoch: int) -> list[int]:
         """The index from which each source is drawn in this epoch, and that behind the last.
 
-        Draw i is at (i + u) / length, u from 0 to 1 by chance for each epoch, and of the source whose share of 0..1
-        that is in: of 10 draws a share of 0.25 is 2 in half of the epochs, and 3 in the others.
+        Draw i is at (i + u) / length, and of the source whose share of 0..1 that is in. u is another from 0 to 1 in
+        each epoch, spread evenly over them: of 10 draws a share of 0.25 is 2 in half of the epochs, 3 in the others.
         """
-        if len(self.shares) == 1:
+        if len(self._bounds) == 2:
             return [0, self._length]
         if self._begun is None or self._begun[0] != epoch:
-            moved = float(rng(Purpose.SOURCE, self.seed, epoch).random())
+            moved = (float(rng(Purpose.SOURCE, self.seed, 0).random()) + GOLDEN * epoch) % 1.0
             inner = [ceil(round(self._length * share, 6) - moved) for share in accumulate(self.shares[:-1])]
             self._begun = (epoch, [0, *inner, self._length])
         return self._begun[1]

@@ -62,12 +62,9 @@ class Alignment(Fusion):
         for one, two in combinations(found, 2):
             both = (found[one].seen[level] >= 1) & (found[two].seen[level] >= 1)
             losses.append(torch.stack([self._pair(a, b) for a, b in _cells(projected[one], projected[two], both)]))
-        some = next(iter(found.values())).maps[level]
-        return {
-            "alignment": torch.stack(losses).sum(dim=0) / comb(len(self.streams), 2)
-            if losses
-            else some.flatten(1).sum(dim=1) * 0.0
-        }
+        if not losses:
+            return {"alignment": next(iter(found.values())).maps[level].flatten(1).sum(dim=1) * 0.0}
+        return {"alignment": torch.stack(losses).sum(dim=0) / comb(len(self.streams), 2)}
 
     def projected(self, found: Mapping[str, Features]) -> dict[str, Tensor]:
         """{stream: (B, width, h, w)}: the deepest features where streams are compared, of length 1."""

@@ -72,12 +72,9 @@ class Reconstruction(Fusion):
             target = normed(found[to].maps[level]).detach()
             both = (found[to].seen[level] >= 1) & (source.seen[level] >= 1)
             errors.append(error_of(decoder(source.maps[level]), target, both))
-        some = next(iter(found.values())).maps[0]
-        return {
-            "reconstruction": torch.stack(errors).sum(dim=0) / len(self.decoders)
-            if errors
-            else some.flatten(1).sum(dim=1) * 0.0
-        }
+        if not errors:
+            return {"reconstruction": next(iter(found.values())).maps[0].flatten(1).sum(dim=1) * 0.0}
+        return {"reconstruction": torch.stack(errors).sum(dim=0) / len(self.decoders)}
 
     def _recovered(self, found: Mapping[str, Features]) -> dict[str, Features]:
         """All streams: where one has not seen a cell, it is the mean of what the others' decoders rebuild there."""

@@ -26,7 +26,7 @@ from vfmseg.encoders.tokens import StreamRows
 from vfmseg.finetune import finetune
 from vfmseg.recipe import Recipe
 from vfmseg.training.keeper import Keeper
-from vfmseg.training.loop import Batches, Loop, RunState
+from vfmseg.training.loop import Batches, Loop, RunState, Watcher
 from vfmseg.training.step import Step, total
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,9 +140,7 @@ def rows_run(step: Step) -> Iterator[list[StreamRows]]:
 def test_batches_of_one_sensor_make_the_step_of_mixed_ones_and_run_half(
     place: Path, adapter: str, checkpointing: bool
 ) -> None:
-    recipe = recipe_of(
-        place, "run", model__adapter=ADAPTERS[adapter], train__gradient_checkpointing=checkpointing
-    )
+    recipe = recipe_of(place, "run", model__adapter=ADAPTERS[adapter], train__gradient_checkpointing=checkpointing)
     step, samples = made(recipe)
     with rows_run(step) as seen:
         mixed = gradients(step, samples, [slice(0, 4)])
@@ -218,63 +216,56 @@ def test_a_run_of_several_sources_goes_on_as_if_never_stopped(place: Path) -> No
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@contextmanager
+def noted_weights(patched: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
+    """All that training has changed, as this process has it after the last epoch."""
+    kept: dict[str, Tensor] = {}
+    original = Loop.run
+
+    def run(self: Loop, tell: Watcher) -> RunState:
+        state = original(self, tell)
+        kept.update({name: tensor.detach().clone() for name, tensor in self.step.kept().items()})
+        return state
+
+    with patched.context() as patch:
+        patch.setattr(Loop, "run", run)
+        yield kept
+
+
 TOGETHER = """
 import os, sys
-from pathlib import Path
 import pytest, torch
-from test_sources_training import ADAPTERS, noted_batches, recipe_of
+from test_sources_training import noted_batches, noted_weights
 from vfmseg.finetune import finetune
-from vfmseg.training.loop import Loop
+from vfmseg.recipe import load_recipe
 
-place, rank, kept = Path(sys.argv[1]), os.environ["RANK"], {}
-original = Loop.run
-
-def run(self, tell):
-    state = original(self, tell)
-    kept.update({name: tensor.detach().clone() for name, tensor in self.step.kept().items()})
-    return state
-
-Loop.run = run
-settings = {"model__adapter": ADAPTERS[sys.argv[2]], "train__gradient_checkpointing": True}
-(place / rank).mkdir()
-with noted_batches(pytest.MonkeyPatch()) as found:
-    import makers
-    makers.write_recipe_path = None
-    finetune(recipe_of(place, "together", **settings))
-torch.save({"weights": kept, "absent": found}, place / (rank + ".pt"))
+patched = pytest.MonkeyPatch()
+with noted_batches(patched) as absent, noted_weights(patched) as weights:
+    finetune(load_recipe(sys.argv[1]))
+torch.save({"weights": weights, "absent": absent}, os.environ["RANK"] + ".pt")
 """
 
 
-@pytest.mark.parametrize("adapter", ["lora", "mm_lora"])
 @pytest.mark.pitfall("P49", "P51", "P53")
-def test_two_processes_with_other_sensors_end_alike(
-    place: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In some step one sees only optical images and the other only radar; one process with two batches does the same."""
+def test_two_processes_with_other_sensors_end_alike(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In some step one sees only optical images and the other only radar. One with two batches a step does the same."""
+    settings = {"model__adapter": ADAPTERS["mm_lora"], "train__gradient_checkpointing": True}
+    recipe_of(place, "together", **settings)
     (place / "together.py").write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py"]
     places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [*command, str(place / "together.py"), str(place), adapter],
-        capture_output=True, text=True, timeout=240, check=False,
+        [*command, str(place / "recipe.yaml")],
+        capture_output=True, text=True, timeout=240, check=False, cwd=place,
         env=os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(place / f"{rank}.pt") for rank in (0, 1)]
     steps = [{*one, *two} for one, two in zip(*(rank["absent"] for rank in ranks), strict=True)]
     assert {"rgb", "sar"} in steps
-    kept: dict[str, Tensor] = {}
-    original = Loop.run
-
-    def run(self: Loop, tell: Any) -> RunState:
-        state = original(self, tell)
-        kept.update({name: tensor.detach().clone() for name, tensor in self.step.kept().items()})
-        return state
-
-    monkeypatch.setattr(Loop, "run", run)
-    settings = {"model__adapter": ADAPTERS[adapter], "train__gradient_checkpointing": True}
-    finetune(recipe_of(place, "alone", train__accumulate=2, **settings))
-    assert kept.keys() == ranks[0]["weights"].keys()
-    for name, tensor in kept.items():
+    with noted_weights(monkeypatch) as weights:
+        finetune(recipe_of(place, "alone", train__accumulate=2, **settings))
+    assert weights.keys() == ranks[0]["weights"].keys()
+    for name, tensor in weights.items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
         torch.testing.assert_close(ranks[0]["weights"][name], tensor, rtol=1e-3, atol=1e-5)

@@ -307,3 +307,14 @@ def test_recipe_content_is_a_list_in_yaml(place: Path) -> None:
     content = sensor_content(place, data__train=three(place, 2, 1, 1))
     recipe = load_recipe(write_recipe(place / "r.yaml", content), ["train.epochs=3"])
     assert len(recipe.data.sources("train")) == 3
+
+
+def test_an_override_reaches_into_the_list(place: Path) -> None:
+    path = write_recipe(place / "r.yaml", sensor_content(place, data__train=three(place, 2, 1, 1)))
+    recipe = load_recipe(path, ["data.train.1.weight=5", "data.train.2.weight=0.5"])
+    assert [one.weight for one in recipe.data.sources("train").values()] == [2, 5, 0.5]
+    for wrong in ("data.train.3.weight=1", "data.train.weight=1", "data.train.-1.weight=1"):
+        with pytest.raises(RecipeError, match=r"data\.train = .* has no keys below it; write data\.train="):
+            load_recipe(path, [wrong])
+    with pytest.raises(RecipeError, match=r"r\.yaml, data\.train\.1\.weight=no: data\.train\.1\.weight = 'no' must be"):
+        load_recipe(path, ["data.train.1.weight=no"])

@@ -25,7 +25,10 @@ def _part(text: str) -> str | int:
 
 
 def override(mapping: Mapping[Any, Any], path: KeyPath, value: Any, place: str) -> dict[Any, Any]:
-    """A copy of `mapping` with `value` at `path`; sections on the way that are not there yet are made."""
+    """A copy of `mapping` with `value` at `path`; sections on the way that are not there yet are made.
+
+    A number on the way is a class id, or counts the entries of a list from 0: `data.train.1.weight`.
+    """
     return _set(mapping, path, value, place, ())
 
 
@@ -36,6 +39,9 @@ def _set(mapping: Mapping[Any, Any], path: KeyPath, value: Any, place: str, abov
     inner = mapping.get(first)
     inner = {} if inner is None else inner
     here = (*above, first)
+    if isinstance(inner, list) and len(rest) > 1 and rest[0] in range(len(inner)):
+        entries = dict(enumerate(inner))
+        return {**mapping, first: list(_set(entries, rest, value, place, here).values())}
     if not isinstance(inner, Mapping):
         name = dotted(here)
         raise RecipeError(

@@ -14,7 +14,7 @@ from vfmseg.build.model import assembled, published_backbone
 from vfmseg.compare.grid import Cell
 from vfmseg.compare.runs import data_key
 from vfmseg.data.inputs import Inputs
-from vfmseg.data.scene import Scene
+from vfmseg.data.scene import Scenes
 from vfmseg.data.traces import Traces
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.errors import VfmsegError
@@ -42,7 +42,7 @@ class Counting:
 
     traces: dict[str, dict[str, str]] = field(default_factory=dict)
     """{`data_key` of a recipe: digests of its images and labels}, of the data that were opened."""
-    _scenes: dict[str, dict[str, list[Scene]]] = field(default_factory=dict)
+    _scenes: dict[str, dict[str, Scenes]] = field(default_factory=dict)
     _inputs: dict[str, Inputs] = field(default_factory=dict)
     _backbones: dict[str, Backbone] = field(default_factory=dict)
 

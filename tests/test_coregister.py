@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.finetune import finetune
 from vfmseg.fusion.coregister import Coregister, moved_by
 from vfmseg.geo.classes import IGNORE
+from vfmseg.inference.contracts import Tiles
+from vfmseg.inference.views import averaged
+from vfmseg.inference.votes import voter
 from vfmseg.recipe import load_recipe
 from vfmseg.segmenter import Segmenter
 from vfmseg.training.objectives.coregistration import Coregistration, fits, in_scene
@@ -77,6 +81,39 @@ def test_a_turned_window_is_moved_in_its_own_directions(seed: int) -> None:
     # interpolated twice in another order: at the edge of what is valid values are off, on average hardly
     assert difference.mean() < (0.02 if resampled else 1e-6)
     assert (plain.images["dem"].pixels - before.images["dem"].pixels).abs()[0][both].max() > 0.3
+
+
+@pytest.mark.pitfall("C43")
+@pytest.mark.parametrize(("tta", "scales"), [("flips", (1.0,)), ("d4", (1.0,)), ("none", (2.0,)), ("d4", (1.0, 2.0))])
+def test_views_of_a_tile_are_moved_in_their_own_directions(tta: str, scales: tuple[float, ...]) -> None:
+    """A view turned or enlarged is moved as the tile that it shows, so the mean of the views is what was moved."""
+    coregister = Coregister(("dem",), 8.0)
+    with torch.no_grad():
+        coregister.wanted["of_dem"].copy_(torch.atanh(torch.tensor([3.0, -2.0]) / 8) / 10)
+    rows, cols = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    smooth = torch.stack([torch.sin(rows / 6) + torch.cos(cols / 5), torch.sin((rows + 2 * cols) / 11)])
+    one = Image(smooth[None], torch.ones(1, 32, 32, dtype=torch.bool))
+
+    def pixels(images: Mapping[str, Image], frames: torch.Tensor | None) -> torch.Tensor:
+        return coregister(images, frames)["dem"].pixels
+
+    vote = averaged(voter(pixels, torch.device("cpu"), torch.float32), tta, scales)
+    answer = vote(Tiles({"dem": one}, (None,)))
+    expected = moved_by(one, torch.tensor([3.0, -2.0])).pixels
+    inside = (..., slice(0, 26), slice(4, 32))
+    assert (answer - expected)[inside].abs().max() < (1e-5 if scales == (1.0,) else 0.15)
+    assert (answer - smooth)[inside].abs().max() > 0.5
+
+
+def test_half_precision_rounds_no_shift() -> None:
+    coregister = Coregister(("dem",), 256.0)
+    with torch.no_grad():
+        coregister.wanted["of_dem"].copy_(torch.atanh(torch.tensor([201.0, -101.0]) / 256) / 10)
+    ramp = Image(torch.arange(400.0).expand(1, 1, 400, 400).clone(), torch.ones(1, 400, 400, dtype=torch.bool))
+    quarter = torch.tensor([[[0.0, -1.0], [1.0, 0.0]]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moved = coregister({"dem": ramp}, quarter)["dem"]
+    assert (moved.pixels - ramp.pixels - 201)[0, 0][moved.valid[0]].abs().max() < 0.01
 
 
 def test_the_fit_of_each_shift_is_the_mean_over_pixels_that_have_a_partner() -> None:

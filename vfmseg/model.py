@@ -123,9 +123,9 @@ class Network(nn.Module):
             tokens = hook(depth, tokens, rows)
         return tokens
 
-    def forward(self, images: Images) -> Tensor:
-        """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W)."""
-        return self.answer(images)[0]
+    def forward(self, images: Images, frames: Tensor | None = None) -> Tensor:
+        """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W); `frames` as in `answer`."""
+        return self.answer(images, frames)[0]
 
     def answer(self, images: Images, frames: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, K, H, W), and what the fusion adds to a training loss: {name: (B,), one number an image}.

@@ -16,14 +16,14 @@ from vfmseg.checkpoint.hub import local_segmenter
 from vfmseg.checkpoint.reading import Loaded, load_segmenter
 from vfmseg.checkpoint.writing import versions
 from vfmseg.data.given import tell_types
-from vfmseg.data.image import Images, Known
+from vfmseg.data.image import Known
 from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.scene import Scene, speakers
 from vfmseg.disk.lock import LOCK, held, lock_beside
 from vfmseg.errors import CheckpointError, DataError, RecipeError, nearest
 from vfmseg.inference.contracts import Tiles
 from vfmseg.inference.ranks import own_device, usable_device
-from vfmseg.inference.votes import voter
+from vfmseg.inference.votes import Model, voter
 from vfmseg.labeller import Labeller
 from vfmseg.model import Network
 from vfmseg.recipe import Recipe, load_recipe
@@ -49,7 +49,7 @@ class TrainedVotes:
         self.identity = tags_of(loaded.recipe, loaded.record, loaded.fingerprint)
         self.runs_on = {"dtype": str(dtype), "device": device.type, "compiled": compile, "torch": torch.__version__}
         self.one_batch_size = compile  # any other size would be compiled anew, which takes a minute
-        self._run: Callable[[Images], Tensor] = torch.compile(self.model) if compile else self.model
+        self._run: Model = torch.compile(self.model) if compile else self.model
         self._dtype = dtype
 
     def __call__(self, tiles: Tiles) -> Tensor:

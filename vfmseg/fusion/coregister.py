@@ -52,7 +52,9 @@ class Coregister(nn.Module):
         shift = self.shift(name)
         if frames is None:
             return moved_by(image, shift)
-        parts = [moved_by(Image(image.pixels[b], image.valid[b]), frame @ shift) for b, frame in enumerate(frames)]
+        # no matrix product: autocast would round it to half precision, at 200 px by half a pixel
+        turned = (frames.to(shift) * shift).sum(dim=2)
+        parts = [moved_by(Image(image.pixels[b], image.valid[b]), way) for b, way in enumerate(turned)]
         return Image(torch.stack([part.pixels for part in parts]), torch.stack([part.valid for part in parts]))
 
 

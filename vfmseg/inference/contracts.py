@@ -23,11 +23,13 @@ from vfmseg.recipe.data import ClassSpec
 class Tiles:
     """Tiles for one call of a predictor: images of (B, C, t, t) pixels on the CPU, and where each lies in the scene.
 
-    windows: one for each of the B slots; None for a slot without a tile, in which nothing is valid.
+    windows: one for each of the B slots; None for a slot without a tile, in which nothing is valid. frame (2, 2): how
+    the tiles are turned and resized; a way of (rows, columns) pixels in the scene is frame @ way here. None: not at all.
     """
 
     images: Images
     windows: tuple[Window | None, ...]
+    frame: Tensor | None = None
 
 
 # tiles -> votes float32 (B, K, t, t) on the model's device: probabilities or logits

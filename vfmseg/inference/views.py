@@ -54,7 +54,8 @@ def averaged(vote: Predictor, views: str, scales: Sequence[float]) -> Predictor:
             weight = _weight(resized)
             for turns, mirror in chosen:
                 seen = {name: image.each(partial(_turn, turns=turns, mirror=mirror)) for name, image in resized.items()}
-                answer = _turn_back(vote(Tiles(seen, tiles.windows)), turns, mirror)
+                frame = _frame(turns, mirror, side, next(iter(resized.values())).valid.shape[-2:])
+                answer = _turn_back(vote(Tiles(seen, tiles.windows, frame)), turns, mirror)
                 if answer.shape[-2:] != side:
                     answer = F.interpolate(answer, size=side, mode="bilinear", antialias=scale > 1)
                 answer = answer * weight.to(answer.device)
@@ -76,6 +77,14 @@ def _turn(x: Tensor, turns: int, mirror: bool) -> Tensor:
     """A view of (..., h, w)."""
     turned = torch.rot90(x, turns, dims=(-2, -1))
     return turned.flip(-1) if mirror else turned
+
+
+def _frame(turns: int, mirror: bool, side: Sequence[int], resized: Sequence[int]) -> Tensor:
+    """(2, 2) of `Tiles.frame`, for tiles of `side` pixels (rows, columns) that were `resized` and then turned."""
+    zoom = torch.diag(torch.tensor([after / before for before, after in zip(side, resized, strict=True)]))
+    quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    flip = torch.diag(torch.tensor([1.0, -1.0 if mirror else 1.0]))
+    return flip @ torch.linalg.matrix_power(quarter, turns) @ zoom
 
 
 def _turn_back(x: Tensor, turns: int, mirror: bool) -> Tensor:

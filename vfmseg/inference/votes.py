@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,15 +12,23 @@ from vfmseg.data.image import Images
 from vfmseg.inference.contracts import Predictor, Tiles
 
 
+class Model(Protocol):
+    """What answers with logits (B, K, t, t)."""
+
+    def __call__(self, images: Images, frames: Tensor | None) -> Tensor:
+        """`images` of (B, C, t, t) pixels; `frames` (B, 2, 2): how each is turned, as in `Batch`; None: none of them."""
+        ...
+
+
 def voter(
-    model: Callable[[Images], Tensor],
+    model: Model,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Predictor:
     """A predictor that answers with logits, float32 (B, K, t, t), on `device`.
 
-    `model`: images -> logits (B, K, t, t); its matrix products run in `dtype` (autocast). Its answer becomes float32
-    before anything is summed: half precision holds three digits.
+    The model's matrix products run in `dtype` (autocast). Its answer becomes float32 before anything is summed: half
+    precision holds three digits.
     """
 
     def vote(tiles: Tiles) -> Tensor:
@@ -28,9 +36,10 @@ def voter(
             name: image.each(lambda tensor: tensor.to(device, non_blocking=True))
             for name, image in tiles.images.items()
         }
+        frames = None if tiles.frame is None else tiles.frame.to(device).expand(len(tiles.windows), 2, 2)
         enabled = dtype is not torch.float32
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            return model(images).float()  # (B, K, t, t)
+            return model(images, frames).float()  # (B, K, t, t)
 
     return vote
 
@@ -60,6 +69,6 @@ def filled_up(vote: Predictor, size: int) -> Predictor:
             name: image.each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, size - batch)))
             for name, image in tiles.images.items()
         }
-        return vote(Tiles(images, tiles.windows + (None,) * (size - batch)))[:batch]
+        return vote(Tiles(images, tiles.windows + (None,) * (size - batch), tiles.frame))[:batch]
 
     return predict

@@ -122,7 +122,8 @@ def in_scene(fit: Tensor, frames: Tensor | None) -> Tensor:
         return fit
     lags = torch.linspace(-1, 1, fit.shape[-1], device=fit.device)
     ways = torch.stack(torch.meshgrid(lags, lags, indexing="ij"), dim=-1)  # (S, S, 2) as (rows, columns)
-    turned = torch.einsum("bij,rcj->brci", frames.to(fit), ways).flip(-1)  # grid_sample takes (x, y)
+    # no matrix product: autocast would round it to half precision
+    turned = (frames.to(fit)[:, None, None] * ways[..., None, :]).sum(dim=-1).flip(-1)  # grid_sample takes (x, y)
     return F.grid_sample(fit[:, None], turned, padding_mode="border", align_corners=True)[:, 0]
 
 

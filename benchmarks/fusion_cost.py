@@ -45,42 +45,48 @@ def network(model: dict[str, Any], streams: int) -> nn.Module:
         }
     )
     stems = {name: build_stem(backbone, {name: 3}, [100.0] * 3, [50.0] * 3) for name in names}
-    return around(recipe, backbone, stems, attach_none(backbone)).without_auxiliary().eval()
+    return around(recipe, backbone, stems, attach_none(backbone, names)).without_auxiliary().eval()
 
 
-@torch.no_grad()
-def cost(model: nn.Module, streams: int) -> dict[str, Any]:
-    """Parameters of the fusion and of all, GFLOP and ms of a tile."""
+def tiles(streams: int) -> dict[str, Any]:
+    """One tile of each stream."""
     from vfmseg.data.image import Image
 
     valid = torch.ones(1, TILE, TILE, dtype=torch.bool)
-    images = {name: Image(torch.rand(1, 3, TILE, TILE) * 255, valid) for name in ("one", "two")[:streams]}
-    model(images)
-    with FlopCounterMode(display=False) as counter:
-        model(images)
-    times = []
-    for _ in range(ROUNDS):
+    return {name: Image(torch.rand(1, 3, TILE, TILE) * 255, valid) for name in ("one", "two")[:streams]}
+
+
+@torch.no_grad()
+def counted(model: dict[str, Any], streams: int) -> dict[str, Any]:
+    """Parameters of each part, and GFLOP of a tile; nothing is computed for it."""
+    with torch.device("meta"):
+        built = network(model, streams)
+        with FlopCounterMode(display=False) as counter:
+            built(tiles(streams))
+    parts = {name: sum(p.numel() for p in found.values()) for name, found in built.parts().items()}  # type: ignore[operator]
+    return parts | {"gflop": round(counter.get_total_flops() / 1e9, 2)}
+
+
+@torch.no_grad()
+def timed(model: nn.Module, streams: int) -> float:
+    """Milliseconds of a tile: the median of some rounds after a first one."""
+    images, times = tiles(streams), []
+    for _ in range(ROUNDS + 1):
         started = time.perf_counter()
         model(images)
         times.append(time.perf_counter() - started)
-    parts = {name: sum(p.numel() for p in found.values()) for name, found in model.parts().items()}  # type: ignore[operator]
-    return {
-        "fusion": parts["fusion"],
-        "encoder": parts["encoder"],
-        "decoder": parts["decoder"],
-        "gflop": round(counter.get_total_flops() / 1e9, 2),
-        "ms": round(1000 * statistics.median(times), 1),
-    }
+    return round(1000 * statistics.median(times[1:]), 1)
 
 
 def measure(rows: dict[str, dict[str, Any]], target: Path) -> None:
     """Measure all rows, in turn with the encoder alone, and keep them as JSON."""
     found: dict[str, Any] = {"tile": TILE, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": {}}
-    found["one"] = cost(network({}, 1), 1)
+    found["one"] = counted({}, 1)
+    single = network({}, 1)
     for row, model in rows.items():
         if row != "stack":
-            again = cost(network({}, 1), 1)["ms"]
-            found["rows"][row] = cost(network(model, 2), 2) | {"ms_of_one": again}
+            times = {"ms_of_one": timed(single, 1), "ms": timed(network(model, 2), 2)}
+            found["rows"][row] = counted(model, 2) | times
             print(row, found["rows"][row], flush=True)
     target.write_text(json.dumps(found, indent=1) + "\n")
 

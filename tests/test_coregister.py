@@ -122,7 +122,8 @@ def test_the_fit_of_each_shift_is_the_mean_over_pixels_that_have_a_partner() -> 
     valid = torch.rand(2, 7, 9, generator=draws) > 0.3
     labels = torch.randint(-1, 3, (2, 7, 9), generator=draws)
     assert (labels == IGNORE).any()
-    found = fits(torch.where(valid[:, None], logs, torch.nan), valid, labels, 3)
+    sums, partners = fits(torch.where(valid[:, None], logs, torch.nan), valid, labels, 3)
+    found = sums / partners
     for b in range(2):
         for down in range(-3, 4):
             for right in range(-3, 4):
@@ -148,8 +149,11 @@ def test_the_fit_of_a_turned_window_is_told_in_the_directions_of_the_scene() -> 
     assert turned.max().item() == pytest.approx(1.0)
 
 
-def _searched(shift: int, noise: bool = False) -> torch.Tensor:
-    """The shift that the objective alone finds on constructed scenes, in augmented windows."""
+def _searched(shift: int, noise: bool = False, labelled: int = 0) -> torch.Tensor:
+    """The shift that the objective alone finds on constructed scenes, in augmented windows.
+
+    labelled: how many columns have labels, from the right; 0: all.
+    """
     torch.manual_seed(0)
     objective = Coregistration({"dem": 1}, 4, 9.0).train()
     coregister = Coregister(("dem",), 9.0)
@@ -165,7 +169,9 @@ def _searched(shift: int, noise: bool = False) -> torch.Tensor:
             if noise:
                 heights = torch.randn(heights.shape)
             valid = torch.ones(96, 96, dtype=torch.bool)
-            sample = Sample({"dem": Image(heights, valid)}, torch.from_numpy(labels.astype(np.int64)))
+            truth = torch.from_numpy(labels.astype(np.int64))
+            truth[:, : -labelled or 0] = IGNORE
+            sample = Sample({"dem": Image(heights, valid)}, truth)
             samples.append(augment(sample, 100 * step + i))
         terms = objective.terms(network, collate(samples))
         optimizer.zero_grad()
@@ -191,6 +197,11 @@ class _Heights(torch.nn.Module):
 def test_a_planted_shift_is_found_within_a_pixel_and_none_stays_none() -> None:
     assert (_searched(5) - 5).abs().max() < 1
     assert _searched(0).abs().max() < 0.5
+
+
+def test_nothing_is_moved_off_the_labels() -> None:
+    """Of a shift that leaves no labelled pixel a partner nothing is known: it is no perfect one."""
+    assert _searched(0, labelled=6).abs().max() < 1
 
 
 def test_a_modality_that_says_nothing_of_the_classes_is_not_moved() -> None:

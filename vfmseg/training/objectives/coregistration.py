@@ -9,6 +9,7 @@ the classes all fit alike, and it stays where it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -29,6 +30,11 @@ PRIOR = 1e-3
 """Taken from the log-likelihood of the largest shift, and in proportion to the square from others: none is likelier."""
 MEMORY = 0.9
 """Share of what was known that each step keeps."""
+FEWEST = 0.1
+"""A shift counts if it leaves labelled pixels this share of the most partners that any leaves them.
+
+Of a shift that takes the modality off the labels nothing is known: its mean is one of few pixels, or of none.
+"""
 
 
 class Coregistration(nn.Module):
@@ -39,12 +45,13 @@ class Coregistration(nn.Module):
     def __init__(self, bands: Mapping[str, int], classes: int, limit: float) -> None:
         """`bands` {modality that is moved: how many it has}; `limit`: the largest shift in pixels."""
         super().__init__()
-        self.reach = max(1, int(limit))
+        self.reach = math.ceil(limit)  # 40 m of pixels that measure 10.001 m are 3.9996 pixels
         self.guesses = nn.ModuleDict({f"of_{name}": _guesses(count, classes) for name, count in bands.items()})
         self.modalities = tuple(bands)
         side = 2 * self.reach + 1
         for name in bands:
-            self.register_buffer(f"fit_of_{name}", torch.zeros(side, side))
+            self.register_buffer(f"fit_of_{name}", torch.zeros(side, side))  # sums over pixels, and how many
+            self.register_buffer(f"partners_of_{name}", torch.zeros(side, side))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`samples`: number of samples with labels."""
@@ -63,8 +70,10 @@ class Coregistration(nn.Module):
             image = batch.images[name]
             pixels = network.stem(name).normalised(batch.images).float()
             logs = self.guesses[f"of_{name}"](pixels).float().log_softmax(dim=1)
-            fit = in_scene(fits(logs, image.valid, labels, self.reach), batch.frames)[labelled]
-            shares = self._shares(self._remembered(name, fit.detach()))
+            sums, partners = fits(logs, image.valid, labels, self.reach)
+            sums, partners = (in_scene(one, batch.frames)[labelled] for one in (sums, partners))
+            shares = self._shares(self._remembered(name, sums.detach(), partners))
+            fit = sums / partners.clamp(min=1.0)
             # the sum of all guesses, times nothing: a batch without labels has a gradient of zero, and not none
             found[f"guess/{name}"] = Term(logs.sum() * 0.0 - (shares * fit).sum(), 1.0, "samples")
             away = network.coregister.shift(name) - self._mean(shares)
@@ -74,12 +83,16 @@ class Coregistration(nn.Module):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Nothing: what is remembered is noted with each batch."""
 
-    def _remembered(self, name: str, fit: Tensor) -> Tensor:
-        """How well each shift fits, over the batches so far; `fit` of the samples of this one."""
-        buffer = self.get_buffer(f"fit_of_{name}")
-        if self.training and len(fit):
-            buffer.mul_(MEMORY).add_(fit.mean(dim=0), alpha=1 - MEMORY)
-        return buffer.clone()
+    def _remembered(self, name: str, sums: Tensor, partners: Tensor) -> Tensor:
+        """How well each shift fits a pixel, over the batches so far; -inf where too little is known.
+
+        `sums` and `partners` (samples, S, S) of this batch, as `fits` gives them.
+        """
+        known, count = self.get_buffer(f"fit_of_{name}"), self.get_buffer(f"partners_of_{name}")
+        if self.training and partners.sum() > 0:
+            known.mul_(MEMORY).add_(sums.sum(dim=0), alpha=1 - MEMORY)
+            count.mul_(MEMORY).add_(partners.sum(dim=0), alpha=1 - MEMORY)
+        return (known / torch.where(count > 0, count, 1.0)).masked_fill(count < FEWEST * count.amax(), -torch.inf)
 
     def _shares(self, fit: Tensor) -> Tensor:
         """The weight of each shift; they sum to 1."""
@@ -95,12 +108,12 @@ class Coregistration(nn.Module):
         return torch.arange(-self.reach, self.reach + 1, device=like.device, dtype=like.dtype)
 
 
-def fits(logs: Tensor, valid: Tensor, labels: Tensor, reach: int) -> Tensor:
-    """(B, 2 reach + 1, 2 reach + 1): the mean of logs[label(r, c)] at (r + down, c + right), over labelled pixels.
+def fits(logs: Tensor, valid: Tensor, labels: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """The sum of logs[label(r, c)] at (r + down, c + right) over labelled pixels, and over how many.
 
-    Entry [b, reach + down, reach + right] is of image b and the shift (down, right). `logs` (B, K, H, W) are
-    log-probabilities, `valid` bool (B, H, W) says where, and `labels` (B, H, W) are class indexes or IGNORE. Pixels
-    without a partner do not count.
+    Both (B, 2 reach + 1, 2 reach + 1); entry [b, reach + down, reach + right] is of image b and the shift (down,
+    right). `logs` (B, K, H, W) are log-probabilities, `valid` bool (B, H, W) says where, and `labels` (B, H, W) are
+    class indexes or IGNORE. Pixels without a partner do not count.
     """
     classes = logs.shape[1]
     hot = torch.stack([labels == number for number in range(classes)], dim=1).to(logs.dtype)
@@ -113,11 +126,11 @@ def fits(logs: Tensor, valid: Tensor, labels: Tensor, reach: int) -> Tensor:
     lags = torch.arange(-reach, reach + 1, device=logs.device)
     rows, columns = lags % size[0], lags % size[1]
     total, count = (one[:, rows][:, :, columns] for one in (sums, counts.round()))
-    return total / count.clamp(min=1.0)
+    return total, count
 
 
 def in_scene(fit: Tensor, frames: Tensor | None) -> Tensor:
-    """(B, S, S) of shifts in turned windows -> the same of shifts in the scene; `frames` (B, 2, 2) as in `Batch`."""
+    """(B, S, S), sums or numbers of shifts in turned windows -> the same of shifts in the scene; `frames` (B, 2, 2) as in `Batch`."""
     if frames is None:
         return fit
     lags = torch.linspace(-1, 1, fit.shape[-1], device=fit.device)

@@ -234,6 +234,7 @@ def test_a_side_encoder_sees_what_the_published_one_does_not(place: Path, tmp_pa
         ({"fusion": {"name": "decision", "refine": {"guide": "sar"}}}, "model.fusion.refine.guide"),
         ({"fusion": {"name": "linear", "coregister": {"max_shift": 5, "modalities": ["rgb"]}}}, "moved onto"),
         ({"fusion": {"name": "linear", "coregister": {"max_shift": 0}}}, "max_shift"),
+        ({"fusion": {"name": "linear", "coregister": {"max_shift": 17}}}, "half of data.tile = 32"),
         ({"fusion": {"name": "linear", "at": [3, 1]}}, "must rise"),
         ({"fusion": {"name": "reconstruction", "mode": "self", "recover": True}}, "needs mode: cross"),
         ({"fusion": {"name": "gatet"}}, "gated"),
@@ -276,7 +277,7 @@ def test_a_shift_in_metres_is_one_of_pixels_on_the_ground(place: Path, tmp_path:
     with pytest.raises(RecipeError, match="max_shift = 40 metres: the scenes have no CRS"):
         finetune(nowhere)
     far = {"name": "linear", "coregister": {"max_shift": 9000, "unit": "metres"}}
-    with pytest.raises(RecipeError, match="are 900 pixels; expected 256 at most"):
+    with pytest.raises(RecipeError, match="are 900 pixels; expected 16 at most"):
         finetune(recipe_of(place, tmp_path / "far", far, epochs=1))
 
 

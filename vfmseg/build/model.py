@@ -201,9 +201,11 @@ def _metres_for(recipe: Recipe, metres: float | None) -> float:
         raise RecipeError(
             f"{place}: the scenes have no CRS, so nobody knows how many metres a pixel is; use unit: pixels"
         )
-    if section.max_shift / metres > LARGEST_SHIFT:
+    most = min(LARGEST_SHIFT, recipe.data.tile / 2)
+    if section.max_shift / metres > most:
         raise RecipeError(
-            f"{place} are {section.max_shift / metres:.0f} pixels; expected {LARGEST_SHIFT} at most: give a smaller one"
+            f"{place} are {section.max_shift / metres:.0f} pixels; expected {most:g} at most (half of data.tile, and "
+            f"never more than {LARGEST_SHIFT}): give a smaller one"
         )
     return metres
 

@@ -112,6 +112,12 @@ class Recipe(Section):
                 "model.fusion.coregister.modalities",
                 f"names {names[0]}, which the others are moved onto; expected some of {', '.join(names[1:])}",
             )
+        if moved is not None and moved.unit == "pixels" and 2 * moved.max_shift > self.data.tile:
+            yield Problem(
+                "model.fusion.coregister.max_shift",
+                f"= {moved.max_shift:g} must be at most half of data.tile = {self.data.tile}: a window moved further "
+                "shows little of what it showed",
+            )
         if self.model.modalities and (fusion is None or isinstance(fusion, StackFusion)):
             yield Problem(
                 "model.modalities",

@@ -236,6 +236,8 @@ def test_a_side_encoder_sees_what_the_published_one_does_not(place: Path, tmp_pa
         ({"fusion": {"name": "linear", "coregister": {"max_shift": 0}}}, "max_shift"),
         ({"fusion": {"name": "linear", "coregister": {"max_shift": 17}}}, "half of data.tile = 32"),
         ({"fusion": {"name": "linear", "at": [3, 1]}}, "must rise"),
+        ({"fusion": {"name": "linear", "at": 3}}, r"fusion.at = 3 must be all, last, or numbers of [^\n]*$"),
+        ({"fusion": {"name": "linear", "at": [0]}}, r"fusion.at = \[0\] must be all, last, or numbers of [^\n]*$"),
         ({"fusion": {"name": "reconstruction", "mode": "self", "recover": True}}, "needs mode: cross"),
         ({"fusion": {"name": "gatet"}}, "gated"),
         (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from vfmseg.errors import show
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Name, Number, Problem, Section, Whole
@@ -13,6 +13,14 @@ from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Name, Number, Problem
 Width = Annotated[Whole, Field(ge=1, le=LARGEST_WIDTH)]
 
 LARGEST_SHIFT = 256  # pixels that a modality may lie beside its place
+
+
+def _all_last_or_numbers(value: Any) -> Any:
+    """As it is; a plain union would tell each of its parts as a finding of its own."""
+    numbers = isinstance(value, list | tuple) and all(type(n) is int and 1 <= n <= MOST_BLOCKS for n in value)
+    if value not in ("all", "last") and not (numbers and value):
+        raise ValueError("must be all, last, or numbers of the encoder's maps from 1 (shallow), such as [2, 4]")
+    return value
 
 
 class CoregisterSection(Section):
@@ -49,10 +57,11 @@ class LinearFusion(_AnyFusion):
 
     name: Literal["linear"]
     op: Literal["concat", "sum", "weighted"] = "weighted"
-    at: (
+    at: Annotated[
         Literal["all", "last"]
-        | Annotated[tuple[Annotated[Whole, Field(ge=1, le=MOST_BLOCKS)], ...], Field(min_length=1, max_length=64)]
-    ) = "all"
+        | Annotated[tuple[Annotated[Whole, Field(ge=1, le=MOST_BLOCKS)], ...], Field(min_length=1, max_length=64)],
+        BeforeValidator(_all_last_or_numbers),
+    ] = "all"
     """Which of the encoder's maps are fused and handed to the decoder, numbers from 1 (shallow)."""
 
     def _problems(self) -> Iterator[Problem]:

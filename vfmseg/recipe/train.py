@@ -136,7 +136,8 @@ class TrainSection(Section):
     def _problems(self) -> Iterator[Problem]:
         if self.focal_gamma is not None and "focal" not in self.loss:
             yield Problem("focal_gamma", f"= {self.focal_gamma} is used by no loss; drop it, or add focal")
-        if self.distill and not (self.modality_dropout if isinstance(self.modality_dropout, float) else True):
+        chances = self.modality_dropout.values() if isinstance(self.modality_dropout, dict) else [self.modality_dropout]
+        if self.distill and not any(chances):
             yield Problem(
                 "distill", f"= {self.distill:g} is not used: train.modality_dropout hides nothing; set it too"
             )

@@ -18,7 +18,7 @@ from vfmseg.fusion.contract import Fusion
 from vfmseg.fusion.decision import Decision
 from vfmseg.fusion.gated import Gated
 from vfmseg.fusion.linear import Linear
-from vfmseg.fusion.reconstruction import Reconstruction
+from vfmseg.fusion.reconstruction import Reconstruction, name_of, normed
 from vfmseg.fusion.refine import Refine
 from vfmseg.fusion.se import Se
 
@@ -476,8 +476,6 @@ def rebuilt(correlated: bool) -> float:
     with torch.no_grad():
         given = batch(5000)
         assert fuse.decoders is not None
-        from vfmseg.fusion.reconstruction import name_of, normed
-
         guess = fuse.decoders[name_of("rgb", "dem", 1)](given["rgb"].maps[1])
         target = normed(given["dem"].maps[1])
         variance = (target - target.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
@@ -499,6 +497,27 @@ def test_decoders_that_training_alone_needs_are_nothing_afterwards() -> None:
     assert kept.auxiliary is None  # these are run in prediction
 
 
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_stream_may_be_called_like_a_word_of_the_code(kind: str) -> None:
+    """The answer is that of streams with other names, and so are the losses; no two parts share tensors."""
+    names = ("float", "dem" if kind == "single" else "a_to_b", "fused")
+    others = ("rgb", "dem", "sar")  # the same order in the alphabet, in which tensors become random
+    one, two = built(kind, names), built(kind, others)
+    assert len(list(one.parameters())) == len(list(two.parameters()))
+    renamed, plain = dict(zip(names, found().values(), strict=True)), dict(zip(others, found().values(), strict=True))
+    same(one(renamed), two(plain))
+    terms = one.terms(renamed, one(renamed)), two.terms(plain, two(plain))
+    for name, values in terms[0].items():
+        torch.testing.assert_close(values, terms[1][name])
+
+
+def test_no_two_decoders_have_one_name() -> None:
+    streams = ("a", "b_to_c", "a_to_b", "c")
+    fuse = Reconstruction(streams, CHANNELS, "cross", 8, True)
+    assert fuse.kept is not None
+    assert len(fuse.kept) == len(streams) * (len(streams) - 1) * len(CHANNELS)
+
+
 @torch.no_grad()
 def test_a_missing_stream_is_rebuilt_where_that_was_asked_for() -> None:
     """Recovered features enter the fusion as the missing ones would have, cell by cell."""
@@ -506,7 +525,7 @@ def test_a_missing_stream_is_rebuilt_where_that_was_asked_for() -> None:
     assert isinstance(fuse, Reconstruction)
     assert fuse.kept is not None
     stand_in = Features(
-        tuple(fuse.kept[f"{i}_rgb_to_dem"](values) for i, values in enumerate(given["rgb"].maps)),
+        tuple(fuse.kept[name_of("rgb", "dem", i)](values) for i, values in enumerate(given["rgb"].maps)),
         given["rgb"].seen,
         given["rgb"].strides,
     )

@@ -19,6 +19,10 @@ from vfmseg.fusion.contract import Fusion, fused_features
 from vfmseg.fusion.linear import Linear
 
 
+FUSED = "+"
+"""The fused features, beside the names of streams, which are letters, digits and _."""
+
+
 class Reconstruction(Fusion):
     """A weighted mean of the streams, and in training the error of features rebuilt from others."""
 
@@ -34,12 +38,11 @@ class Reconstruction(Fusion):
         super().__init__(streams, channels)
         self.mode = mode
         self.join = Linear(streams, channels, "weighted", "all")
-        pairs = [("fused", to) for to in streams] if mode == "self" else []
+        pairs = [(FUSED, to) for to in streams] if mode == "self" else []
         if mode == "cross":
             pairs = [(of, to) for of in streams for to in streams if of != to]
-        decoders = nn.ModuleDict(
-            {name_of(of, to, i): _decoder(c, width) for of, to in pairs for i, c in enumerate(channels)}
-        )
+        self.tasks = [(of, to, level) for of, to in pairs for level in self.levels]
+        decoders = nn.ModuleDict({name_of(*task): _decoder(channels[task[2]], width) for task in self.tasks})
         self.kept = decoders if recover else None
         self.auxiliary = None if recover else decoders
 
@@ -64,14 +67,14 @@ class Reconstruction(Fusion):
         """
         assert self.decoders is not None
         errors = []
-        for name, decoder in self.decoders.items():
-            of, to, level = self._parts(name)
-            if to not in found or (of != "fused" and of not in found):
+        sources = {**found, FUSED: fused}
+        for of, to, level in self.tasks:
+            if to not in found or of not in sources:
                 continue
-            source = fused if of == "fused" else found[of]
+            source = sources[of]
             target = normed(found[to].maps[level]).detach()
             both = (found[to].seen[level] >= 1) & (source.seen[level] >= 1)
-            errors.append(error_of(decoder(source.maps[level]), target, both))
+            errors.append(error_of(self.decoders[name_of(of, to, level)](source.maps[level]), target, both))
         if not errors:
             return {"reconstruction": next(iter(found.values())).maps[0].flatten(1).sum(dim=1) * 0.0}
         return {"reconstruction": torch.stack(errors).sum(dim=0) / len(self.decoders)}
@@ -102,19 +105,10 @@ class Reconstruction(Fusion):
                 total, most = total + seen, torch.maximum(most, seen)
         return own, share, rebuilt / torch.where(total > 0, total, 1.0)[:, None], most
 
-    def _parts(self, name: str) -> tuple[str, str, int]:
-        """Which decoder a name means: of, to, level."""
-        for of in ("fused", *self.streams):
-            for to in self.streams:
-                for level in self.levels:
-                    if name == name_of(of, to, level):
-                        return of, to, level
-        raise KeyError(name)
-
 
 def name_of(of: str, to: str, level: int) -> str:
-    """Name of the decoder that rebuilds stream `to` from `of` at a level."""
-    return f"{level}_{of}_to_{to}"
+    """Name of the decoder that rebuilds stream `to` from `of` at a level; no two have one."""
+    return f"{level}-{of}-{to}"
 
 
 def _decoder(channels: int, width: int) -> nn.Module:

@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from vfmseg.adapters.adapted import run_blocks
 from vfmseg.adapters.attached import Attached
+from vfmseg.adapters.own import OwnEncoder
 from vfmseg.data.image import Images, Known, known
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.side import SideEncoder
@@ -33,14 +34,14 @@ class Network(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        stems: Mapping[str, Stem | SideEncoder],
+        stems: Mapping[str, Stem | SideEncoder | OwnEncoder],
         attached: Attached,
         fuse: Fusion | Decision | None,
         decoder: nn.Module,
         classes: int,
         coregister: Coregister | None = None,
     ) -> None:
-        """`stems` {stream: its stem, or a small encoder of its own}; at least one leads into the backbone.
+        """`stems` {stream: its stem, or an encoder of its own}; at least one is a stem and leads into the backbone.
 
         `attached`: the adapter in the backbone. `fuse`: None for a single stream.
         A `Decision` comes with a `DecoderPerStream`. `coregister` moves images before they enter.
@@ -65,9 +66,15 @@ class Network(nn.Module):
         self.known: Known = "all" if fuse is None else fuse.known
         self.train(False)
 
-    def stem(self, stream: str) -> Stem | SideEncoder:
-        """The stem of a stream, or the small encoder that it has instead of one."""
-        return cast("Stem | SideEncoder", self.stems[f"of_{stream}"])
+    def stem(self, stream: str) -> Stem | SideEncoder | OwnEncoder:
+        """The stem of a stream, or the encoder that it has instead of one."""
+        return cast("Stem | SideEncoder | OwnEncoder", self.stems[f"of_{stream}"])
+
+    @property
+    def own_encoders(self) -> dict[str, OwnEncoder]:
+        """{stream: its published encoder}, of those that have one of their own."""
+        stems = {name: self.stem(name) for name in self.streams}
+        return {name: stem for name, stem in stems.items() if isinstance(stem, OwnEncoder)}
 
     @property
     def reference(self) -> Stem:
@@ -88,7 +95,7 @@ class Network(nn.Module):
         stems = {name: self.stem(name) for name in present}
         found = self._through_backbone({name: s(images) for name, s in stems.items() if isinstance(s, Stem)})
         cells = self.reference.cells(*next(iter(images.values())).valid.shape[-2:])
-        found |= {name: s(images, cells, self.strides) for name, s in stems.items() if isinstance(s, SideEncoder)}
+        found |= {name: s(images, cells, self.strides) for name, s in stems.items() if not isinstance(s, Stem)}
         return {name: found[name] for name in present}
 
     def _through_backbone(self, stemmed: Mapping[str, tuple[Tensor, Tensor | None, Tensor]]) -> dict[str, Features]:
@@ -96,32 +103,11 @@ class Network(nn.Module):
         if not stemmed:
             return {}
         tokens, rows = joined({name: self.backbone.embed(*made) for name, made in stemmed.items()})
-        maps: list[Tensor] = []
-        for depth in range(1, self.backbone.layers[-1] + 1):
-            if self.backbone.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                # the reentrant kind returns no gradient when the input of the block needs none
-                tokens = checkpoint(self._block, depth, tokens, rows, use_reentrant=False)
-            else:
-                tokens = self._block(depth, tokens, rows)
-            if depth in self.backbone.layers:
-                maps.append(self.backbone.tap(tokens))
-        seen = tokens.seen.unflatten(1, tokens.grid)
+        maps, seen = run_blocks(self.backbone, self.attached, tokens, rows, self.training)
         return {
             name: Features(tuple(map_[mine] for map_ in maps), (seen[mine],) * len(maps), self.strides)
             for name, mine in rows.items()
         }
-
-    def _block(self, depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
-        """Tokens behind block `depth` and the hooks round it.
-
-        Hooks are run again where the block is, for its gradients: then too they tell its layers the rows of this batch.
-        """
-        for hook in self.attached.before:
-            tokens = hook(depth, tokens, rows)
-        tokens = self.backbone.step(depth, tokens)
-        for hook in self.attached.after:
-            tokens = hook(depth, tokens, rows)
-        return tokens
 
     def forward(self, images: Images, frames: Tensor | None = None) -> Tensor:
         """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W); `frames` as in `answer`."""
@@ -176,6 +162,10 @@ class Network(nn.Module):
             for name, parameter in module.named_parameters():
                 part = homes.get(child) or ("adapter" if id(parameter) in added else "encoder")
                 found[part][f"{child}.{name}"] = parameter
+        for stream, own in self.own_encoders.items():
+            for name, parameter in own.named_parameters():
+                place = f"stems.of_{stream}.{name}"
+                found[own.part_of(name, parameter)][place] = found["stem"].pop(place)
         return found
 
     def trainable(self) -> dict[str, Tensor]:
@@ -183,16 +173,19 @@ class Network(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def head_state(self) -> dict[str, Tensor]:
-        """Trained tensors outside the backbone, by name, with the buffers of those parts (normalisation too).
+        """Trained tensors outside backbones, by name, with the buffers of those parts (normalisation too).
 
         Without what only training uses.
         """
+        elsewhere = {
+            f"of_{stream}.{name}" for stream, own in self.own_encoders.items() for name in own.state_elsewhere()
+        }
         heads = {name: child for name, child in self.named_children() if child not in (self.backbone, self.adapter)}
         return {
             f"{name}.{key}": tensor
             for name, child in heads.items()
             for key, tensor in child.state_dict().items()
-            if not (name == "fuse" and key.startswith("auxiliary."))
+            if not (name == "fuse" and key.startswith("auxiliary.")) and not (name == "stems" and key in elsewhere)
         }
 
     def without_auxiliary(self) -> Network:

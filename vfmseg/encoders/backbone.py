@@ -137,9 +137,12 @@ def add_to_patches(tokens: Tensor, extra: Tensor | None, prefix: int) -> Tensor:
     return torch.cat([tokens[:, :prefix], tokens[:, prefix:] + extra], dim=1)
 
 
-def quarter_points(depth: int) -> tuple[int, ...]:
-    """Default layers: a quarter, a half, three quarters and all of the blocks; fewer where depth < 4."""
-    return tuple(sorted({math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)}))
+def quarter_points(depth: int, count: int = 4) -> tuple[int, ...]:
+    """Default layers: a quarter, a half, three quarters and all of the blocks; fewer where depth < 4.
+
+    For another `count` so many parts instead of quarters.
+    """
+    return tuple(sorted({math.ceil(depth * part / count) for part in range(1, count + 1)}))
 
 
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:

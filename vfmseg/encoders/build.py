@@ -33,12 +33,15 @@ def build_backbone(
     gradient_checkpointing: bool = False,
     revision: str | None = None,
     seed: int = 0,
+    place: str = "model.encoder",
+    maps: int = 4,
 ) -> Backbone:
     """A frozen backbone with its published weights.
 
     `checkpoint`: folder or hub id (None for builtin). `layers`: blocks whose tokens are asked for, 1-based and
-    increasing; None = the four quarter points. `seed`: of the random weights of builtin. RecipeError for settings that
-    do not fit together, CheckpointError for a checkpoint that is missing, damaged or of another family.
+    increasing; None = the four quarter points, or so many parts as `maps` says. `seed`: of the random weights of
+    builtin. `place`: of the section in the recipe. RecipeError for settings that do not fit together, CheckpointError
+    for a checkpoint that is missing, damaged or of another family.
     """
     family = _family(name)
     if family is BUILTIN:
@@ -52,7 +55,8 @@ def build_backbone(
         # that of transformers is asked last: it says of a stranger what it is
         reader = next((one for one in FORMATS.values() if one.reads(checkpoint)), TRANSFORMERS)
         network, base = reader.load(family, checkpoint, revision)
-    return Backbone(family, network, _layers(family, network, layers, base), gradient_checkpointing, base)
+    chosen = _layers(family, network, layers, base, place, maps)
+    return Backbone(family, network, chosen, gradient_checkpointing, base)
 
 
 def build_backbone_from_config(
@@ -81,12 +85,13 @@ def build_stem(
     std: Sequence[float],
     upscale: float = 1.0,
     input: str | None = None,
+    place: str = "model.encoder",
 ) -> Stem:
     """The stem of one stream of a backbone.
 
     `modalities` {name: number of bands}, stacked in this order; `mean`, `std`: one a band, in image units. `upscale`
     enlarges images first. `input`: "widen" (default) or "project", only where there are other than three bands.
-    RecipeError for settings that do not fit together.
+    `place`: of the section in the recipe. RecipeError for settings that do not fit together.
     """
     bands = sum(modalities.values())
     if len(mean) != bands or len(std) != bands or not _usable(mean, std):
@@ -95,12 +100,12 @@ def build_stem(
             "one std above 0 for each channel"
         )
     if not 0 < upscale <= LARGEST_UPSCALE:
-        raise RecipeError(f"model.encoder.upscale = {upscale} must be above 0 and at most {LARGEST_UPSCALE:g}")
+        raise RecipeError(f"{place}.upscale = {upscale} must be above 0 and at most {LARGEST_UPSCALE:g}")
     if input not in (None, "widen", "project"):
-        raise RecipeError(f"model.encoder.input = {input} is not a way in; {nearest(str(input), ('widen', 'project'))}")
+        raise RecipeError(f"{place}.input = {input} is not a way in; {nearest(str(input), ('widen', 'project'))}")
     if input is not None and bands == 3:
         raise RecipeError(
-            f"model.encoder.input = {input} is for other than 3 channels, and this data has 3; leave it out"
+            f"{place}.input = {input} is for other than 3 channels, and this data has 3; leave it out"
         )
     mix: nn.Module
     if bands == 3:
@@ -118,14 +123,21 @@ def _family(name: str) -> Family:
     return ENCODERS[name]
 
 
-def _layers(family: Family, network: nn.Module, layers: Sequence[int] | None, base: BaseRecord) -> tuple[int, ...]:
+def _layers(
+    family: Family,
+    network: nn.Module,
+    layers: Sequence[int] | None,
+    base: BaseRecord,
+    place: str = "model.encoder",
+    maps: int = 4,
+) -> tuple[int, ...]:
     """The blocks asked for, or the quarter points; RecipeError for numbers that are no blocks."""
     depth = len(list(network.get_submodule(family.blocks).children()))
-    chosen = quarter_points(depth) if layers is None else tuple(layers)
+    chosen = quarter_points(depth, maps) if layers is None else tuple(layers)
     if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > depth:
         raise RecipeError(
-            f"model.encoder.layers = {list(chosen)}: expected increasing numbers from 1 to {depth}, the number of "
-            f"blocks of {base.id}; leave layers out for {list(quarter_points(depth))}"
+            f"{place}.layers = {list(chosen)}: expected increasing numbers from 1 to {depth}, the number of "
+            f"blocks of {base.id}; leave layers out for {list(quarter_points(depth, maps))}"
         )
     return chosen
 

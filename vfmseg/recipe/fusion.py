@@ -1,4 +1,4 @@
-"""The `model.fusion` section: how several modalities meet; and what a modality may have of its own."""
+"""The `model.fusion` section: how several modalities meet; and the small encoders that a modality may have."""
 
 from __future__ import annotations
 
@@ -163,10 +163,3 @@ class SideEncoderSection(Section):
     name: Literal["conv", "spectral"]
     width: Annotated[Whole, Field(ge=4, le=1024)] = 32
     """Channels of its first layer; the last has four times as many."""
-
-
-class StreamSection(Section):
-    """What a modality has of its own."""
-
-    encoder: SideEncoderSection
-    """Instead of the published encoder."""

@@ -13,7 +13,7 @@ from pydantic import Field, create_model
 from vfmseg.catalog import CATALOG, FAMILIES, PUBLISHED_FAMILIES
 from vfmseg.errors import show
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, LocalOrHub, Name, Number, Problem, Section, Whole
-from vfmseg.recipe.fusion import FusionSection, StreamSection
+from vfmseg.recipe.fusion import FusionSection, SideEncoderSection
 
 LARGEST_UPSCALE = 16.0  # of an image: it then takes 256 times the memory
 
@@ -167,14 +167,33 @@ class UpernetDecoder(Section):
 
 if TYPE_CHECKING:
     EncoderSection = PublishedEncoder | BuiltinEncoder
+    OwnEncoderSection = PublishedEncoder | SideEncoderSection
 else:
     _sections = {section.__name__: section for section in map(_section_of, PUBLISHED_FAMILIES)}
     globals().update(_sections)  # pickle looks a class up by its name in the module
     EncoderSection = Annotated[reduce(or_, (*_sections.values(), BuiltinEncoder)), Field(discriminator="name")]
+    OwnEncoderSection = Annotated[reduce(or_, (*_sections.values(), SideEncoderSection)), Field(discriminator="name")]
 AdapterSection = Annotated[
     NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter | MmLoraAdapter | MmAdapter, Field(discriminator="name")
 ]
+OwnAdapterSection = Annotated[NoAdapter | LoraAdapter | BottleneckAdapter, Field(discriminator="name")]
 DecoderSection = Annotated[LinearDecoder | FpnDecoder | UpernetDecoder, Field(discriminator="name")]
+
+
+class StreamSection(Section):
+    """What a modality has of its own."""
+
+    encoder: Annotated[OwnEncoderSection, Field(examples=[{"name": "conv"}])]
+    """Instead of model.encoder: a small one that learns, or a published one that stays frozen."""
+    adapter: Annotated[OwnAdapterSection | None, Field(examples=[{"name": "lora"}])] = None
+    """What of a published one learns; left out: as model.adapter if that is none, lora or adapter, else none."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.adapter is not None and isinstance(self.encoder, SideEncoderSection):
+            yield Problem(
+                "adapter",
+                f"= '{self.adapter.name}' is not used: the {self.encoder.name} encoder learns as a whole; drop it",
+            )
 
 
 class ModelSection(Section):
@@ -190,6 +209,17 @@ class ModelSection(Section):
     fusion: Annotated[FusionSection | None, Field(examples=[{"name": "gated"}])] = None
     """How several modalities meet; "stack" if left out."""
     decoder: Annotated[DecoderSection, Field(examples=[{"name": "fpn"}])]
+
+    @property
+    def own_encoders(self) -> dict[str, PublishedEncoder]:
+        """{modality: its section}, of those with a published encoder of their own."""
+        found = {name: own.encoder for name, own in self.modalities.items()}
+        return {name: one for name, one in found.items() if isinstance(one, PublishedEncoder)}
+
+    def adapter_of(self, modality: str) -> NoAdapter | LoraAdapter | BottleneckAdapter:
+        """What of a published encoder of its own learns; the adapters of the shared encoder alone pass to none."""
+        said = self.modalities[modality].adapter or self.adapter
+        return said if isinstance(said, NoAdapter | LoraAdapter | BottleneckAdapter) else NoAdapter()
 
     def _problems(self) -> Iterator[Problem]:
         if self.encoder.name == "builtin" and self.adapter.name != "full":

@@ -56,11 +56,17 @@ class Recipe(Section):
                 "model.encoder.input",
                 f"= '{self.model.encoder.input}' is not used: 3 bands enter as published; drop it",
             )
-        if self.train.optimizer.encoder_lr is not None and self.model.adapter.name == "none":
+        for name, own in self.model.own_encoders.items():
+            if own.input and name in modalities and modalities[name].count == 3:
+                place = f"model.modalities.{name}.encoder.input"
+                yield Problem(place, f"= '{own.input}' is not used: 3 bands enter as published; drop it")
+        frozen = {self.model.adapter.name, *(self.model.adapter_of(name).name for name in self.model.own_encoders)}
+        frozen_all = frozen == {"none"}
+        if self.train.optimizer.encoder_lr is not None and frozen_all:
             yield Problem(
                 "train.optimizer.encoder_lr", "is not used: adapter none lets nothing in the encoder learn; drop it"
             )
-        if self.train.gradient_checkpointing and self.model.adapter.name == "none" and as_published:
+        if self.train.gradient_checkpointing and frozen_all and as_published:
             yield Problem(
                 "train.gradient_checkpointing", "is not used: adapter none lets nothing in the encoder learn; drop it"
             )

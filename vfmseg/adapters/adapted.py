@@ -1,0 +1,45 @@
+"""A backbone run from block to block, with the hooks of its adapter round each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vfmseg.adapters.attached import Attached
+from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.tokens import StreamRows, Tokens
+
+
+def run_blocks(
+    backbone: Backbone, attached: Attached, tokens: Tokens, rows: StreamRows, training: bool
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Maps (B, D, rows, columns) of the layers that are asked for, and the share that each cell has seen (B, ...).
+
+    `rows`: whose rows of the batch are whose. `training`: with gradient checkpointing, blocks are then run again for
+    their gradients.
+    """
+    maps: list[Tensor] = []
+    again = backbone.gradient_checkpointing and training and torch.is_grad_enabled()
+    for depth in range(1, backbone.layers[-1] + 1):
+        if again:
+            # the reentrant kind returns no gradient when the input of the block needs none
+            tokens = checkpoint(_block, backbone, attached, depth, tokens, rows, use_reentrant=False)
+        else:
+            tokens = _block(backbone, attached, depth, tokens, rows)
+        if depth in backbone.layers:
+            maps.append(backbone.tap(tokens))
+    return tuple(maps), tokens.seen.unflatten(1, tokens.grid)
+
+
+def _block(backbone: Backbone, attached: Attached, depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
+    """Tokens behind block `depth` and the hooks round it.
+
+    Hooks are run again where the block is, for its gradients: then too they tell its layers the rows of this batch.
+    """
+    for hook in attached.before:
+        tokens = hook(depth, tokens, rows)
+    tokens = backbone.step(depth, tokens)
+    for hook in attached.after:
+        tokens = hook(depth, tokens, rows)
+    return tokens

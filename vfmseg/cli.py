@@ -105,7 +105,12 @@ _Bands = Annotated[
     list[str] | None,
     typer.Option(metavar="[NAME=]1,2,3", help="Which bands of the scene are those of the model, in its order."),
 ]
-_Encoder = Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")]
+_Encoder = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]FOLDER", help="Base encoder, if it has moved; with a name that of a modality. Repeat it."
+    ),
+]
 _Tile = Annotated[int | None, typer.Option(help="Tile in pixels.")]
 _Overlap = Annotated[float | None, typer.Option(help="Overlap as a share of the tile, 0 to below 0.9.")]
 _Blend = Annotated[str | None, typer.Option(help="hann, gaussian, average or none.")]
@@ -204,7 +209,7 @@ def _predict(given: Mapping[str, Any]) -> None:
     from vfmseg.predict import predict as label
     from vfmseg.segmenter import Segmenter
 
-    model = {name: given[name] for name in ("device", "dtype", "encoder", "compile")}
+    model = {name: given[name] for name in ("device", "dtype", "compile")} | {"encoder": _bases(given["encoder"])}
     segmenter = Segmenter.from_pretrained(given["checkpoint"], **model)
     gc.freeze()
     gc.enable()
@@ -259,6 +264,21 @@ def _bands(given: Sequence[str], first: str) -> dict[str, tuple[int, ...]]:
     return chosen
 
 
+def _bases(given: Sequence[str] | None) -> dict[str, str]:
+    """{modality: folder} of --encoder NAME=FOLDER; that of --encoder FOLDER has an empty name."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, sign, folder = text.partition("=")
+        named = bool(sign) and name.isidentifier() and not os.path.exists(text)
+        key, value = (name, folder) if named else ("", text)
+        if not value:
+            raise RecipeError(f"--encoder {text}: expected a folder or hub id, or name=folder, such as sar=FOLDER")
+        if key in found:
+            raise RecipeError(f"--encoder {text}: is given twice{f' for {key}' if key else ''}; expected one folder")
+        found[key] = value
+    return found
+
+
 def _inputs(modality: Sequence[str]) -> dict[str, str]:
     pairs = [item.partition("=") for item in modality]
     for item, (name, sign, path) in zip(modality, pairs, strict=True):
@@ -275,7 +295,7 @@ def evaluate(
     recipe: Annotated[Path, typer.Argument(help="Recipe that names the labelled scenes.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key.path=value.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    encoder: Annotated[str | None, typer.Option(help="Base encoder, if it has moved.")] = None,
+    encoder: _Encoder = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME[,NAME]", help="Modalities to use, as if scenes had no others.")
@@ -296,7 +316,7 @@ def evaluate(
         from vfmseg.progress import SceneProgress
         from vfmseg.segmenter import Segmenter
 
-        segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=encoder)
+        segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=_bases(encoder))
         with SceneProgress(f"{split} scenes") as progress:
             if subsets:
                 found = segmenter.evaluate_subsets(chosen, split, progress)

@@ -84,9 +84,7 @@ def _train(
     step, sources = Step(model, objectives_of(recipe, inputs, model)), sources_of(recipe, scenes["train"], inputs)
     validation = validation_of(recipe, model, scenes.get("val"), inputs)
     loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
-    origin = Origin(
-        what_decides(recipe), model.backbone.base.sha256, noted(inputs), accelerator.num_processes, traces.found
-    )
+    origin = Origin(what_decides(recipe), model.base_hash, noted(inputs), accelerator.num_processes, traces.found)
     if known:
         load_run(folder.state, loop, origin, accept_changed_data)
     if loop.state.epoch:

@@ -77,6 +77,11 @@ class Network(nn.Module):
         return {name: stem for name, stem in stems.items() if isinstance(stem, OwnEncoder)}
 
     @property
+    def base_hash(self) -> str:
+        """SHA-256 of the published tensors; with encoders of single modalities several in a row, joined by +."""
+        return "+".join(one.base.sha256 for one in (self.backbone, *(o.backbone for o in self.own_encoders.values())))
+
+    @property
     def reference(self) -> Stem:
         """The first stem that leads into the backbone: its cells are those of all features."""
         return next(stem for stem in map(self.stem, self.streams) if isinstance(stem, Stem))

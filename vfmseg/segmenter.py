@@ -80,15 +80,15 @@ class Segmenter(Labeller):
         checkpoint: str | Path,
         device: str | None = None,
         dtype: str = "fp32",
-        encoder: str | None = None,
+        encoder: str | Mapping[str, str] | None = None,
         compile: bool = False,
     ) -> Segmenter:
         """Load a segmenter folder or hub id.
 
         `device`: a torch device, by default this process's accelerator, else the CPU. `dtype`: fp32, fp16 (needs an
-        accelerator) or bf16. `encoder`: where the base encoder lies now, if it has moved. `compile`: with
-        torch.compile, which takes a minute first. Raises CheckpointError if anything is missing, damaged, or belongs
-        to another encoder.
+        accelerator) or bf16. `encoder`: where the base encoder lies now, if it has moved; {modality: folder} for
+        that of a modality with an encoder of its own. `compile`: with torch.compile, which takes a minute first.
+        Raises CheckpointError if anything is missing, damaged, or belongs to another encoder.
         """
         if dtype not in DTYPES:
             raise RecipeError(f"dtype = {dtype!r} is not known; expected one of {', '.join(DTYPES)}")

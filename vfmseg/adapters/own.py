@@ -57,9 +57,7 @@ class OwnEncoder(nn.Module):
         have, want = (tokens.grid, self.backbone.patch / self.stem.upscale), (cells, strides[0])
         valid = known({name: images[name] for name in self.modalities}, "all")
         share = shares(valid, want).to(seen.dtype)
-        moved = tuple(
-            head(regrid(found, seen, have, want)) for head, found in zip(self.heads, maps, strict=True)
-        )
+        moved = tuple(head(regrid(found, seen, have, want)) for head, found in zip(self.heads, maps, strict=True))
         return Features(moved, (share,) * len(moved), tuple(strides))
 
     def normalised(self, images: Images) -> Tensor:

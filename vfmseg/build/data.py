@@ -164,7 +164,7 @@ def inputs_of(recipe: Recipe, train: Sequence[Scene]) -> Inputs:
             counts[name],
             dtypes[name],
             chosen[name],
-            *(statistics[name] if chosen[name] == "dataset" else published_in_image_units(recipe)),
+            *(statistics[name] if chosen[name] == "dataset" else published_in_image_units(recipe, name)),
             optional=recipe.data.modalities[name].optional or name in met_without,
         )
         for name, bands in bands_of(recipe).items()

@@ -11,6 +11,8 @@ from torch import nn
 
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.adapters.attached import Attached
+from vfmseg.adapters.own import OwnEncoder
+from vfmseg.build.own import Adapted, adapted_backbones, own_encoder
 from vfmseg.catalog import published_statistics
 from vfmseg.data.image import Known
 from vfmseg.data.inputs import Inputs
@@ -28,7 +30,7 @@ from vfmseg.fusion.decision import Decision, DecoderPerStream
 from vfmseg.fusion.refine import Refine
 from vfmseg.model import Network
 from vfmseg.recipe import Recipe
-from vfmseg.recipe.fusion import LARGEST_SHIFT
+from vfmseg.recipe.fusion import LARGEST_SHIFT, SideEncoderSection
 from vfmseg.recipe.model import BuiltinEncoder
 from vfmseg.terminal import say_once
 
@@ -54,9 +56,9 @@ def normalized_by(recipe: Recipe, name: str, count: int, dtype: str, plain: bool
     return chosen
 
 
-def published_in_image_units(recipe: Recipe) -> BandStatistics:
-    """Mean and std of red, green and blue that the encoder was published with, for values from 0 to 255."""
-    section = recipe.model.encoder
+def published_in_image_units(recipe: Recipe, modality: str) -> BandStatistics:
+    """Mean and std of red, green and blue that its encoder was published with, for values from 0 to 255."""
+    section = recipe.model.own_encoders.get(modality, recipe.model.encoder)
     mean, std = published_statistics(section.name, None if isinstance(section, BuiltinEncoder) else section.checkpoint)
     return tuple(255 * m for m in mean), tuple(255 * s for s in std)
 
@@ -90,7 +92,7 @@ def build_model(recipe: Recipe, inputs: Inputs, metres: float | None = None) -> 
 
 def assembled(recipe: Recipe, inputs: Inputs, backbone: Backbone, metres: float | None = None) -> Network:
     """What `build_model` says, put into and around this backbone, which it changes; also of tensors on `meta`."""
-    stems = stems_of(recipe, inputs, backbone)
+    stems = stems_of(recipe, inputs, backbone, adapted_backbones(recipe, backbone))
     adapter = recipe.model.adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -111,19 +113,23 @@ def published_backbone(recipe: Recipe, instead: str | None = None) -> Backbone:
     )
 
 
-def stems_of(recipe: Recipe, inputs: Inputs, backbone: Backbone) -> dict[str, Stem | SideEncoder]:
-    """{stream: its stem, or the small encoder that its modality has instead}.
+def stems_of(
+    recipe: Recipe, inputs: Inputs, backbone: Backbone, adapted: Adapted
+) -> dict[str, Stem | SideEncoder | OwnEncoder]:
+    """{stream: its stem, or the encoder that its modality has instead}; `adapted`: those that are published.
 
     They take nothing from the seed of the other parts: what of them is random has the recipe's seed for itself.
     """
     by_name, section = {one.name: one for one in inputs}, recipe.model.encoder
-    stems: dict[str, Stem | SideEncoder] = {}
+    stems: dict[str, Stem | SideEncoder | OwnEncoder] = {}
     for stream, names in streams_of(recipe).items():
         mine = [by_name[name] for name in names]
         bands = {one.name: one.count for one in mine}
         mean, std = ([value for one in mine for value in getattr(one, key)] for key in ("mean", "std"))
         own = recipe.model.modalities.get(stream)
-        if own is not None:
+        if stream in adapted:
+            stems[stream] = own_encoder(recipe, stream, adapted[stream], bands, mean, std, backbone)
+        elif own is not None and isinstance(own.encoder, SideEncoderSection):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed)
                 body, width = SIDES[own.encoder.name], own.encoder.width
@@ -135,15 +141,15 @@ def stems_of(recipe: Recipe, inputs: Inputs, backbone: Backbone) -> dict[str, St
     return stems
 
 
-def inside(stems: Mapping[str, Stem | SideEncoder]) -> tuple[str, ...]:
-    """The streams that go through the backbone: all but those with a small encoder of their own."""
+def inside(stems: Mapping[str, Stem | SideEncoder | OwnEncoder]) -> tuple[str, ...]:
+    """The streams that go through the backbone: all but those with an encoder of their own."""
     return tuple(name for name, stem in stems.items() if isinstance(stem, Stem))
 
 
 def around(
     recipe: Recipe,
     backbone: Backbone,
-    stems: Mapping[str, Stem | SideEncoder],
+    stems: Mapping[str, Stem | SideEncoder | OwnEncoder],
     attached: Attached,
     metres: float = 1.0,
 ) -> Network:

@@ -14,8 +14,9 @@ from torch import Tensor
 from vfmseg.adapters.attach import ADAPTERS, attach_none
 from vfmseg.adapters.attached import Attached
 from vfmseg.build.model import around, inside, published_backbone, stems_of
+from vfmseg.checkpoint.bases import SHARED, Moved, moved_bases, own_base, same_base
 from vfmseg.checkpoint.folder import MARK, fingerprint_of, read_record, require_unchanged
-from vfmseg.checkpoint.record import encoder_of, inputs_in
+from vfmseg.checkpoint.record import encoder_of, inputs_in, own_encoders_of
 from vfmseg.data.inputs import Inputs
 from vfmseg.disk.paths import require_file
 from vfmseg.disk.tensors import load_strictly
@@ -24,6 +25,7 @@ from vfmseg.encoders.build import build_backbone_from_config
 from vfmseg.errors import CheckpointError, VfmsegError
 from vfmseg.model import Network
 from vfmseg.recipe import Recipe, load_recipe
+from vfmseg.recipe.model import AdapterSection
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ class Loaded:
     fingerprint: str  # of the files that it was read from
 
 
-def load_segmenter(folder: Path, encoder: str | None = None, merge: bool = True) -> Loaded:
+def load_segmenter(folder: Path, encoder: Moved = None, merge: bool = True) -> Loaded:
     """Read a segmenter folder strictly, all of it from one checkpoint: a training run may replace it meanwhile.
 
-    `encoder` replaces where the base encoder is looked for (a folder or hub id); its tensors must still have the
-    recorded hash. With `merge` a LoRA is added into the frozen weights (faster, and peft is not imported);
-    without, the adapter stays a part of its own. Raises CheckpointError for anything that does not fit.
+    `encoder` replaces where the base encoder is looked for (a folder or hub id), or with {modality: folder} that of a
+    modality with one of its own; its tensors must still have the recorded hash. With `merge` a LoRA is added into the
+    frozen weights (faster, and peft is not imported); without, the adapter stays a part of its own. Raises
+    CheckpointError for anything that does not fit.
     """
     for last in (False, False, True):
         found = _identity(folder)
@@ -66,21 +69,22 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
+def _load(folder: Path, encoder: Moved, merge: bool) -> Loaded:
     for path in folder.rglob("*"):
         require_file(path)
     record = read_record(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     inputs = inputs_in(folder / MARK, record, recipe)
-    backbone = _load_backbone(folder, recipe, record, encoder)
+    moved = moved_bases(folder, recipe, encoder)
+    backbone = _load_backbone(folder, recipe, record, moved.get(SHARED))
+    own: dict[str, tuple[Backbone, Attached]] = {}
+    for name, stored in own_encoders_of(folder / MARK, record, recipe).items():
+        base = own_base(folder, recipe, name, stored, backbone, moved.get(name))
+        own[name] = base, _adapted(recipe.model.adapter_of(name), base, (name,), folder / "adapters" / name, merge)
+    stems = stems_of(recipe, inputs, backbone, own)
     place = folder / "adapters" / "+".join(one.name for one in inputs)
-    if place.is_symlink() or place.parent.is_symlink():  # there may be anything behind it, such as a pipe
-        raise CheckpointError(
-            f"{place}: is reached by a link to a folder; expected it here: copy the segmenter with what its links lead "
-            "to (cp -rL)"
-        )
-    stems = stems_of(recipe, inputs, backbone)
-    model = around(recipe, backbone, stems, _adapted(recipe, backbone, inside(stems), place, merge)).without_auxiliary()
+    attached = _adapted(recipe.model.adapter, backbone, inside(stems), place, merge)
+    model = around(recipe, backbone, stems, attached).without_auxiliary()
     path = folder / "head.safetensors"
     tensors = _read_tensors(path)
     if record["format"] == 1:
@@ -92,10 +96,17 @@ def _load(folder: Path, encoder: str | None, merge: bool) -> Loaded:
     return Loaded(model.eval(), recipe, inputs, record, fingerprint_of(folder, known))
 
 
-def _adapted(recipe: Recipe, backbone: Backbone, streams: tuple[str, ...], folder: Path, merge: bool) -> Attached:
+def _adapted(
+    section: AdapterSection, backbone: Backbone, streams: tuple[str, ...], folder: Path, merge: bool
+) -> Attached:
     """The saved adapter: merged into the frozen weights where it can be and shall be, else a part of its own."""
-    options = recipe.model.adapter.model_dump(exclude={"name"})
-    adapter = ADAPTERS[recipe.model.adapter.name]
+    if folder.is_symlink() or folder.parent.is_symlink():  # there may be anything behind it, such as a pipe
+        raise CheckpointError(
+            f"{folder}: is reached by a link to a folder; expected it here: copy the segmenter with what its links "
+            "lead to (cp -rL)"
+        )
+    options = section.model_dump(exclude={"name"})
+    adapter = ADAPTERS[section.name]
     if merge and adapter.merge is not None:
         adapter.merge(backbone, folder, **options)
         return attach_none(backbone, streams)
@@ -129,18 +140,7 @@ def _load_backbone(folder: Path, recipe: Recipe, record: dict[str, Any], overrid
         backbone = build_backbone_from_config(section.name, stored["config"], section.layers, most)
         load_strictly(_read_tensors(path), backbone.network.state_dict(), path)
         return backbone
-    try:
-        backbone = published_backbone(recipe, instead=override)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\n{folder} needs this base encoder; if it lies elsewhere, pass encoder=FOLDER (--encoder FOLDER)"
-        ) from None
-    if backbone.base.sha256 != stored["sha256"]:
-        raise CheckpointError(
-            f"{folder}: the base encoder {backbone.base.id} has SHA-256 {backbone.base.sha256[:12]}..., but this "
-            f"checkpoint was trained on {stored['sha256'][:12]}...; use the encoder it was trained on ({stored['id']})"
-        )
-    return backbone
+    return same_base(folder, SHARED, stored, lambda: published_backbone(recipe, instead=override))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def _input(path: Path, name: str, entry: Any, recipe: Recipe) -> Input:
     if entry.get("statistics") is not None:
         statistics = _statistics(path, f"{place}.statistics", entry["statistics"], count)
     if whose == "encoder":
-        statistics = published_in_image_units(recipe)
+        statistics = published_in_image_units(recipe, name)
     elif statistics is None:
         raise _wrong(path, f"{place}.statistics", None, "mean and std of each band")
     optional = modality.optional or name in recipe.train.dropout_of(recipe.data.modalities)
@@ -108,15 +108,43 @@ def encoder_of(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     found = record.get("encoder")
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: does not say which encoder it needs; copy the checkpoint again")
-    for key, expected in (("name", str), ("id", str), ("sha256", str), ("stored", bool)):
-        if not isinstance(found.get(key), expected) or len(str(found[key])) > 1000:
-            what = "true or false" if expected is bool else "text"
-            raise _wrong(path, f"encoder.{key}", found.get(key), f"{what}, to know which encoder it needs")
+    _require_kinds(path, "encoder", found, {"name": str, "id": str, "sha256": str, "stored": bool})
     if not found["stored"] and not _HASH.fullmatch(found["sha256"]):
         raise _wrong(path, "encoder.sha256", found["sha256"], "64 hexadecimal digits")
     if found["stored"] and not isinstance(found.get("config"), dict):
         raise _wrong(path, "encoder.config", found.get("config"), "the config of the encoder that is stored")
     return found
+
+
+def own_encoders_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """{modality: name, id, sha256} of the published encoders that modalities have for themselves.
+
+    Exactly those of the recipe beside it; a folder without any may lack the key, as those of before do.
+    """
+    wanted, found = recipe.model.own_encoders, record.get("encoders", {})
+    if not isinstance(found, dict) or set(found) != set(wanted):
+        names = show(list(found)) if isinstance(found, dict) else show(found)
+        raise _wrong(
+            path, "encoders", names, f"those of model.modalities in recipe.yaml ({', '.join(wanted) or 'none'})"
+        )
+    for modality, entry in found.items():
+        place = f"encoders.{modality}"
+        if not isinstance(entry, dict):
+            raise _wrong(path, place, entry, "a mapping")
+        _require_kinds(path, place, entry, {"name": str, "id": str, "sha256": str})
+        if entry["name"] != wanted[modality].name:
+            raise _wrong(path, f"{place}.name", entry["name"], f"{wanted[modality].name} as in recipe.yaml")
+        if not _HASH.fullmatch(entry["sha256"]):
+            raise _wrong(path, f"{place}.sha256", entry["sha256"], "64 hexadecimal digits")
+    return found
+
+
+def _require_kinds(path: Path, place: str, found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """CheckpointError unless each key is there and holds its kind: short text, or true or false."""
+    for key, expected in kinds.items():
+        if not isinstance(found.get(key), expected) or len(str(found[key])) > 1000:
+            what = "true or false" if expected is bool else "text"
+            raise _wrong(path, f"{place}.{key}", found.get(key), f"{what}, to know which encoder it needs")
 
 
 def _wrong(path: Path, place: str, value: Any, expected: str) -> CheckpointError:

@@ -47,6 +47,10 @@ def save_segmenter(folder: Path, model: Network, recipe: Recipe, inputs: Inputs,
         "metrics": dict(metrics),
         "versions": versions(),
     }
+    own = model.own_encoders
+    if own:
+        bases = {name: {"name": one.backbone.family.name, **asdict(one.backbone.base)} for name, one in own.items()}
+        record["encoders"] = bases
     with segmenter_folder(folder) as aside:
         (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         if trains_encoder:
@@ -54,16 +58,30 @@ def save_segmenter(folder: Path, model: Network, recipe: Recipe, inputs: Inputs,
             save_file(plain_tensors(backbone.network.state_dict()), aside / "encoder.safetensors")
         save_file(plain_tensors(model.head_state()), aside / "head.safetensors")
         model.attached.save(aside / "adapters" / "+".join(one.name for one in inputs))
+        for name, one in own.items():
+            one.attached.save(aside / "adapters" / name)
         names = {path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()}
         (aside / MARK).write_text(json.dumps(signed(record, aside, names), indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(_card(recipe, record), encoding="utf-8")
 
 
+def _own_lines(recipe: Recipe, encoders: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Lines of the card on the published encoders of single modalities."""
+    return [
+        f"- Encoder of {name}: {base['name']} `{base['id']}`{_licence(base['id'])}, SHA-256 `{base['sha256'][:16]}`, "
+        f"adapter {recipe.model.adapter_of(name).name}"
+        for name, base in encoders.items()
+    ]
+
+
+def _licence(checkpoint: str) -> str:
+    published = CATALOG.get(checkpoint)
+    return f" ({published.licence})" if published else ""
+
+
 def _card(recipe: Recipe, record: Mapping[str, Any]) -> str:
     """A short model card: what it labels, on what it stands, how good it was on validation."""
     base = record["encoder"]
-    published = CATALOG.get(str(base["id"]))
-    licence = f" ({published.licence})" if published else ""
     scores = record["metrics"].get("validation") or {}
     inputs = ", ".join(f"{name} ({entry['bands']} bands)" for name, entry in record["input"].items())
     lines = [
@@ -73,7 +91,8 @@ def _card(recipe: Recipe, record: Mapping[str, Any]) -> str:
         "",
         f"- Classes: {', '.join(f'{i} {c.name}' for i, c in recipe.data.classes.items())}",
         f"- Input: {inputs}",
-        f"- Base encoder: {base['name']} `{base['id']}`{licence}, SHA-256 `{base['sha256'][:16]}`",
+        f"- Base encoder: {base['name']} `{base['id']}`{_licence(base['id'])}, SHA-256 `{base['sha256'][:16]}`",
+        *_own_lines(recipe, record.get("encoders", {})),
         f"- Adapter: {recipe.model.adapter.name}; decoder: {recipe.model.decoder.name}",
         f"- Trainable parameters: {record['parameters']['trainable']:,} of {record['parameters']['total']:,}",
     ]

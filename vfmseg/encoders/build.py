@@ -104,9 +104,7 @@ def build_stem(
     if input not in (None, "widen", "project"):
         raise RecipeError(f"{place}.input = {input} is not a way in; {nearest(str(input), ('widen', 'project'))}")
     if input is not None and bands == 3:
-        raise RecipeError(
-            f"{place}.input = {input} is for other than 3 channels, and this data has 3; leave it out"
-        )
+        raise RecipeError(f"{place}.input = {input} is for other than 3 channels, and this data has 3; leave it out")
     mix: nn.Module
     if bands == 3:
         mix = ThreeBands()

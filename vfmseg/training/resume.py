@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Origin:
     """What a run stands on and the state does not hold: it must be the same where the run goes on."""
 
     recipe: str  # what decides of it, as text
-    encoder: str  # SHA-256 of the tensors that were published
+    encoder: str  # SHA-256 of the tensors that were published; of several encoders joined by +
     inputs: dict[str, Any]  # of each modality: bands, stored type and statistics of the training scenes
     processes: int
     data: dict[str, str] = field(default_factory=dict)  # a digest of each image and label map, by its name in words
@@ -165,8 +166,9 @@ def _changes(then: Origin, now: Origin) -> Iterator[str]:
     lines = _changed_lines(then.recipe, now.recipe)
     if lines:
         yield f"the run was started with another recipe ({'; '.join(lines[:3])})"
-    if then.encoder != now.encoder:
-        yield f"the run was started on an encoder with SHA-256 {then.encoder[:12]}..., now it is {now.encoder[:12]}..."
+    for old, new in zip_longest(then.encoder.split("+"), now.encoder.split("+"), fillvalue="none"):
+        if old != new:
+            yield f"the run was started on an encoder with SHA-256 {old[:12]}..., now it is {new[:12]}..."
     if then.processes != now.processes:
         yield f"the run was started with {then.processes} processes, now there are {now.processes}"
     for kind, what in (("bands", "bands"), ("dtype", "stored types")):

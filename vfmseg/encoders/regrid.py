@@ -6,6 +6,8 @@ bottom edge by different lengths. So lengths are counted in pixels from the corn
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,14 @@ def _separable(maps: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
 def _bilinear(have: int, size: float, want: int, wanted: float) -> Tensor:
     """(want, have): the share that each cell of `size` pixels has in each cell of `wanted` pixels, along one axis.
 
-    Triangles round the centre of the wanted cell, as wide as the larger of both cells; rows sum to 1.
+    Linear interpolation between the two nearest centres, at one point of a wanted cell that is no larger, at several
+    of a larger one, of which the mean is taken: each point has a cell's width or less for itself. Rows sum to 1.
     """
-    centres = ((torch.arange(want, dtype=torch.float64) + 0.5) * wanted / size - 0.5).clamp(0, have - 1)
-    distances = (centres[:, None] - torch.arange(have, dtype=torch.float64)).abs()
-    weights = (1 - distances / max(1.0, wanted / size)).clamp(min=0)
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
+    points = max(1, math.ceil(wanted / size - 1e-9))
+    places = (torch.arange(want * points, dtype=torch.float64) + 0.5) * wanted / points
+    centres = (places / size - 0.5).clamp(0, have - 1)
+    weights = (1 - (centres[:, None] - torch.arange(have, dtype=torch.float64)).abs()).clamp(min=0)
+    return weights.unflatten(0, (want, points)).mean(dim=1).float()
 
 
 def _overlap(pixels: int, cells: int, size: float) -> Tensor:

@@ -205,6 +205,26 @@ def test_gradient_checkpointing_changes_no_gradient(place: Path, tmp_path: Path)
         torch.testing.assert_close(tensor, again[name], msg=name)
 
 
+@pytest.mark.pitfall("P53")
+@pytest.mark.parametrize("own", ["clip", "conv"])
+@pytest.mark.parametrize("at", ["all", "last", [1, 3]])
+def test_each_tensor_that_learns_gets_a_gradient(place: Path, tmp_path: Path, own: str, at: Any) -> None:
+    """Also where the fusion takes some of the maps only."""
+    encoder = {"name": "conv"} if own == "conv" else of(place, own)
+    model = built(place, tmp_path / "run", {"encoder": encoder}, fusion={"name": "linear", "at": at})
+    model.train()(pictures()).square().mean().backward()
+    without = [name for name, tensor in model.trainable().items() if tensor.grad is None]
+    assert without == []
+
+
+def test_windows_that_are_mostly_padding_are_told_with_their_place(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """32 px of a training tile are 2 x 2 patches of SAM's 16, and with upscale 1.5 windows of 2 cover 3 x 3."""
+    built(place, tmp_path / "run", {"encoder": of(place, "sam", upscale=1.5)})
+    assert "model.modalities.dem.encoder.upscale = 2" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- places
 
 
@@ -390,7 +410,7 @@ def test_a_moved_encoder_is_named_by_its_modality(trained: tuple[str, Recipe], p
     assert failed.exit_code != 0
     done = CliRunner().invoke(app, [*words, "--encoder", f"dem={moved}", "--encoder", str(place / "dinov2")])
     assert done.exit_code == 0, done.output
-    with pytest.raises(CheckpointError, match="encoder rgb=.*rgb is no modality with a published encoder of its own"):
+    with pytest.raises(CheckpointError, match=r"encoder rgb=.*rgb is no modality with a published encoder of its own"):
         Segmenter.from_pretrained(best, encoder={"rgb": str(moved)})
 
 
@@ -434,7 +454,8 @@ def test_a_folder_without_own_encoders_is_as_before(place: Path, tmp_path: Path)
     finetune(recipe)
     best = recipe.output_dir / "best"
     record = json.loads((best / "segmenter.json").read_text())
-    assert record["format"] == 2 and "encoders" not in record
+    assert record["format"] == 2
+    assert "encoders" not in record
     load_segmenter(best)
     record["encoders"] = {"dem": record["encoder"]}
     (best / "segmenter.json").write_text(json.dumps(record))

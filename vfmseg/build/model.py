@@ -12,7 +12,7 @@ from torch import nn
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.adapters.attached import Attached
 from vfmseg.adapters.own import OwnEncoder
-from vfmseg.build.own import Adapted, adapted_backbones, own_encoder
+from vfmseg.build.own import Adapted, adapted, own_backbones, own_encoder, place_of
 from vfmseg.catalog import published_statistics
 from vfmseg.data.image import Known
 from vfmseg.data.inputs import Inputs
@@ -85,14 +85,26 @@ def build_model(recipe: Recipe, inputs: Inputs, metres: float | None = None) -> 
     `metres` of a pixel of the training scenes, for lengths that the recipe gives in metres; None if nobody knows.
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
-    model = assembled(recipe, inputs, published_backbone(recipe), metres)
-    _say_if_windows_are_padding(model, recipe.data.tile)
+    backbone = published_backbone(recipe)
+    model = assembled(recipe, inputs, backbone, own_backbones(recipe, backbone), metres)
+    _say_if_windows_are_padding(backbone, model.reference, recipe.data.tile)
+    for name, own in model.own_encoders.items():
+        _say_if_windows_are_padding(own.backbone, own.stem, recipe.data.tile, place_of(name))
     return model
 
 
-def assembled(recipe: Recipe, inputs: Inputs, backbone: Backbone, metres: float | None = None) -> Network:
-    """What `build_model` says, put into and around this backbone, which it changes; also of tensors on `meta`."""
-    stems = stems_of(recipe, inputs, backbone, adapted_backbones(recipe, backbone))
+def assembled(
+    recipe: Recipe,
+    inputs: Inputs,
+    backbone: Backbone,
+    own: Mapping[str, Backbone],
+    metres: float | None = None,
+) -> Network:
+    """What `build_model` says, put into and around this backbone, which it changes; also of tensors on `meta`.
+
+    `own` {modality: its published encoder}, of those that have one; they are changed too.
+    """
+    stems = stems_of(recipe, inputs, backbone, adapted(recipe, own))
     adapter = recipe.model.adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -114,9 +126,9 @@ def published_backbone(recipe: Recipe, instead: str | None = None) -> Backbone:
 
 
 def stems_of(
-    recipe: Recipe, inputs: Inputs, backbone: Backbone, adapted: Adapted
+    recipe: Recipe, inputs: Inputs, backbone: Backbone, own_ones: Adapted
 ) -> dict[str, Stem | SideEncoder | OwnEncoder]:
-    """{stream: its stem, or the encoder that its modality has instead}; `adapted`: those that are published.
+    """{stream: its stem, or the encoder that its modality has instead}; `own_ones`: those that are published.
 
     They take nothing from the seed of the other parts: what of them is random has the recipe's seed for itself.
     """
@@ -127,8 +139,8 @@ def stems_of(
         bands = {one.name: one.count for one in mine}
         mean, std = ([value for one in mine for value in getattr(one, key)] for key in ("mean", "std"))
         own = recipe.model.modalities.get(stream)
-        if stream in adapted:
-            stems[stream] = own_encoder(recipe, stream, adapted[stream], bands, mean, std, backbone)
+        if stream in own_ones:
+            stems[stream] = own_encoder(recipe, stream, own_ones[stream], bands, mean, std, backbone)
         elif own is not None and isinstance(own.encoder, SideEncoderSection):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed)
@@ -169,6 +181,11 @@ def around(
         return Network(backbone, stems, attached, decision, decoders, len(recipe.data.classes), moved)
     build: Callable[..., Fusion] = FUSIONS[section.name]
     fuse = build(streams, backbone.channels, **section.model_dump(exclude={"name", "coregister", "weight"}))
+    for stem in stems.values():
+        if not isinstance(stem, Stem):
+            for level, head in enumerate(stem.heads):
+                # a tensor that learns and gets no gradient would stop a run of several processes
+                head.requires_grad_(level in fuse.levels)
     decoder = _decoder(recipe, backbone, fuse.levels)
     return Network(backbone, stems, attached, fuse, decoder, len(recipe.data.classes), moved)
 
@@ -216,8 +233,7 @@ def _metres_for(recipe: Recipe, metres: float | None) -> float:
     return metres
 
 
-def _say_if_windows_are_padding(model: Network, tile: int) -> None:
-    backbone, stem = model.backbone, model.reference
+def _say_if_windows_are_padding(backbone: Backbone, stem: Stem, tile: int, place: str = "model.encoder") -> None:
     share = backbone.padded_share(*stem.cells(tile, tile))
     if share <= 0.25:
         return
@@ -226,6 +242,6 @@ def _say_if_windows_are_padding(model: Network, tile: int) -> None:
     say_once(
         f"data.tile = {tile}: {share:.0%} of what the {backbone.family.name} encoder attends to in windows of "
         f"{backbone.window} x {backbone.window} tokens is padding, which costs time and accuracy; "
-        f"try model.encoder.upscale = {math.ceil(windows) * side / tile:.4g}, or "
+        f"try {place}.upscale = {math.ceil(windows) * side / tile:.4g}, or "
         f"data.tile = {round(max(1, round(windows)) * side / stem.upscale)}"
     )

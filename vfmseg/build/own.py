@@ -51,11 +51,16 @@ def own_backbone(recipe: Recipe, modality: str, shared: Backbone, instead: str |
     )
 
 
-def adapted_backbones(recipe: Recipe, shared: Backbone) -> dict[str, tuple[Backbone, Attached]]:
+def own_backbones(recipe: Recipe, shared: Backbone) -> dict[str, Backbone]:
+    """{modality: its published encoder}, of those that have one of their own beside the shared one."""
+    return {modality: own_backbone(recipe, modality, shared) for modality in recipe.model.own_encoders}
+
+
+def adapted(recipe: Recipe, own: Mapping[str, Backbone]) -> dict[str, tuple[Backbone, Attached]]:
     """{modality: its published encoder, and its adapter, random from the recipe's seed}; nothing of it has learned."""
     found: dict[str, tuple[Backbone, Attached]] = {}
-    for modality in recipe.model.own_encoders:
-        backbone, section = own_backbone(recipe, modality, shared), recipe.model.adapter_of(modality)
+    for modality, backbone in own.items():
+        section = recipe.model.adapter_of(modality)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             try:

@@ -11,6 +11,7 @@ import torch
 
 from vfmseg.build.data import inputs_of, metres_of, open_training
 from vfmseg.build.model import assembled, published_backbone
+from vfmseg.build.own import own_backbone
 from vfmseg.compare.grid import Cell
 from vfmseg.compare.runs import data_key
 from vfmseg.data.inputs import Inputs
@@ -49,8 +50,9 @@ class Counting:
     def of(self, recipe: Recipe) -> Count:
         """The parameters of a recipe's model; the errors of `finetune` for data, encoder or parts that do not fit."""
         inputs, backbone = self._inputs_of(recipe), copy.deepcopy(self._backbone_of(recipe))
+        own = {name: copy.deepcopy(self._own_of(recipe, name)) for name in recipe.model.own_encoders}
         with torch.device("meta"):
-            model = assembled(recipe, inputs, backbone, metres_of(self._scenes[data_key(recipe)]["train"]))
+            model = assembled(recipe, inputs, backbone, own, metres_of(self._scenes[data_key(recipe)]["train"]))
         return Count(
             sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
         )
@@ -73,7 +75,9 @@ class Counting:
             self._scenes[data] = open_training(recipe, traces)
             self.traces[data] = traces.found
         # statistics are of the training scenes, or those that the encoder was published with
-        key = data + recipe.model.encoder.model_dump_json() + repr(recipe.train.modality_dropout)
+        encoders = (recipe.model.encoder, *recipe.model.own_encoders.values())
+        published = [one.model_dump_json() for one in encoders]
+        key = data + repr((published, list(recipe.model.own_encoders), recipe.train.modality_dropout))
         if key not in self._inputs:
             self._inputs[key] = inputs_of(recipe, self._scenes[data]["train"])
         return self._inputs[key]
@@ -82,6 +86,14 @@ class Counting:
         key = f"{recipe.model.encoder.model_dump_json()} {recipe.train.gradient_checkpointing}"
         if key not in self._backbones:
             self._backbones[key] = published_backbone(recipe).to("meta")
+        return self._backbones[key]
+
+    def _own_of(self, recipe: Recipe, modality: str) -> Backbone:
+        """The published encoder that a modality has for itself."""
+        section, shared = recipe.model.own_encoders[modality], self._backbone_of(recipe)
+        key = f"{modality} {section.model_dump_json()} {recipe.train.gradient_checkpointing} {shared.layers}"
+        if key not in self._backbones:
+            self._backbones[key] = own_backbone(recipe, modality, shared).to("meta")
         return self._backbones[key]
 
 

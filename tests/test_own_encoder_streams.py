@@ -118,9 +118,9 @@ def test_what_was_saved_answers_as_what_was_trained(trained: tuple[str, Recipe],
         assert torch.equal(published[key], frozen[name]), name
 
 
-@pytest.mark.pitfall("C6")
+@pytest.mark.pitfall("C6", "P6")
 def test_only_what_should_learns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run changes each tensor that learns, and none that was published."""
+    """A run changes each tensor that learns, and none that was published; all of it is there once it is loaded."""
     recipe = recipe_of(
         place, tmp_path / "run", {"encoder": of(place, "clip"), "adapter": {"name": "adapter", "hidden": 4}}
     )
@@ -154,6 +154,10 @@ def test_only_what_should_learns(place: Path, tmp_path: Path, monkeypatch: pytes
     assert not set(seen["learns"]) & same
     assert any(".mlp.down." in name for name in seen["learns"])
     assert {"stems.of_dem.heads.0.weight", "stems.of_dem.heads.2.bias"} <= set(seen["learns"])
+    saved = load_segmenter(recipe.output_dir / "best", merge=False).model
+    assert {name for name in saved.trainable() if "stems." in name} == {n for n in seen["learns"] if "stems." in n}
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, seen["after"][name]), name
 
 
 def test_parts_count_every_parameter_once(place: Path, tmp_path: Path) -> None:
@@ -377,6 +381,19 @@ def test_an_encoder_lr_is_of_an_own_adapter_too(place: Path, tmp_path: Path) -> 
     recipe_of(place, tmp_path / "run", own, train=train, adapter={"name": "none"})
     with pytest.raises(RecipeError, match="encoder_lr"):
         recipe_of(place, tmp_path / "run", {"encoder": of(place, "clip")}, train=train, adapter={"name": "none"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_moves_no_map(place: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """A network of half precision, and one whose layers compute so, find what float32 finds, but for rounding."""
+    model, images = built(place, tmp_path / "run", {"encoder": of(place, "clip")}), pictures()
+    with torch.no_grad():
+        exact = model.encode(images)["dem"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            found = model.to(dtype).encode(images)["dem"]
+    assert torch.equal(found.seen[0].float(), exact.seen[0].to(dtype).float())
+    difference = (found.maps[-1].float() - exact.maps[-1]).abs().mean() / exact.maps[-1].abs().mean()
+    assert difference < 0.05
 
 
 def test_images_are_normalised_as_their_own_encoder_was_trained(place: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from vfmseg.catalog import CLIP, IMAGENET
 from vfmseg.checkpoint.folder import fingerprint_of
 from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.cli import app
+from vfmseg.compare.equal import Counting
 from vfmseg.data.image import Image
 from vfmseg.encoders.regrid import regrid, shares
 from vfmseg.errors import CheckpointError, RecipeError
@@ -207,6 +208,16 @@ def test_gradient_checkpointing_changes_no_gradient(place: Path, tmp_path: Path)
     assert any("of_dem" in name and "lora_A" in name and tensor.any() for name, tensor in plain.items())
     for name, tensor in plain.items():
         torch.testing.assert_close(tensor, again[name], msg=name)
+
+
+def test_compare_counts_what_is_trained(place: Path, tmp_path: Path) -> None:
+    """Models that are compared are counted without weights, twice alike."""
+    recipe = recipe_of(place, tmp_path / "run", {"encoder": of(place, "clip"), "adapter": {"name": "lora", "rank": 3}})
+    model, counting = build_model(recipe, INPUTS), Counting()
+    for _ in range(2):
+        count = counting.of(recipe)
+        assert count.total == sum(p.numel() for p in model.parameters())
+        assert count.trainable == sum(p.numel() for p in model.trainable().values())
 
 
 @pytest.mark.pitfall("P53")

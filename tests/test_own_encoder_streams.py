@@ -120,7 +120,9 @@ def test_what_was_saved_answers_as_what_was_trained(trained: tuple[str, Recipe],
 
 
 @pytest.mark.pitfall("C6", "P6")
-def test_only_what_should_learns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_should_learns(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run changes each tensor that learns, and none that was published; all of it is there once it is loaded."""
     recipe = recipe_of(
         place, tmp_path / "run", {"encoder": of(place, "clip"), "adapter": {"name": "adapter", "hidden": 4}}
@@ -148,6 +150,9 @@ def test_only_what_should_learns(place: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Keeper, "begin", at_first)
     monkeypatch.setattr(Keeper, "epoch", at_last)
     finetune(recipe)
+    told = capsys.readouterr().err
+    assert "adapter lora on 6 layers: encoder.layer.0.attention" in told
+    assert "adapter of dem adapter on 3 layers: encoder.layers.0.mlp ... encoder.layers.2.mlp" in told
     same = {name for name in seen["before"] if torch.equal(seen["before"][name], seen["after"][name])}
     assert set(seen["encoder"]) <= same
     own = {name for name in seen["encoder"] if name.startswith("stems.of_dem.backbone")}

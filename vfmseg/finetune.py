@@ -124,9 +124,9 @@ def _parameter_lines(model: Network) -> str:
     rows = parameter_table(model)
     lines = [f"{'part':<10}{'trainable':>14}{'total':>14}"]
     lines += [f"{part:<10}{trainable:>14,}{total:>14,}" for part, trainable, total in rows]
-    sites = model.attached.sites
-    if sites:
-        lines.append(f"adapter {model.attached.name} on {len(sites)} layers: {sites[0]} ... {sites[-1]}")
+    for of, one in (("", model.attached), *((f" of {name}", own.attached) for name, own in model.own_encoders.items())):
+        if one.sites:
+            lines.append(f"adapter{of} {one.name} on {len(one.sites)} layers: {one.sites[0]} ... {one.sites[-1]}")
     return "\n".join(lines)
 
 

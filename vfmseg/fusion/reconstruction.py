@@ -18,7 +18,6 @@ from vfmseg.encoders.tokens import Features
 from vfmseg.fusion.contract import Fusion, fused_features
 from vfmseg.fusion.linear import Linear
 
-
 FUSED = "+"
 """The fused features, beside the names of streams, which are letters, digits and _."""
 

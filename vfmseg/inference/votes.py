@@ -16,7 +16,7 @@ class Model(Protocol):
     """What answers with logits (B, K, t, t)."""
 
     def __call__(self, images: Images, frames: Tensor | None) -> Tensor:
-        """`images` of (B, C, t, t) pixels; `frames` (B, 2, 2): how each is turned, as in `Batch`; None: none of them."""
+        """`images` of (B, C, t, t) pixels; `frames` (B, 2, 2): how each is turned, as in `Batch`; None: none is."""
         ...
 
 

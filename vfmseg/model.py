@@ -131,8 +131,7 @@ class Network(nn.Module):
         if isinstance(self.fuse, Decision):
             return self._decided(self.fuse, found, images), {}
         features = next(iter(found.values())) if self.fuse is None else self.fuse(found)
-        adds = self.training and self.fuse is not None
-        terms = self.fuse.terms(found, features) if adds and self.fuse is not None else {}
+        terms = self.fuse.terms(found, features) if self.training and self.fuse is not None else {}
         return _enlarged(self.decoder(features), features, size), terms
 
     def _decided(self, decision: Decision, found: Mapping[str, Features], images: Images) -> Tensor:

@@ -102,6 +102,28 @@ def test_schema_accepts_every_kind_of_source(source: dict[str, Any], tmp_path: P
     assert parse_recipe(mapping, tmp_path, "memory").data.val is not None
 
 
+def test_schema_and_recipe_agree_on_lists_of_sources(tmp_path: Path) -> None:
+    schema = recipe_schema()
+    one = {"optical": "a/*.tif", "labels": "b/*.tif", "weight": 2}
+    two = {"table": "a.csv", "split": "train", "optical": "image", "labels": "label", "weight": 0.5}
+    for split, value, right in (
+        ("train", [one, two], True),
+        ("train", [{"optical": "a", "labels": "b"}], True),
+        ("train", [{"optical": "a", "labels": 3}], False),
+        ("train", [{**one, "weight": "2"}, two], False),
+        ("train", [one, "b"], False),
+        ("val", [one, two], False),
+    ):
+        mapping = read_yaml(SMALL, "memory")
+        mapping["data"][split] = value
+        assert accepts(schema, mapping, schema) == right
+        if right:
+            assert len(parse_recipe(mapping, tmp_path, "memory").data.sources("train")) == len(value)
+        else:
+            with pytest.raises(RecipeError, match=rf"data\.{split}"):
+                parse_recipe(mapping, tmp_path, "memory")
+
+
 @pytest.mark.parametrize(
     ("section", "value"),
     [

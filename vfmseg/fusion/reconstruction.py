@@ -85,7 +85,8 @@ class Reconstruction(Fusion):
             maps, seen = [], []
             for level in self.levels:
                 own, share, rebuilt, weight = self._at(found, to, level)
-                maps.append(own * share[:, None] + rebuilt * (1 - share)[:, None])
+                # decoders learn to rebuild normed features, whatever the scale of those that a small encoder makes
+                maps.append(normed(own) * share[:, None] + rebuilt * (1 - share)[:, None])
                 seen.append(torch.maximum(share, weight))
             whole[to] = Features(tuple(maps), tuple(seen), next(iter(found.values())).strides)
         return whole

@@ -24,7 +24,7 @@ class Tiles:
     """Tiles for one call of a predictor: images of (B, C, t, t) pixels on the CPU, and where each lies in the scene.
 
     windows: one for each of the B slots; None for a slot without a tile, in which nothing is valid. frame (2, 2): how
-    the tiles are turned and resized; a way of (rows, columns) pixels in the scene is frame @ way here. None: unturned.
+    tiles are turned and resized; a way of (rows, columns) pixels in the scene is frame @ way here. None: not at all.
     """
 
     images: Images

@@ -130,10 +130,7 @@ def fits(logs: Tensor, valid: Tensor, labels: Tensor, reach: int) -> tuple[Tenso
 
 
 def in_scene(fit: Tensor, frames: Tensor | None) -> Tensor:
-    """(B, S, S), sums or numbers of shifts in turned windows -> the same of shifts in the scene.
-
-    `frames` (B, 2, 2) as in `Batch`.
-    """
+    """(B, S, S) of shifts in turned windows, sums or numbers -> of shifts in the scene; `frames` as in `Batch`."""
     if frames is None:
         return fit
     lags = torch.linspace(-1, 1, fit.shape[-1], device=fit.device)

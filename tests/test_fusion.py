@@ -171,6 +171,10 @@ def test_a_list_of_the_last_level_is_the_last_level() -> None:
     assert fusions[0].levels == (1,)
     with pytest.raises(RecipeError, match=r"names map 3, but model.encoder.layers gives 2"):
         Linear(STREAMS, CHANNELS, "sum", (1, 3))
+    with pytest.raises(RecipeError, match="leaves out map 2, the deepest"):
+        Linear(STREAMS, CHANNELS, "sum", (1,))
+    with pytest.raises(RecipeError, match="leaves out map 2, the deepest"):
+        Linear(STREAMS, CHANNELS, "sum", (1,))
 
 
 @torch.no_grad()
@@ -552,6 +556,22 @@ def test_distances_of_samples_are_zero_for_equal_ones_and_grow() -> None:
     mmd(rows, rows.detach()).backward()
     assert rows.grad is not None
     assert torch.isfinite(rows.grad).all()
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "mmd", "coral", "projection"])
+def test_half_precision_does_not_reach_the_distances(kind: str) -> None:
+    """Nearly equal rows: bfloat16 products would be off by more than what lies between them."""
+    fuse = built(kind, STREAMS[:2])
+    near = torch.nn.functional.normalize(1 + 0.05 * torch.randn(1, 8, 16, 16), dim=1)
+    other = torch.nn.functional.normalize(near + 0.002 * torch.randn(1, 8, 16, 16), dim=1)
+    seen = Features((near, near), (torch.ones(1, 16, 16),) * 2, (4.0, 4.0))
+    given = {"rgb": seen, "dem": seen}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fuse, "projected", lambda found: {"rgb": near, "dem": other})
+        exact = fuse.terms(given, seen)["alignment"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = fuse.terms(given, seen)["alignment"]
+    assert torch.equal(exact, half)
 
 
 def retrieved(misplaced: bool) -> float:

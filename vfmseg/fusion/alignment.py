@@ -61,7 +61,10 @@ class Alignment(Fusion):
         losses = []
         for one, two in combinations(found, 2):
             both = (found[one].seen[level] >= 1) & (found[two].seen[level] >= 1)
-            losses.append(torch.stack([self._pair(a, b) for a, b in _cells(projected[one], projected[two], both)]))
+            # distances of rows that are nearly alike are lost in half precision
+            with torch.autocast(both.device.type, enabled=False):
+                cells = _cells(projected[one].float(), projected[two].float(), both)
+                losses.append(torch.stack([self._pair(a, b) for a, b in cells]))
         if not losses:
             return {"alignment": next(iter(found.values())).maps[level].flatten(1).sum(dim=1) * 0.0}
         return {"alignment": torch.stack(losses).sum(dim=0) / comb(len(self.streams), 2)}

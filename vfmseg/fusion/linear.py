@@ -83,12 +83,20 @@ class SideBySide(nn.Module):
 
 
 def levels_of(at: Literal["all", "last"] | Sequence[int], count: int) -> tuple[int, ...]:
-    """Numbers from 0 of the maps that `at` names among `count`; RecipeError if there are not as many."""
+    """Numbers from 0 of the maps that `at` names among `count`.
+
+    RecipeError if there are not as many, or the deepest is not among them.
+    """
     if at == "all":
         return tuple(range(count))
     if at == "last":
         return (count - 1,)
     assert not isinstance(at, str)
+    if max(at) < count:
+        raise RecipeError(
+            f"model.fusion.at = {show(list(at))} leaves out map {count}, the deepest: the encoder would run its last "
+            "blocks for nothing; let model.encoder.layers end at the last map that is wanted"
+        )
     if max(at) > count:
         raise RecipeError(
             f"model.fusion.at = {show(list(at))} names map {max(at)}, but model.encoder.layers gives {count}; "

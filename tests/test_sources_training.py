@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vfmseg.build.training import objectives_of, sources_of
 from vfmseg.data.image import Image
 from vfmseg.data.sample import Sample, collate
 from vfmseg.data.windows import Draw
-from vfmseg.encoders.tokens import StreamRows
+from vfmseg.encoders.tokens import StreamRows, Tokens
 from vfmseg.finetune import finetune
 from vfmseg.recipe import Recipe
 from vfmseg.training.keeper import Keeper
@@ -95,7 +96,8 @@ def made(recipe: Recipe) -> tuple[Step, list[Sample]]:
     scenes = open_training(recipe)["train"]
     inputs = inputs_of(recipe, scenes)
     torch.manual_seed(0)
-    step = Step(build_model(recipe, inputs), objectives_of(recipe, inputs))
+    model = build_model(recipe, inputs)
+    step = Step(model, objectives_of(recipe, inputs, model))
     step.train()
     for name, tensor in step.named_parameters():
         if tensor.requires_grad and ("lora_B" in name or "up." in name):
@@ -122,16 +124,16 @@ def rows_run(step: Step) -> Iterator[list[StreamRows]]:
     """The rows of each stream that enter the first block, batch by batch."""
     seen: list[StreamRows] = []
     network: Any = step.model
-    block = network._block
+    attached = network.attached
 
-    def noted(depth: int, tokens: Any, rows: StreamRows) -> Any:
+    def noted(depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:
         if depth == 1 and not torch._C._current_graph_task_id() >= 0:  # not when run again for gradients
             seen.append(dict(rows))
-        return block(depth, tokens, rows)
+        return tokens
 
-    network._block = noted
+    network.attached = replace(attached, before=(noted, *attached.before))
     yield seen
-    del network._block
+    network.attached = attached
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -259,10 +259,13 @@ def write() -> None:
     from benchmarks.fusion_cost import lines_of_cost
 
     top = PAGE.read_text(encoding="utf-8").partition(BELOW)[0]
-    parts = ["### Constructed scenes", "", *lines_of_scores("constructed"), ""]
-    parts += ["### ombria_s1s2", "", *lines_of_scores("ombria"), ""]
-    parts += ["### Cost", "", *lines_of_cost(RESULTS / "fusion.cost.json")]
-    PAGE.write_text(top + BELOW + "\n\n" + "\n".join(parts) + "\n", encoding="utf-8")
+    tables = {
+        "Constructed scenes": list(lines_of_scores("constructed")),
+        "ombria_s1s2": list(lines_of_scores("ombria")),
+        "Cost": list(lines_of_cost(RESULTS / "fusion.cost.json")),
+    }
+    parts = [f"### {title}\n\n" + "\n".join(lines) for title, lines in tables.items() if len(lines) > 2]
+    PAGE.write_text(top + BELOW + "\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

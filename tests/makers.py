@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 import rasterio
 import torch
 import yaml
@@ -25,6 +27,10 @@ from vfmseg.disk.digests import signed
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Window
 from vfmseg.inference.contracts import Area, Tiles
+
+if TYPE_CHECKING:
+    from vfmseg.recipe import Recipe
+    from vfmseg.training.loop import RunState
 from vfmseg.recipe import Recipe
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -172,6 +178,41 @@ def finished_run(folder: Path) -> Path:
     save_encoder(folder / "encoder", "dinov2")
     recipe = recipe_dict(folder / "data", folder / "encoder", folder / "run")
     finetune(load_recipe(write_recipe(folder / "r.yaml", recipe)))
+    return folder
+
+
+def in_two_sittings(recipe: Recipe, after: int = 1) -> None:
+    """Train as a recipe says, stopped when epoch `after` is saved, and gone on with."""
+    from vfmseg.finetune import finetune
+    from vfmseg.training.keeper import Keeper
+
+    class Stopped(Exception):
+        pass
+
+    original = Keeper.epoch
+
+    def stop(self: Keeper, state: RunState, improved: bool) -> None:
+        original(self, state, improved)
+        if state.epoch == after:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Keeper, "epoch", stop)
+        with pytest.raises(Stopped):
+            finetune(recipe)
+    finetune(recipe, resume=True)
+
+
+def image_and_heights(folder: Path) -> Path:
+    """`folder` with SPLIT/rgb, dem and labels of toy scenes, heights from the image, a strip of each nodata."""
+    for split, count in (("train", 3), ("val", 1), ("test", 1)):
+        for i in range(count):
+            image, labels = toy_scene(10 * len(split) + i, 56, 72)
+            heights = (image[0] * 0.5 + 300).astype(np.float32)
+            image[:, :10], heights[-10:] = 0, -9999
+            write_raster(folder / split / "rgb" / f"{i}.tif", image, nodata=0)
+            write_raster(folder / split / "dem" / f"{i}.tif", heights, nodata=-9999)
+            write_raster(folder / split / "labels" / f"{i}.tif", labels)
     return folder
 
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from makers import recipe_dict, save_encoder, sign, toy_scene, write_raster, write_recipe
+from makers import (
+    image_and_heights,
+    in_two_sittings,
+    recipe_dict,
+    save_encoder,
+    sign,
+    write_raster,
+    write_recipe,
+)
 from safetensors.torch import load_file
 
 from vfmseg.build.data import inputs_of, open_training
@@ -24,7 +32,6 @@ from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.segmenter import Segmenter
-from vfmseg.training.keeper import Keeper
 from vfmseg.training.step import Step, total
 
 FUSIONS: dict[str, dict[str, Any]] = {
@@ -64,15 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes with an image and heights, of which a strip is nodata in each, and an encoder."""
     folder = tmp_path_factory.mktemp("fusions")
     save_encoder(folder / "encoder", "dinov2")
-    for split, count in (("train", 3), ("val", 1), ("test", 1)):
-        for i in range(count):
-            image, labels = toy_scene(10 * len(split) + i, 56, 72)
-            heights = (image[0] * 0.5 + 300).astype(np.float32)
-            image[:, :10], heights[-10:] = 0, -9999
-            write_raster(folder / split / "rgb" / f"{i}.tif", image, nodata=0)
-            write_raster(folder / split / "dem" / f"{i}.tif", heights, nodata=-9999)
-            write_raster(folder / split / "labels" / f"{i}.tif", labels)
-    return folder
+    return image_and_heights(folder)
 
 
 def recipe_of(place: Path, run: Path, fusion: dict[str, Any], **changes: Any) -> Recipe:
@@ -107,21 +106,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, Rec
     kind, recipe = trained
     shorter = recipe_of(place, place / "stopped" / kind, **model_of(kind))
 
-    class Stopped(Exception):
-        pass
-
-    original = Keeper.epoch
-
-    def stop(self: Keeper, state: Any, improved: bool) -> None:
-        original(self, state, improved)
-        if state.epoch == 1:
-            raise Stopped
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Keeper, "epoch", stop)
-        with pytest.raises(Stopped):
-            finetune(shorter)
-    finetune(shorter, resume=True)
+    in_two_sittings(shorter)
     once, twice = (load_file(r.output_dir / "last" / "head.safetensors") for r in (recipe, shorter))
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)

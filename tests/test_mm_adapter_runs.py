@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import recipe_dict, save_encoder, toy_scene, write_raster, write_recipe
+from makers import in_two_sittings, recipe_dict, save_encoder, toy_scene, write_raster, write_recipe
 from mm_models import fill
 from safetensors.torch import load_file
 
@@ -18,7 +18,6 @@ from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import Recipe, load_recipe
 from vfmseg.segmenter import Segmenter
-from vfmseg.training.keeper import Keeper
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "mm_lora": {"name": "mm_lora", "rank": 2, "dropout": 0.1},
@@ -103,21 +102,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, Rec
     name, recipe = trained
     shorter = recipe_of(place, place / "stopped" / name, ADAPTERS[name])
 
-    class Stopped(Exception):
-        pass
-
-    original = Keeper.epoch
-
-    def stop(self: Keeper, state: Any, improved: bool) -> None:
-        original(self, state, improved)
-        if state.epoch == 1:
-            raise Stopped
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Keeper, "epoch", stop)
-        with pytest.raises(Stopped):
-            finetune(shorter)
-    finetune(shorter, resume=True)
+    in_two_sittings(shorter)
     where = Path("last") / "adapters" / "rgb+dem" / "adapter.safetensors"
     once, twice = (load_file(r.output_dir / where) for r in (recipe, shorter))
     assert once.keys() == twice.keys()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import save_encoder, sensor_recipe, two_sensors, write_raster
+from makers import in_two_sittings, save_encoder, sensor_recipe, two_sensors, write_raster
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,7 +31,6 @@ from vfmseg.geo.classes import IGNORE, LabelMap
 from vfmseg.geo.grid import Window
 from vfmseg.geo.reader import Raster
 from vfmseg.segmenter import Segmenter
-from vfmseg.training.keeper import Keeper
 from vfmseg.training.losses import LOSSES
 from vfmseg.training.objectives.segmentation import Segmentation
 
@@ -247,22 +246,8 @@ def test_a_run_that_hides_modalities_goes_on_as_if_never_stopped(place: Path) ->
     recipe = without_test(place, train__modality_dropout=0.4, output_dir=str(place / "whole"))
     finetune(recipe)
 
-    class Stopped(Exception):
-        pass
-
-    original = Keeper.epoch
-
-    def stop(self: Keeper, state: Any, improved: bool) -> None:
-        original(self, state, improved)
-        if state.epoch == 1:
-            raise Stopped
-
     shorter = without_test(place, train__modality_dropout=0.4, output_dir=str(place / "stopped"))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Keeper, "epoch", stop)
-        with pytest.raises(Stopped):
-            finetune(shorter)
-    finetune(shorter, resume=True)
+    in_two_sittings(shorter)
     none = without_test(place, output_dir=str(place / "none"))
     finetune(none)
     one, two, other = (load_file(r.output_dir / "last" / "head.safetensors") for r in (recipe, shorter, none))

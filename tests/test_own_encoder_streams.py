@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import an_input, images_of, recipe_dict, save_encoder, sign, toy_scene, write_raster, write_recipe
+from makers import (
+    an_input,
+    image_and_heights,
+    images_of,
+    recipe_dict,
+    save_encoder,
+    sign,
+    write_recipe,
+)
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -38,15 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     for number, family in enumerate(("dinov2", "clip", "sam")):
         save_encoder(folder / family, family, seed=number)
-    for split, count in (("train", 3), ("val", 1), ("test", 1)):
-        for i in range(count):
-            image, labels = toy_scene(10 * len(split) + i, 56, 72)
-            heights = (image[0] * 0.5 + 300).astype(np.float32)
-            image[:, :10], heights[-10:] = 0, -9999
-            write_raster(folder / split / "rgb" / f"{i}.tif", image, nodata=0)
-            write_raster(folder / split / "dem" / f"{i}.tif", heights, nodata=-9999)
-            write_raster(folder / split / "labels" / f"{i}.tif", labels)
-    return folder
+    return image_and_heights(folder)
 
 
 def recipe_of(place: Path, run: Path, own: dict[str, Any], **changes: Any) -> Recipe:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from makers import save_encoder, sensor_recipe, two_sensors
+from makers import in_two_sittings, save_encoder, sensor_recipe, two_sensors
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from vfmseg.data.windows import Draw
 from vfmseg.encoders.tokens import StreamRows, Tokens
 from vfmseg.finetune import finetune
 from vfmseg.recipe import Recipe
-from vfmseg.training.keeper import Keeper
 from vfmseg.training.loop import Batches, Loop, RunState, Watcher
 from vfmseg.training.step import Step, total
 
@@ -196,24 +195,10 @@ def test_a_run_of_unmatched_sources_has_batches_of_one_sensor(place: Path, monke
 
 @pytest.mark.pitfall("P55", "P56")
 def test_a_run_of_several_sources_goes_on_as_if_never_stopped(place: Path) -> None:
-    class Stopped(Exception):
-        pass
-
-    original = Keeper.epoch
-
-    def stop(self: Keeper, state: RunState, improved: bool) -> None:
-        original(self, state, improved)
-        if state.epoch == 2:
-            raise Stopped
-
     settings = {"train__epochs": 4, "data__samples_per_epoch": 7}
     whole, cut = (recipe_of(place, run, "paired", "optical", "radar", **settings) for run in ("whole", "cut"))
     finetune(whole)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Keeper, "epoch", stop)
-        with pytest.raises(Stopped):
-            finetune(cut)
-    finetune(cut, resume=True)
+    in_two_sittings(cut, 2)
     one, two = (load_file(r.output_dir / "last" / "head.safetensors") for r in (whole, cut))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -26,9 +26,9 @@ class Bands(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
         self.calls = 0
 
-    def forward(self, images: Images) -> Tensor:
+    def answer(self, images: Images, frames: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls += 1
-        return self.gain * torch.where(images["rgb"].valid[:, None], images["rgb"].pixels, 0.0)
+        return self.gain * torch.where(images["rgb"].valid[:, None], images["rgb"].pixels, 0.0), {}
 
 
 def make_batch(samples: int = 4) -> Batch:
@@ -75,7 +75,7 @@ def test_terms_are_the_losses_of_the_targets_and_the_model_runs_once(weights: tu
     model, batch = Bands(), make_batch()
     found = segmentation({name: i + 1.0 for i, name in enumerate(LOSSES)}, weights, gamma=1.5).terms(model, batch)
     assert model.calls == 1
-    logits, targets = model(batch.images), batch.targets("all")
+    logits, targets = model.answer(batch.images)[0], batch.targets("all")
     expected = {
         "cross_entropy": (cross_entropy(logits, targets, weights), "pixels"),
         "dice": (dice(logits, targets), "samples"),

@@ -203,10 +203,10 @@ class Seen(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
         self.shown: list[Images] = []
 
-    def forward(self, images: Images) -> torch.Tensor:
+    def answer(self, images: Images, frames: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
         self.shown.append(images)
         total = sum(torch.where(i.valid[:, None], i.pixels, 0.0).sum(1, keepdim=True) for i in images.values())
-        return torch.cat([self.gain * total, -self.gain * total], dim=1)
+        return torch.cat([self.gain * total, -self.gain * total], dim=1), {}
 
 
 @pytest.mark.pitfall("C44", "P39")
@@ -311,9 +311,9 @@ class Shares(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, images: Images) -> torch.Tensor:
+    def answer(self, images: Images, frames: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
         total = torch.stack([image.pixels.sum(dim=1) for image in images.values()]).sum(dim=0)
-        return torch.stack([self.weight * total, torch.zeros_like(total)], dim=1)
+        return torch.stack([self.weight * total, torch.zeros_like(total)], dim=1), {}
 
 
 def test_distillation_is_the_distance_to_what_the_whole_model_says() -> None:

@@ -78,7 +78,6 @@ def segmentation_of(recipe: Recipe) -> Segmentation:
         dict(section.loss.items()),
         rule_of(recipe),
         weights,
-        whole=True,
         fusion_weight=weight,
         distill=section.distill,
     )

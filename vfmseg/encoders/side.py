@@ -11,19 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfmseg.data.image import Images, known
-from vfmseg.encoders.stem import normalised_bands
+from vfmseg.data.image import Images
+from vfmseg.encoders.stem import NormalisedBands
 from vfmseg.encoders.tokens import Features
 
 CELL = 16
 """Pixels a side of a cell after resampling: four convolutions of stride 2 make it one."""
 
 
-class SideEncoder(nn.Module):
+class SideEncoder(NormalisedBands):
     """Images of one stream -> features (B, D, h, w) on a given grid of cells; everything in it learns."""
-
-    mean: Tensor  # (C,) in image units
-    std: Tensor
 
     def __init__(
         self,
@@ -38,18 +35,14 @@ class SideEncoder(nn.Module):
 
         `channels` of each map, as the published encoder's.
         """
-        super().__init__()
-        self.modalities = dict(modalities)
+        super().__init__(modalities, mean, std)
         # one band more: where the others are valid, as a filled-in mean is something else than a measured one
         self.body = body(sum(modalities.values()) + 1, width)
         self.heads = nn.ModuleList(nn.Conv2d(4 * width, count, 1) for count in channels)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
     def forward(self, images: Images, cells: tuple[int, int], strides: Sequence[float]) -> Features:
         """`cells`: rows and columns; `strides`: pixels per cell of each map."""
-        valid = known({name: images[name] for name in self.modalities}, "all")[:, None].to(self.mean.dtype)
-        bands = torch.cat([self.normalised(images), valid], dim=1)
+        bands = torch.cat([self.normalised(images), self.valid(images)], dim=1)
         height, width = bands.shape[-2:]
         ground = [max(side, round(count * strides[0])) for side, count in zip((height, width), cells, strict=True)]
         bands = F.pad(bands, (0, ground[1] - width, 0, ground[0] - height))
@@ -59,10 +52,6 @@ class SideEncoder(nn.Module):
         seen = F.adaptive_avg_pool2d(bands[:, -1:], cells)[:, 0]
         deep = self.body(bands)
         return Features(tuple(head(deep) for head in self.heads), (seen,) * len(self.heads), tuple(strides))
-
-    def normalised(self, images: Images) -> Tensor:
-        """{modality: image} -> (B, C, H, W): the bands of its modalities with zero, the mean, where invalid."""
-        return normalised_bands([images[name] for name in self.modalities], self.mean, self.std)
 
 
 class ChannelNorm(nn.Module):

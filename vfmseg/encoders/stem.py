@@ -12,19 +12,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfmseg.data.image import Image, Images, known
+from vfmseg.data.image import Images, known
 
 
-class Stem(nn.Module):
+class NormalisedBands(nn.Module):
+    """The bands of some modalities and how they are normalised: how every kind of stem begins."""
+
+    mean: Tensor  # (C,) in image units
+    std: Tensor
+
+    def __init__(self, modalities: Mapping[str, int], mean: Sequence[float], std: Sequence[float]) -> None:
+        """`modalities` {name: number of bands}, C in all; `mean`, `std` of each band."""
+        super().__init__()
+        self.modalities = dict(modalities)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    def normalised(self, images: Images) -> Tensor:
+        """{modality: image} -> (B, C, H, W): (value - mean) / std, and 0, the mean, where an image is invalid.
+
+        In float32, and then in the type of `mean`: half precision could not hold raw 16-bit values.
+        """
+        mine = [images[name] for name in self.modalities]
+        stacked = torch.cat([image.pixels for image in mine], dim=1)
+        masks = [image.valid[:, None].expand(-1, image.pixels.shape[1], -1, -1) for image in mine]
+        scaled = (stacked.float() - self.mean.float()[:, None, None]) / self.std.float()[:, None, None]
+        return torch.where(torch.cat(masks, dim=1), scaled, 0.0).to(self.mean.dtype)
+
+    def valid(self, images: Images) -> Tensor:
+        """{modality: image} -> (B, 1, H, W): 1 where all of its modalities are valid, else 0."""
+        mine = {name: images[name] for name in self.modalities}
+        valid: Tensor = known(mine, "all")[:, None].to(self.mean.dtype)
+        return valid
+
+
+class Stem(NormalisedBands):
     """Images of one stream -> pixels for the published patch kernel, (B, 3, H', W').
 
     With them come (B, N, D) to add to the patch tokens, or None, and the valid share (B, H', W') of each pixel. Several
     modalities are stacked as channels. H' and W' are multiples of `patch`; what is added at the right and bottom is
     zero, so every pixel keeps its place.
     """
-
-    mean: Tensor  # (C,) in image units
-    std: Tensor
 
     def __init__(
         self,
@@ -36,25 +64,17 @@ class Stem(nn.Module):
         patch: int,
     ) -> None:
         """`modalities` {name: number of bands}; `mix` maps their C normalised bands to three; `upscale` enlarges."""
-        super().__init__()
-        self.modalities = dict(modalities)
+        super().__init__(modalities, mean, std)
         self.upscale = upscale
         self.patch = patch
         self.mix = mix
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
     def forward(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor]:
         """{modality: image of (B, C, H, W) pixels in image units} -> pixels, what to add to tokens, valid share."""
         pixels = self._fitted(self.normalised(images))
-        mine = {name: images[name] for name in self.modalities}
-        valid = self._fitted(known(mine, "all")[:, None].to(self.mean.dtype))[:, 0]
+        valid = self._fitted(self.valid(images))[:, 0]
         rgb, extra = self.mix(pixels)
         return rgb, extra, valid
-
-    def normalised(self, images: Images) -> Tensor:
-        """{modality: image} -> (B, C, H, W): the bands of its modalities with zero, the mean, where invalid."""
-        return normalised_bands([images[name] for name in self.modalities], self.mean, self.std)
 
     def cells(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of height x width pixels; the last ones may reach beyond it."""
@@ -72,17 +92,6 @@ class Stem(nn.Module):
     def _enlarged(self, side: int) -> int:
         """Pixels of a side after `upscale`."""
         return max(1, round(side * self.upscale))
-
-
-def normalised_bands(images: Sequence[Image], mean: Tensor, std: Tensor) -> Tensor:
-    """Images of C bands in all -> (B, C, H, W): (value - mean) / std, 0 where an image is invalid; `mean`, `std` (C,).
-
-    In float32, and then in the type of `mean`: half precision could not hold raw 16-bit values.
-    """
-    stacked = torch.cat([image.pixels for image in images], dim=1)
-    masks = [image.valid[:, None].expand(-1, image.pixels.shape[1], -1, -1) for image in images]
-    scaled = (stacked.float() - mean.float()[:, None, None]) / std.float()[:, None, None]
-    return torch.where(torch.cat(masks, dim=1), scaled, 0.0).to(mean.dtype)
 
 
 class ThreeBands(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +20,13 @@ from vfmseg.training.loop import Score, global_sum
 from vfmseg.training.losses import Loss, counts
 from vfmseg.training.step import Term
 
-if TYPE_CHECKING:
-    from vfmseg.model import Network
+
+class Answers(Protocol):
+    """What the objective asks of a model, beside being an `nn.Module`."""
+
+    def answer(self, images: Images, frames: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, K, H, W), and {name: (B,) losses of each image} that the model adds; `frames` as in `Batch`."""
+        ...
 
 
 class Segmentation(nn.Module):
@@ -34,14 +39,13 @@ class Segmentation(nn.Module):
         rule: Known,
         class_weights: tuple[float, ...] | None = None,
         source: str = "train",
-        whole: bool = False,
         fusion_weight: float = 0.0,
         distill: float = 0.0,
     ) -> None:
         """`weights` {loss: its factor}; `rule`: where several modalities have an answer, other pixels count nowhere.
 
         `class_weights`: those that the pixel losses were made with, as they weigh the count of pixels too.
-        `whole`: the model is a `Network`, which is asked by `answer`. `fusion_weight`: of what its fusion adds.
+        `fusion_weight`: of what the model's fusion adds.
         `distill`: of the distance between what it says with hidden modalities and what it says with all.
         """
         super().__init__()
@@ -50,7 +54,6 @@ class Segmentation(nn.Module):
         self.rule = rule
         self.class_weights = class_weights
         self.source = source
-        self.whole = whole
         self.fusion_weight = fusion_weight
         self.distill = distill
 
@@ -61,8 +64,8 @@ class Segmentation(nn.Module):
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Run the model once and return the sum of each loss."""
         # where any modality is an answer, those that the whole batch lacks need not be run
-        skips = self.whole and self.rule == "any"
-        logits, added = self._asked(model, batch, batch.present() if skips else batch.shown())
+        shown = batch.present() if self.rule == "any" else batch.shown()
+        logits, added = cast(Answers, model).answer(shown, batch.frames)
         # half precision ends here, once, so that the gradients of several losses are added up in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets(self.rule)
@@ -74,15 +77,9 @@ class Segmentation(nn.Module):
             found[name] = Term((values.float() * counted).sum(), self.fusion_weight, "samples")
         if self.distill:
             with torch.no_grad():
-                full = self._asked(model, batch, batch.images)[0] if batch.hidden else logits
+                full = cast(Answers, model).answer(batch.images, batch.frames)[0] if batch.hidden else logits
             found["distill"] = Term(_distances(logits, full.float(), targets).sum(), self.distill, "samples")
         return found
-
-    def _asked(self, model: nn.Module, batch: Batch, images: Images) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, K, H, W) for images of the batch, and what the fusion adds to the loss."""
-        if self.whole:
-            return cast("Network", model).answer(images, batch.frames)
-        return model(images), {}
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Nothing: this objective keeps no averages."""

@@ -610,3 +610,28 @@ def test_the_contrastive_loss_is_the_cross_entropy_of_finding_the_partner() -> N
     one = torch.nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     scores = (one @ one.T / 0.5).softmax(dim=1).diagonal()
     assert info_nce(one, one, 0.5).item() == pytest.approx(-scores.log().mean().item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_windows_of_every_second_level_are_moved_so_that_no_border_is_one_at_all_levels() -> None:
+    fuse = built("mutual", STREAMS[:2])
+    given = {name: features(i, (12, 12)) for i, name in enumerate(STREAMS[:2])}  # windows of three
+    near = [values.clone() for values in given["dem"].maps]
+    for values in near:
+        values[:, :, 3, 3] += 5.0
+    changed = {**given, "dem": Features(tuple(near), given["dem"].seen, given["dem"].strides)}
+    one, two = fuse(given), fuse(changed)
+    heard = [(a - b).abs().amax(dim=(0, 1)) > 0 for a, b in zip(one.maps, two.maps, strict=True)]
+    assert not heard[0][2, 2]  # a border between cells 2 and 3
+    assert heard[1][2, 2]
+
+
+def test_the_features_that_are_to_be_rebuilt_are_not_drawn_to_the_guess() -> None:
+    fuse, given = built("self_reconstruction"), found()
+    with torch.no_grad():
+        fused = fuse(given)
+    for one in given.values():
+        for values in one.maps:
+            values.requires_grad_()
+    fuse.terms(given, fused)["reconstruction"].sum().backward()
+    assert all(values.grad is None for one in given.values() for values in one.maps)

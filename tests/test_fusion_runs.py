@@ -28,6 +28,7 @@ from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.data.image import Image
 from vfmseg.data.sample import collate
 from vfmseg.data.windows import Draw
+from vfmseg.encoders.side import SIDES, SideEncoder
 from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.recipe import Recipe, load_recipe
@@ -206,6 +207,25 @@ def test_a_side_encoder_sees_what_the_published_one_does_not(place: Path, tmp_pa
         shares = Segmenter.from_pretrained(best).probabilities(scene(place))
         assert np.isfinite(shares).all()
         assert result["trainable_parameters"] > 10_000
+
+
+@pytest.mark.pitfall("P19")
+@pytest.mark.parametrize("body", ["conv", "spectral"])
+@torch.no_grad()
+def test_a_small_encoder_keeps_the_ground_of_each_cell(body: str) -> None:
+    """Of 50 px in cells of 14 the last holds 8: it is filled up, and not stretched over the others."""
+    torch.manual_seed(0)
+    side = SideEncoder({"dem": 2}, [0.0, 1.0], [1.0, 2.0], SIDES[body], 4, (6, 6))
+    pixels, valid = torch.randn(1, 2, 56, 70), torch.ones(1, 56, 70, dtype=torch.bool)
+    valid[:, 50:] = False
+    whole = side({"dem": Image(pixels, valid)}, (4, 5), (14.0, 14.0))
+    cut = side({"dem": Image(pixels[:, :, :50], valid[:, :50])}, (4, 5), (14.0, 14.0))
+    for one, two in zip((*whole.maps, *whole.seen), (*cut.maps, *cut.seen), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    assert whole.seen[0][0, 0, 0] == 1
+    assert 0.5 < whole.seen[0][0, 3, 0] < 0.65  # 8 of 14 px
+    nothing = side({"dem": Image(torch.full_like(pixels, torch.nan), ~valid & False)}, (4, 5), (14.0, 14.0))
+    assert all(torch.isfinite(values).all() for values in nothing.maps)
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,21 @@ def test_class_weights_go_by_id_and_are_one_where_none_is_named() -> None:
     assert class_weight_tuple(None, (0, 1)) is None
     assert class_weight_tuple({40: 5.0, 10: 2.0}, (10, 20, 40)) == (2.0, 1.0, 5.0)
     assert class_weight_tuple({1: 0.0}, (0, 1)) == (1.0, 0.0)
+
+
+class Adding(Bands):
+    """A model whose fusion adds a loss: the number of the image, from 1."""
+
+    def answer(self, images: Images, frames: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, _ = super().answer(images, frames)
+        return logits, {"alignment": torch.arange(1.0, len(logits) + 1)}
+
+
+def test_what_a_fusion_adds_counts_for_images_with_labels_alone() -> None:
+    batch = make_batch(3)
+    assert batch.labels is not None
+    batch.labels[1] = IGNORE  # a filler
+    objective = Segmentation({"dice": LOSSES["dice"]()}, {"dice": 1.0}, "all", fusion_weight=0.5)
+    term = objective.terms(Adding(), batch)["alignment"]
+    assert (term.sum.item(), term.weight, term.count) == (1.0 + 3.0, 0.5, "samples")
+    assert objective.counts(batch)["samples"] == 2

@@ -1,25 +1,23 @@
 """The tables of docs/fusion.md: every fusion trained on scenes whose ceilings are known, and on real scenes.
 
     python benchmarks/fusion.py run constructed
-    python benchmarks/fusion.py run ombria --data DATA_FOLDER --encoder VIT_FOLDER [--rows gated s1] [--seeds 0]
+    python benchmarks/fusion.py run ombria --data DATA_FOLDER --encoder VIT_FOLDER [--parts forms] [--seeds 1]
+    python benchmarks/fusion.py run india --data DATA_FOLDER --encoder VIT_FOLDER
     python benchmarks/fusion.py cost
     python benchmarks/fusion.py write
 
-`run` trains each row with three seeds, chooses on validation, and measures once on test: with all modalities, and with
-each one missing. Each result is a JSON file in `benchmarks/results/`; what is there is not run again, so an interrupted
-table goes on. `cost` counts parameters, operations and time of each fusion beside the encoder's. `write` puts the
-tables into docs/fusion.md, below the line that says so.
+`run` is `vfmseg compare` of a recipe: each modality alone and each form of fusion, at equal trained parameters, three
+seeds, chosen on validation and measured once on test, with all modalities and with each one missing. An interrupted
+table goes on. Frozen encoders answer from files when they see a window again (remembered.py). What was found is kept in
+`benchmarks/results/`. `cost` counts parameters, operations and time of each fusion beside the encoder's. `write` puts
+the tables into docs/fusion.md, below the line that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,47 +35,49 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "fusion.md"
 BELOW = "<!-- tables: python benchmarks/fusion.py write -->"
-SEEDS = (0, 1, 2)
 
 Change = dict[str, Any]
 
 FUSED: dict[str, Change] = {
-    "stack": {"fusion": {"name": "stack"}},
-    "linear, concat": {"fusion": {"name": "linear", "op": "concat"}},
-    "linear, concat, last": {"fusion": {"name": "linear", "op": "concat", "at": "last"}},
-    "linear, sum": {"fusion": {"name": "linear", "op": "sum"}},
-    "linear, weighted": {"fusion": {"name": "linear", "op": "weighted"}},
-    "decision, mean": {"fusion": {"name": "decision", "op": "mean"}},
-    "decision, weighted": {"fusion": {"name": "decision", "op": "weighted"}},
-    "decision, product": {"fusion": {"name": "decision", "op": "product"}},
-    "attention, single": {"fusion": {"name": "attention", "mode": "single"}},
-    "attention, mutual": {"fusion": {"name": "attention", "mode": "mutual"}},
-    "se": {"fusion": {"name": "se"}},
-    "gated, independent": {"fusion": {"name": "gated", "mode": "independent"}},
-    "gated, complementary": {"fusion": {"name": "gated", "mode": "complementary"}},
-    "gated, cross": {"fusion": {"name": "gated", "mode": "cross"}},
-    "reconstruction, self": {"fusion": {"name": "reconstruction", "mode": "self"}},
-    "reconstruction, cross": {"fusion": {"name": "reconstruction", "mode": "cross"}},
-    "alignment, contrastive": {"fusion": {"name": "alignment", "by": "contrastive"}},
-    "alignment, mmd": {"fusion": {"name": "alignment", "by": "mmd"}},
-    "alignment, coral": {"fusion": {"name": "alignment", "by": "coral"}},
-    "alignment, projection": {"fusion": {"name": "alignment", "by": "projection"}},
+    "stack": {"name": "stack"},
+    "linear, concat": {"name": "linear", "op": "concat"},
+    "linear, concat, last": {"name": "linear", "op": "concat", "at": "last"},
+    "linear, sum": {"name": "linear", "op": "sum"},
+    "linear, weighted": {"name": "linear", "op": "weighted"},
+    "decision, mean": {"name": "decision", "op": "mean"},
+    "decision, weighted": {"name": "decision", "op": "weighted"},
+    "decision, product": {"name": "decision", "op": "product"},
+    "attention, single": {"name": "attention", "mode": "single"},
+    "attention, mutual": {"name": "attention", "mode": "mutual"},
+    "se": {"name": "se"},
+    "gated, independent": {"name": "gated", "mode": "independent"},
+    "gated, complementary": {"name": "gated", "mode": "complementary"},
+    "gated, cross": {"name": "gated", "mode": "cross"},
+    "reconstruction, self": {"name": "reconstruction", "mode": "self"},
+    "reconstruction, cross": {"name": "reconstruction", "mode": "cross"},
+    "alignment, contrastive": {"name": "alignment", "by": "contrastive"},
+    "alignment, mmd": {"name": "alignment", "by": "mmd"},
+    "alignment, coral": {"name": "alignment", "by": "coral"},
+    "alignment, projection": {"name": "alignment", "by": "projection"},
 }
-"""Changes of a recipe's `model`, by the name of the row."""
+"""Sections `model.fusion`, by the name of the row."""
 
-ADAPTED: dict[str, Change] = {
-    "lora, linear sum": {"adapter": {"name": "lora", "rank": 4}, "fusion": {"name": "linear", "op": "sum"}},
-    "mm_lora, linear sum": {"adapter": {"name": "mm_lora"}, "fusion": {"name": "linear", "op": "sum"}},
-    "mm_adapter, linear sum": {"adapter": {"name": "mm_adapter"}, "fusion": {"name": "linear", "op": "sum"}},
-    "mm_lora, se": {"adapter": {"name": "mm_lora"}, "fusion": {"name": "se"}},
+LINEAR_SUM = {"name": "linear", "op": "sum"}
+ADAPTERS: list[Change] = [{"name": "lora", "rank": 8}, {"name": "mm_lora", "rank": 4}, {"name": "mm_adapter"}]
+
+Grid = dict[str, list[Any]]
+"""{key of the recipe: its alternatives}."""
+
+PARTS: dict[str, tuple[str, bool, Grid]] = {
+    "forms": ("each form", True, {"model.fusion": list(FUSED.values())}),
+    "dropout": (
+        "with train.modality_dropout: 0.3",
+        False,
+        {"model.fusion": [one for one in FUSED.values() if one["name"] != "stack"], "train.modality_dropout": [0.3]},
+    ),
+    "adapters": ("with an adapter in the encoder", False, {"model.adapter": ADAPTERS, "model.fusion": [LINEAR_SUM]}),
 }
-
-
-def rows_of(first: str, second: str) -> dict[str, tuple[tuple[str, ...], Change]]:
-    """{row: (modalities it is trained on, changes of `model`)}; of a single modality there is nothing to fuse."""
-    both = (first, second)
-    single: dict[str, tuple[tuple[str, ...], Change]] = {name: ((name,), {}) for name in both}
-    return single | {name: (both, change) for name, change in (FUSED | ADAPTED).items()}
+"""{part: (its title, whether each modality alone is trained too, what is compared)}."""
 
 
 def constructed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -101,8 +101,7 @@ def ombria(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             **{
                 split: {"table": str(data / "split.csv"), "split": split, **files} for split in ("train", "val", "test")
             },
-            "tile": 224,
-            "samples_per_epoch": 52,
+            "tile": 256,  # whole scenes, each once an epoch, turned and flipped
         },
         "model": {
             "encoder": {"name": "dinov2", "checkpoint": str(Path(options.encoder).resolve()), "layers": [3, 6, 9]},
@@ -111,119 +110,99 @@ def ombria(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         },
         "train": {
             "loss": {"cross_entropy": 1.0, "dice": 1.0},
-            "epochs": 8,
-            "batch_size": 4,
+            "epochs": 6,
+            "batch_size": 2,
             "optimizer": {"lr": 1.0e-3, "warmup": 0.1},
         },
         "output_dir": str(folder / "run"),
     }
 
 
-SETS: dict[str, tuple[tuple[str, str], Callable[[Path, argparse.Namespace], dict[str, Any]]]] = {
-    "constructed": (("image", "dem"), constructed),
-    "ombria": (("s2", "s1"), ombria),
+def india(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Land cover in Sentinel-2: visible bands and infrared as two modalities, split by place."""
+    data = Path(options.data).resolve() / "s2_india_rgb_ir"
+    folders = {"rgb": "rgb", "infrared": "ir", "labels": "label"}
+    files = {role: f"{{split}}/{name}/{{name}}.png" for role, name in folders.items()}
+    found = ombria(folder, options)
+    found["name"] = "india"
+    found["data"] |= {
+        "classes": {1: "built-up", 2: "vegetation", 3: "water"},
+        "ignore_index": 0,
+        "modalities": {"rgb": {"normalize": "dataset"}, "infrared": {}},
+        **{split: {"table": str(data / "split.csv"), "split": split, **files} for split in ("train", "val", "test")},
+    }
+    return found
+
+
+SETS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
+    "constructed": constructed,
+    "ombria": ombria,
+    "india": india,
+}
+TITLES = {
+    "constructed": "Constructed scenes",
+    "ombria": "ombria_s1s2: floods in Sentinel-2 and Sentinel-1",
+    "india": "s2_india_rgb_ir: visible bands and infrared",
 }
 
 
-def result_file(name: str, row: str, seed: int) -> Path:
-    """Where a result is kept."""
-    words = row.replace(", ", "-").replace(" ", "_")
-    return RESULTS / f"fusion.{name}.{words}.{seed}.json"
-
-
 def run(options: argparse.Namespace) -> None:
-    """Train and measure what is not there yet."""
-    (first, second), make = SETS[options.set]
+    """Train and measure what is not there yet, and keep the tables."""
+    from benchmarks.remembered import remembering
+    from vfmseg.compare.comparison import compare
+
     folder = Path(options.work or Path(tempfile.gettempdir()) / f"vfmseg-fusion-{options.set}")
-    rows = rows_of(first, second)
-    chosen = options.rows or list(rows)
-    for dropout in (False, True):
-        for row in chosen:
-            names, change = rows[row]
-            if dropout and (len(names) == 1 or row == "stack"):
-                continue
-            for seed in options.seeds:
-                target = result_file(options.set, row + (", dropout" if dropout else ""), seed)
-                if not target.exists() and dropout == options.dropout:
-                    found = one(make(folder, options), names, change, seed, dropout)
-                    target.write_text(json.dumps(found, indent=1) + "\n")
-                    print(target.name, found["test"], flush=True)
-
-
-def one(recipe: dict[str, Any], names: tuple[str, ...], change: Change, seed: int, dropout: bool) -> dict[str, Any]:
-    """Scores, parameters and time of one training."""
-    from vfmseg import Segmenter
-    from vfmseg.finetune import finetune
-    from vfmseg.recipe import load_recipe
-
-    data = recipe["data"]
-    for name in [name for name in data["modalities"] if name not in names]:
-        del data["modalities"][name]
-        for split in ("train", "val", "test"):
-            del data[split][name]
-    recipe["model"] |= change
-    recipe["seed"] = seed
-    if dropout:
-        recipe["train"]["modality_dropout"] = 0.3
-    place = Path(recipe["output_dir"])
-    place.mkdir(parents=True, exist_ok=True)
-    file = place.parent / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    started = time.process_time()
-    result = finetune(load_recipe(file), overwrite=True)
-    minutes = (time.process_time() - started) / 60
-    segmenter = Segmenter.from_pretrained(place / "best", device="cpu")
-    test = {"+".join(names): segmenter.evaluate(segmenter.recipe, "test")["miou"]}
-    if len(names) > 1 and change["fusion"]["name"] != "stack":
-        test |= {name: segmenter.evaluate(segmenter.recipe, "test", only=(name,))["miou"] for name in names}
-    return {
-        "validation": result["validation"]["miou"],
-        "test": {key: round(value, 4) for key, value in test.items()},
-        "trainable": result["trainable_parameters"],
-        "minutes": round(minutes, 2),
-        "machine": machine(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were made with."""
-    import torch
-
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-    }
-
-
-def lines_of_scores(name: str) -> Iterator[str]:
-    """A table of what is there of a set: mean and spread of the seeds."""
-    (first, second), _ = SETS[name]
-    yield f"| fusion | seeds | validation | test, both | {first} alone | {second} alone | trainable |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
-    for row in rows_of(first, second):
-        for words in (row, f"{row}, dropout"):
-            found = [json.loads(f.read_text()) for s in SEEDS if (f := result_file(name, words, s)).exists()]
-            if not found:
-                continue
-            single = row in (first, second)
-            keys = [row if single else f"{first}+{second}", first, second]
-            cells = [
-                "" if single and i == 0 else _spread([f["test"].get(key) for f in found]) for i, key in enumerate(keys)
-            ]
-            validation = _spread([f["validation"] for f in found])
-            yield (
-                f"| {words + ' alone' if single else words} | {len(found)} | {validation} | {' | '.join(cells)} | "
-                f"{found[0]['trainable']:,} |"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(SETS[options.set](folder, options), sort_keys=False))
+    for part in options.parts:
+        _, singles, grid = PARTS[part]
+        changes = [f"{key}={','.join(map(_flow, values))}" for key, values in grid.items()]
+        with remembering(folder / "remembered"):
+            found = compare(
+                file, changes, options.seeds, equal=True, missing=True, singles=singles, output=folder / part
             )
+        kept = [{key: cell[key] for key in KEPT} for cell in found["cells"]]
+        content = {key: found[key] for key in ("seeds", "equal", "machine", "torch", "verdict")} | {"cells": kept}
+        result = RESULTS / f"fusion.{options.set}.{part}.json"
+        result.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _spread(values: list[float | None]) -> str:
-    there = [value for value in values if value is not None]
-    if not there:
+KEPT = ("name", "trainable_parameters", "equal", "validation", "test", "missing")
+"""Of a cell; its time is that of an encoder that remembers, and its folder one of this machine."""
+
+
+def _flow(value: Any) -> str:
+    return str(yaml.safe_dump(value, default_flow_style=True)).replace("...", "").strip()
+
+
+def lines_of_scores(name: str, part: str) -> Iterator[str]:
+    """A table of what is there of a set: mean and spread of the seeds."""
+    file = RESULTS / f"fusion.{name}.{part}.json"
+    if not file.exists():
+        return
+    found = json.loads(file.read_text())
+    gone = list(dict.fromkeys(name for cell in found["cells"] for name in cell["missing"] or ()))
+    yield f"| {PARTS[part][0]} | validation | test | {' | '.join(f'test without {one}' for one in gone)} | trained |"
+    yield "|---|" + "--:|" * (3 + len(gone))
+    for cell in found["cells"]:
+        missing = cell["missing"] or {}
+        cells = [cell["validation"], cell["test"], *(missing.get(one) for one in gone)]
+        yield (
+            f"| {cell['name']} | {' | '.join(map(_spread, cells))} | {cell['trainable_parameters']:,}"
+            f"{' (not equal)' if cell['equal'] is False else ''} |"
+        )
+    yield ""
+    yield (
+        f"Seeds {', '.join(map(str, found['seeds']))}; {found['machine']}, torch {found['torch']}; all train as many "
+        f"parameters as {found['equal']} where they can. {found['verdict']['words'].capitalize()}."
+    )
+
+
+def _spread(scores: dict[str, Any] | None) -> str:
+    if scores is None or scores["mean"] is None:
         return "-"
-    spread = f" +- {statistics.stdev(there):.3f}" if len(there) > 1 else ""
-    return f"{statistics.mean(there):.3f}{spread}"
+    return f"{scores['mean']:.3f}" + ("" if scores["spread"] is None else f" ± {scores['spread']:.3f}")
 
 
 def main() -> None:
@@ -234,9 +213,8 @@ def main() -> None:
     running.add_argument("set", choices=SETS)
     running.add_argument("--data", help="folder of the data sets")
     running.add_argument("--encoder", help="folder of a published encoder")
-    running.add_argument("--rows", nargs="+")
-    running.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    running.add_argument("--dropout", action="store_true", help="with train.modality_dropout 0.3")
+    running.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    running.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     running.add_argument("--work", help="folder for scenes and runs")
     commands.add_parser("cost")
     commands.add_parser("write")
@@ -260,11 +238,10 @@ def write() -> None:
 
     top = PAGE.read_text(encoding="utf-8").partition(BELOW)[0]
     tables = {
-        "Constructed scenes": list(lines_of_scores("constructed")),
-        "ombria_s1s2": list(lines_of_scores("ombria")),
-        "Cost": list(lines_of_cost(RESULTS / "fusion.cost.json")),
+        title: [line for part in PARTS for line in (*lines_of_scores(name, part), "")] for name, title in TITLES.items()
     }
-    parts = [f"### {title}\n\n" + "\n".join(lines) for title, lines in tables.items() if len(lines) > 2]
+    tables["Cost"] = list(lines_of_cost(RESULTS / "fusion.cost.json"))
+    parts = [f"### {title}\n\n" + "\n".join(lines).strip() for title, lines in tables.items() if any(lines)]
     PAGE.write_text(top + BELOW + "\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
 
 

@@ -78,12 +78,16 @@ def timed(model: nn.Module, streams: int) -> float:
     return round(1000 * statistics.median(times[1:]), 1)
 
 
-def measure(rows: dict[str, dict[str, Any]], target: Path) -> None:
+def measure(fusions: dict[str, dict[str, Any]], target: Path) -> None:
     """Measure all rows, in turn with the encoder alone, and keep them as JSON."""
+    from vfmseg.heap import keep_freed
+
     found: dict[str, Any] = {"tile": TILE, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": {}}
     found["one"] = counted({}, 1)
+    keep_freed()  # as the commands of vfmseg do
     single = network({}, 1)
-    for row, model in rows.items():
+    for row, fusion in fusions.items():
+        model = {"fusion": fusion}
         if row != "stack":
             times = {"ms_of_one": timed(single, 1), "ms": timed(network(model, 2), 2)}
             found["rows"][row] = counted(model, 2) | times

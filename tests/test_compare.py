@@ -26,6 +26,7 @@ from vfmseg.compare.grid import alternatives, cells_of
 from vfmseg.compare.measure import KEPT, milliseconds, peak_bytes
 from vfmseg.compare.table import summary, text, verdict
 from vfmseg.errors import CheckpointError, DataError, RecipeError
+from vfmseg.recipe import dump_recipe, load_recipe
 from vfmseg.segmenter import Segmenter
 from vfmseg.training.keeper import Keeper
 
@@ -130,6 +131,8 @@ def test_names_of_cells_are_fit_for_folders_and_no_two_are_alike(place: Path) ->
         ([DECODERS, "data.val=null"], {}, "data.val is not in the recipe"),
         ([DECODERS, "data.test=null"], {"test": True}, "data.test is not in the recipe"),
         ([DECODERS, "seed=4294967294"], {"seeds": 3}, "expected seeds below"),
+        ([DECODERS], {"singles": True}, "has one modality, rgb"),
+        ([DECODERS], {"missing": True}, "answers without a modality"),
         # what only the data or the encoder can tell: still before the first cell is trained
         (["model.encoder.layers=[1,2,3],[1,2,9]"], {}, "cell layers-1-2-9: "),
         (["data.modalities.rgb.bands=[1,2,3],[1,2,9]"], {}, "cell bands-1-2-9: "),
@@ -309,6 +312,32 @@ def test_the_test_split_is_read_with_test_alone_and_measured_once(
             compare(recipe, [DECODERS, "predict.overlap=0.6"], seeds=1, output=tmp_path / "new", test=True)
 
 
+def test_each_modality_alone_and_each_one_missing(two_modalities: Path, tmp_path: Path) -> None:
+    """`--singles` adds a cell for each modality alone; `--missing` measures without each where a fusion allows it."""
+    recipe = recipe_of(two_modalities, tmp_path / "run", {"name": "linear"})
+    file = tmp_path / "r.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    fusions = "model.fusion={name: linear},{name: stack}"
+    found = compare(file, [fusions, "train.epochs=1"], seeds=1, output=tmp_path / "all", singles=True, missing=True)
+    cells = {cell["name"]: cell for cell in found["cells"]}
+    assert list(cells) == ["only-rgb", "only-dem", "linear", "stack"]
+    for name in ("only-rgb", "only-dem"):
+        run = load_recipe(tmp_path / "all" / name / "seed-0" / "recipe.yaml")
+        assert list(run.data.modalities) == [name.removeprefix("only-")]
+        assert cells[name]["missing"] is None
+    assert cells["stack"]["missing"] is None
+    segmenter = Segmenter.from_pretrained(tmp_path / "all" / "linear" / "seed-0" / "best")
+    for gone, kept in (("rgb", "dem"), ("dem", "rgb")):
+        assert cells["linear"]["missing"][gone]["mean"] == segmenter.evaluate(recipe, "test", only=[kept])["miou"]
+    assert cells["linear"]["missing"]["rgb"]["mean"] != cells["linear"]["test"]["mean"]
+    head, *rows = text(found).splitlines()
+    assert head.split("  ")[0] == "cell"
+    assert "without rgb" in head
+    assert f"{cells['linear']['missing']['dem']['mean']:.3f}" in next(row for row in rows if row.startswith("linear"))
+    alone = cells_of(file, ["train.epochs=1"], singles=True)
+    assert [cell.name for cell in alone] == ["only-rgb", "only-dem", "all"]
+
+
 # ----------------------------------------------------------------------------------------------- equal parameters
 
 
@@ -451,14 +480,15 @@ def test_a_mean_over_fewer_classes_has_a_star_and_decides_nothing() -> None:
     assert "only one class with labels" in judged["words"]
     cell = {
         "name": "x", "validation": found, "test": None, "trainable_parameters": 1, "total_parameters": 2,
-        "cost": {"ms": 1.0, "mib": None}, "equal": None,
+        "cost": {"ms": 1.0, "mib": None}, "equal": None, "missing": {"dem": found},
     }  # fmt: skip
     content = {
         "cells": [cell], "test": False, "equal": None, "machine": "m", "torch": "t", "seeds": [0, 1], "verdict": judged,
     }  # fmt: skip
     lines = text(content).splitlines()
-    assert "0.850 ± 0.071*" in lines[1]
+    assert lines[1].count("0.850 ± 0.071*") == 2
     assert lines[2] == "* x, validation, seed 0: 0.900 over 1 of 2 classes (no b)"
+    assert lines[3] == "* x, test without dem, seed 0: 0.900 over 1 of 2 classes (no b)"
     assert summary({0: scores(None, absent=("a", "b"))})["mean"] is None
 
 

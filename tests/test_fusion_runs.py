@@ -21,6 +21,7 @@ from makers import (
 )
 from safetensors.torch import load_file
 
+from vfmseg import terminal
 from vfmseg.build.data import inputs_of, open_training
 from vfmseg.build.model import build_model
 from vfmseg.build.training import objectives_of, sources_of
@@ -286,6 +287,29 @@ def test_a_shift_in_metres_is_one_of_pixels_on_the_ground(place: Path, tmp_path:
     far = {"name": "linear", "coregister": {"max_shift": 9000, "unit": "metres"}}
     with pytest.raises(RecipeError, match="are 900 pixels; expected 16 at most"):
         finetune(recipe_of(place, tmp_path / "far", far, epochs=1))
+
+
+@pytest.mark.pitfall("F13")
+@pytest.mark.parametrize(
+    ("kind", "model", "told"),
+    [
+        ("contrastive", {"adapter": {"name": "none"}}, True),
+        ("self_reconstruction", {"adapter": {"name": "none"}}, True),
+        ("recovery", {"adapter": {"name": "none"}}, False),
+        ("gated", {"adapter": {"name": "none"}}, False),
+        ("contrastive", {"adapter": {"name": "lora"}}, False),
+        ("contrastive", {"adapter": {"name": "none"}, "modalities": {"dem": {"encoder": {"name": "conv"}}}}, False),
+    ],
+)
+def test_a_loss_with_nothing_to_shape_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, model: dict[str, Any], told: bool
+) -> None:
+    recipe = recipe_of(place, tmp_path / "run", FUSIONS.get(kind, {"name": kind}), **model)
+    inputs = inputs_of(recipe, open_training(recipe)["train"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(terminal, "_said", set())
+        objectives_of(recipe, inputs, build_model(recipe, inputs))
+    assert ("nothing before the fusion learns" in capsys.readouterr().err) is told
 
 
 def read_raster(path: Path) -> tuple[np.ndarray, float | None]:

@@ -14,6 +14,7 @@ import typer
 
 from vfmseg.errors import RecipeError
 from vfmseg.geo.trust import close_services
+from vfmseg.heap import keep_freed
 from vfmseg.launch import several
 from vfmseg.terminal import deliver, guarded, is_main_process, keep_displays, quiet_libraries, say
 
@@ -334,12 +335,17 @@ def evaluate(
 def compare(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
     changes: Annotated[
-        list[str], typer.Argument(help="Alternatives as key.path=a,b; several keys make a grid. Others as usual.")
-    ],
+        list[str] | None,
+        typer.Argument(help="Alternatives as key.path=a,b; several keys make a grid. Others as usual."),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each cell, with the recipe's seed and those after it.")] = 3,
     test: Annotated[bool, typer.Option("--test", help="Measure the test split too.")] = False,
     equal: Annotated[
         bool, typer.Option("--equal", help="Widen decoders or adapters until all train as many parameters.")
+    ] = False,
+    singles: Annotated[bool, typer.Option("--singles", help="Train each modality alone too.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Measure the test split too, also without each modality.")
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of all runs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -349,13 +355,13 @@ def compare(
     def verb() -> None:
         from vfmseg.compare.comparison import compare as train_all
 
-        content = train_all(recipe, changes, seeds, test, equal, output)
+        content = train_all(recipe, changes or [], seeds, test, equal, output, singles, missing)
         from vfmseg.compare.table import text
 
         deliver((json.dumps(content) if as_json else text(content)) + "\n")
 
-    flags = {"--test": test, "--equal": equal, "--json": as_json}
-    again = ["vfmseg", "compare", str(recipe), *changes, "--seeds", str(seeds)]
+    flags = {"--test": test, "--equal": equal, "--singles": singles, "--missing": missing, "--json": as_json}
+    again = ["vfmseg", "compare", str(recipe), *(changes or []), "--seeds", str(seeds)]
     again += [*(["--output", str(output)] if output else []), *(flag for flag, given in flags.items() if given)]
     _end(verb, shlex.join(again))
 
@@ -384,6 +390,7 @@ def main() -> None:
     """Entry point of the `vfmseg` command."""
     keep_displays()
     close_services()
+    keep_freed()
     app()
 
 

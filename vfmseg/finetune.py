@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfmseg.errors import RecipeError
 from vfmseg.geo.trust import close_services
+from vfmseg.heap import keep_freed
 from vfmseg.launch import several
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
 from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
@@ -173,4 +174,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     keep_displays()
     close_services()
+    keep_freed()
     sys.exit(main())

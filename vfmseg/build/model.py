@@ -66,7 +66,7 @@ def published_in_image_units(recipe: Recipe, modality: str) -> BandStatistics:
 def streams_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """{stream: its modalities}: what goes through the backbone. `stack` puts all modalities into one."""
     names = tuple(recipe.data.modalities)
-    if recipe.model.fusion is None or recipe.model.fusion.name == "stack":
+    if recipe.model.joins is None:
         return {"+".join(names): names}
     return {name: (name,) for name in names}
 
@@ -169,8 +169,8 @@ def around(
 
     `metres` of a pixel, for lengths in metres; those of a segmenter lie in its files.
     """
-    section = recipe.model.fusion
-    if section is None or section.name == "stack":
+    section = recipe.model.joins
+    if section is None:
         return Network(backbone, stems, attached, None, _decoder(recipe, backbone), len(recipe.data.classes))
     streams = tuple(stems)
     moved = _coregister_of(recipe, metres)
@@ -205,8 +205,8 @@ def _decoder(recipe: Recipe, backbone: Backbone, levels: Sequence[int] | None = 
 
 def _coregister_of(recipe: Recipe, metres: float) -> Coregister | None:
     """What moves modalities onto the first, if the recipe says so; `metres` of a pixel."""
-    fusion = recipe.model.fusion
-    if fusion is None or fusion.name == "stack" or fusion.coregister is None:
+    fusion = recipe.model.joins
+    if fusion is None or fusion.coregister is None:
         return None
     section, names = fusion.coregister, tuple(recipe.data.modalities)
     pixels = section.max_shift / metres if section.unit == "metres" else section.max_shift
@@ -215,8 +215,7 @@ def _coregister_of(recipe: Recipe, metres: float) -> Coregister | None:
 
 def _metres_for(recipe: Recipe, metres: float | None) -> float:
     """The metres of a pixel, 1 where the recipe needs none; RecipeError where it does and they do not fit."""
-    fusion = recipe.model.fusion
-    section = None if fusion is None or fusion.name == "stack" else fusion.coregister
+    section = None if recipe.model.joins is None else recipe.model.joins.coregister
     if section is None or section.unit == "pixels":
         return 1.0
     place = f"model.fusion.coregister.max_shift = {section.max_shift:g} metres"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from torch.nn import Parameter
 
 from vfmseg.data.scene import Scene
 from vfmseg.data.survey import Survey
@@ -125,6 +126,24 @@ def tell_shared_ground(splits: Mapping[str, Sequence[Scene]]) -> None:
                     f"{scenes[worst].name}: {shares[worst]:.0%} is in {splits[other][which[worst]].name}); scores "
                     "there do not tell how well other places are labelled"
                 )
+
+
+def tell_idle_loss(recipe: Recipe, parts: Mapping[str, Mapping[str, Parameter]]) -> None:
+    """Say so where a fusion's own loss has hardly anything to shape: no part before the fusion learns.
+
+    parts: those of the network. With `recover` the loss trains decoders that prediction needs.
+    """
+    fusion = recipe.model.joins
+    if fusion is None or fusion.name not in ("reconstruction", "alignment"):
+        return
+    if fusion.name == "reconstruction" and fusion.recover:
+        return
+    if not any(one.requires_grad for part in ("encoder", "adapter", "stem") for one in parts[part].values()):
+        say_once(
+            f"model.fusion = {fusion.name}: its loss shapes the features, but nothing before the fusion learns, so it "
+            "moves a scale and a shift of each channel at most; take an adapter (lora, mm_lora, ...) or small encoders "
+            "(model.modalities) for it"
+        )
 
 
 def tell_notes(scenes: Sequence[Scene]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from vfmseg.build.data import value_ranges
 from vfmseg.build.model import rule_of
-from vfmseg.build.remarks import tell_portions
+from vfmseg.build.remarks import tell_idle_loss, tell_portions
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.dataset import CoverWindows, TrainingWindows
 from vfmseg.data.inputs import Inputs, bands_in
@@ -89,6 +89,7 @@ OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"segmentation": segmenta
 def objectives_of(recipe: Recipe, inputs: Inputs, model: Network) -> dict[str, Objective]:
     """What is minimised, by name; a model that moves modalities brings what finds their shifts."""
     found: dict[str, Objective] = {recipe.train.objective: OBJECTIVES[recipe.train.objective](recipe)}
+    tell_idle_loss(recipe, model.parts())
     moves = model.coregister
     if moves is not None:
         bands = {one.name: one.count for one in inputs if one.name in moves.modalities}

@@ -27,6 +27,8 @@ def compare(
     test: bool = False,
     equal: bool = False,
     output: Path | None = None,
+    singles: bool = False,
+    missing: bool = False,
 ) -> dict[str, Any]:
     """Train each cell of the grid with each seed, measure it, and return the content of `compare.json`.
 
@@ -34,6 +36,7 @@ def compare(
     OUTPUT/CELL/seed-N, OUTPUT being the recipe's output_dir with `-compare` if left out. Finished runs are taken as
     they are, interrupted ones are gone on with. `test`: the test split is measured too, and read for that alone.
     `equal`: cells that train fewer parameters than the largest are made wider, see `equal.py`.
+    `singles`: a cell for each modality alone is added. `missing`: as `test`, and once more without each modality.
     """
     if seeds < 1:
         raise RecipeError(f"--seeds {seeds}: expected 1 or more, better 3: a spread needs several")
@@ -42,7 +45,10 @@ def compare(
             "compare trains in one process; start it without a launcher, or train single recipes by accelerate launch "
             "vfmseg/finetune.py RECIPE"
         )
-    cells = cells_of(path, changes)
+    test = test or missing
+    cells = cells_of(path, changes, singles)
+    if missing and not any(cell.recipe.model.joins for cell in cells):
+        raise RecipeError(f"--missing: no cell of {path} answers without a modality; add one with a fusion of several")
     _require_measurable(path, cells, seeds, test)
     folder = _place(cells, output)
     quiet_libraries()
@@ -65,7 +71,7 @@ def compare(
                 counting.of_cell(cell)  # builds it, so that what does not fit is told before hours of training
         require_same_data(every, counting.traces)
         results = _train(runs)
-        content = _content(path, cells, runs, results, test, equal)
+        content = _content(path, cells, runs, results, test, missing, equal)
         write_json(folder / TABLE, content)
     say(f"table in {folder / TABLE}")
     return content
@@ -114,6 +120,7 @@ def _content(
     runs: dict[str, list[Run]],
     results: dict[str, dict[int, dict[str, Any]]],
     test: bool,
+    missing: bool,
     equal: bool,
 ) -> dict[str, Any]:
     """What compare.json holds; measures what was not measured yet."""
@@ -129,7 +136,9 @@ def _content(
     rows = []
     for cell in cells:
         mine = runs[cell.name]
-        found = [measured(run, cost=run is mine[0], test=test) for run in mine]
+        without = missing and cell.recipe.model.joins is not None
+        found = [measured(run, cost=run is mine[0], test=test, missing=without) for run in mine]
+        seeds = [run.recipe.seed for run in mine]
         trainable = first[cell.name]["trainable_parameters"]
         rows.append(
             {
@@ -141,8 +150,14 @@ def _content(
                 "equal": is_equal(trainable, most) if equal else None,
                 "cost": found[0]["cost"],
                 "validation": summary({seed: one["validation"] for seed, one in results[cell.name].items()}),
-                "test": summary({run.recipe.seed: one["test"]["scores"] for run, one in zip(mine, found, strict=True)})
+                "test": summary({seed: one["test"]["scores"] for seed, one in zip(seeds, found, strict=True)})
                 if test
+                else None,
+                "missing": {
+                    gone: summary({s: one["missing"]["scores"][gone] for s, one in zip(seeds, found, strict=True)})
+                    for gone in cell.recipe.data.modalities
+                }
+                if without
                 else None,
             }
         )

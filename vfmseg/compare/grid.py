@@ -52,14 +52,16 @@ def alternatives(value: str) -> list[str]:
     return [*pieces, value[start:].strip()]
 
 
-def cells_of(path: Path, changes: Sequence[str]) -> list[Cell]:
+def cells_of(path: Path, changes: Sequence[str], singles: bool = False) -> list[Cell]:
     """All recipes of the grid, checked: the product of the alternatives, the last key changing fastest.
+
+    `singles`: before them one cell for each modality alone, `only-NAME`, with the changes that hold in all cells.
 
     RecipeError, which names the cell, if one of them describes no run; nothing but the recipe file is opened.
     """
     listed = [_listed(change, str(path)) for change in changes]
     keys = [options[0].partition("=")[0].strip() for options in listed if len(options) > 1]
-    if not keys:
+    if not keys and not singles:
         raise RecipeError(
             f"{path}: there is nothing to compare: no key has alternatives; write some with commas between them, such "
             "as model.decoder.name=linear,fpn"
@@ -71,12 +73,22 @@ def cells_of(path: Path, changes: Sequence[str]) -> list[Cell]:
             raise RecipeError(f"{key}=... is given twice; write all its alternatives with commas between them")
     grid = list(product(*listed))
     several = [number for number, options in enumerate(listed) if len(options) > 1]
-    names = _names([[row[number] for number in several] for row in grid])
+    names = _names([[row[number] for number in several] for row in grid]) if keys else ["all"]
     cells = [
         Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in zip(names, grid, strict=True)
     ]
+    if singles:
+        cells = [*_singles(path, [options[0] for options in listed if len(options) == 1], keys), *cells]
     require_different(cells)
     return cells
+
+
+def _singles(path: Path, plain: Sequence[str], keys: Sequence[str]) -> list[Cell]:
+    modalities = list(load_recipe(path, plain).data.modalities)
+    if len(modalities) == 1:
+        raise RecipeError(f"--singles: {path} has one modality, {modalities[0]}; leave it out")
+    rows = {f"only-{name}": (*plain, f"data.only=[{name}]") for name in modalities}
+    return [Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in rows.items()]
 
 
 def _listed(change: str, place: str) -> list[str]:

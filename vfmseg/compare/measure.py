@@ -26,7 +26,7 @@ from vfmseg.segmenter import Segmenter
 from vfmseg.terminal import say
 
 KEPT = "measured.json"
-_WORDS = {"cost": "time and memory", "test": "the test split"}
+_WORDS = {"cost": "time and memory", "test": "the test split", "missing": "the test split without each modality"}
 WARM_UP, TIMES = 2, 7
 """Forwards before, and those of which the median is taken."""
 
@@ -39,8 +39,10 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def measured(run: Run, cost: bool, test: bool) -> dict[str, Any]:
-    """{"cost": {ms, mib, ...}, "test": {scores, ...}} of a finished run, as far as asked for.
+def measured(run: Run, cost: bool, test: bool, missing: bool = False) -> dict[str, Any]:
+    """{"cost": {ms, mib, ...}, "test": {scores, ...}, "missing": {scores: {modality: ...}}}, as far as asked for.
+
+    Of a finished run; `missing`: on the test split without each modality, which a stack cannot answer for.
 
     What was measured before is read from the file beside the run, if it was of the same segmenter, machine and
     question; the rest is measured and added there. The test split is opened for `test` alone.
@@ -50,19 +52,20 @@ def measured(run: Run, cost: bool, test: bool) -> dict[str, Any]:
     asked: dict[str, dict[str, Any]] = {}
     if cost:
         asked["cost"] = {"machine": machine(), "torch": torch.__version__, "tile": run.recipe.data.tile}
-    if test:
-        source, how = run.recipe.data.test, run.recipe.predict
-        asked["test"] = {
-            "source": None if source is None else source.model_dump(mode="json"),
-            "predict": how.model_dump(mode="json"),
-        }
-    missing = [name for name, about in asked.items() if known.get(name, {}).get("about") != about]
-    if missing:
-        say(f"measuring {run.cell}, seed {run.recipe.seed}: {', '.join(_WORDS[name] for name in missing)}")
+    source, how = run.recipe.data.test, run.recipe.predict
+    about_test = {
+        "source": None if source is None else source.model_dump(mode="json"),
+        "predict": how.model_dump(mode="json"),
+    }
+    asked |= {name: about_test for name, wanted in (("test", test), ("missing", missing)) if wanted}
+    to_do = [name for name, about in asked.items() if known.get(name, {}).get("about") != about]
+    if to_do:
+        say(f"measuring {run.cell}, seed {run.recipe.seed}: {', '.join(_WORDS[name] for name in to_do)}")
         segmenter = Segmenter.from_pretrained(run.best)
-        for name in missing:
-            found = _cost(segmenter, run.recipe.data.tile) if name == "cost" else _test(segmenter, run)
-            known[name] = {"about": asked[name], **found}
+        ways = {"cost": lambda: _cost(segmenter, run.recipe.data.tile), "test": lambda: _test(segmenter, run)}
+        ways["missing"] = lambda: _missing(segmenter, run)
+        for name in to_do:
+            known[name] = {"about": asked[name], **ways[name]()}
             write_json(path, known)
     return {name: known[name] for name in asked}
 
@@ -81,6 +84,15 @@ def _known(path: Path, fingerprint: str) -> dict[str, Any]:
 def _test(segmenter: Segmenter, run: Run) -> dict[str, Any]:
     with SceneProgress("test scenes") as progress:
         return {"scores": segmenter.evaluate(run.recipe, "test", progress)}
+
+
+def _missing(segmenter: Segmenter, run: Run) -> dict[str, Any]:
+    names = list(run.recipe.data.modalities)
+    scores = {}
+    for gone in names:
+        with SceneProgress(f"test scenes without {gone}") as progress:
+            scores[gone] = segmenter.evaluate(run.recipe, "test", progress, [name for name in names if name != gone])
+    return {"scores": scores}
 
 
 def _cost(segmenter: Segmenter, tile: int) -> dict[str, Any]:

@@ -67,9 +67,11 @@ def text(content: Mapping[str, Any]) -> str:
     """The content of compare.json as a table for people, with what must be known to read it below."""
     cells = content["cells"]
     with_test = content["test"]
-    titles = ["cell", "val mIoU", *(["test mIoU"] if with_test else []), "trainable", "total", "ms/tile", "MiB", ""]
+    gone = list(dict.fromkeys(name for cell in cells for name in cell["missing"] or ()))
+    tested = [*(["test mIoU"] if with_test else []), *(f"without {name}" for name in gone)]
+    titles = ["cell", "val mIoU", *tested, "trainable", "total", "ms/tile", "MiB", ""]
     most = max(cell["trainable_parameters"] for cell in cells)
-    rows = [_row(cell, with_test, most) for cell in cells]
+    rows = [_row(cell, with_test, gone, most) for cell in cells]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     lines = [
         "  ".join(
@@ -88,18 +90,22 @@ def text(content: Mapping[str, Any]) -> str:
     lines.append("ms/tile and MiB: one forward of one tile of data.tile pixels, without weights")
     if content["equal"]:
         lines.append(f"trained parameters are made equal to those of {content['equal']}, the cell that trains the most")
+    if gone:
+        lines.append("without NAME: the test split as if its scenes had no such modality")
     lines.append(content["verdict"]["words"])
     if not with_test:
         lines.append("epochs and cells are chosen on validation, which flatters: report the test split (--test)")
     return "\n".join(lines)
 
 
-def _row(cell: Mapping[str, Any], with_test: bool, most: int) -> list[str]:
+def _row(cell: Mapping[str, Any], with_test: bool, gone: Sequence[str], most: int) -> list[str]:
+    missing = cell["missing"] or {}
     cost, fewer = cell["cost"], 100 * (1 - cell["trainable_parameters"] / most)
     return [
         cell["name"],
         _mean(cell["validation"]),
         *([_mean(cell["test"])] if with_test else []),
+        *(_mean(missing[name]) if name in missing else "-" for name in gone),
         f"{cell['trainable_parameters']:,}",
         f"{cell['total_parameters']:,}",
         f"{cost['ms']:.1f}",
@@ -123,12 +129,13 @@ def _partial(scores: Mapping[str, Any]) -> dict[str, str]:
 
 def _remarks(cells: Sequence[Mapping[str, Any]], with_test: bool) -> list[str]:
     """A line for each mean that is over fewer classes."""
-    return [
-        f"* {cell['name']}, {split}, seed {seed}: {words}"
-        for cell in cells
-        for split in ("validation", *(("test",) if with_test else ()))
-        for seed, words in _partial(cell[split]).items()
-    ]
+    found = []
+    for cell in cells:
+        splits = {"validation": cell["validation"], **({"test": cell["test"]} if with_test else {})}
+        splits |= {f"test without {name}": scores for name, scores in (cell["missing"] or {}).items()}
+        for split, scores in splits.items():
+            found += [f"* {cell['name']}, {split}, seed {seed}: {words}" for seed, words in _partial(scores).items()]
+    return found
 
 
 def _numbers(seeds: Sequence[int]) -> str:

@@ -3,6 +3,9 @@
 `contrastive`: cells of one place are a pair, cells of other places of the image are not (InfoNCE, van den Oord 2018).
 `mmd`: maximum mean discrepancy with Gaussian kernels (Gretton et al. 2012). `coral`: equal covariances (Sun and Saenko
 2016). `projection`: cells of one place shall be alike after one projection that all streams share (mean cosine).
+
+mmd and coral compare samples, whatever is where: their projection is one of random numbers that does not learn, as one
+that did would look away from what differs.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class Alignment(Fusion):
         shared = by in ("projection", "mmd", "coral")
         names = ["shared"] if shared else [f"of_{name}" for name in streams]
         self.auxiliary = nn.ModuleDict({name: nn.Conv2d(self.channels[-1], width, 1) for name in names})
+        self.auxiliary.requires_grad_(by not in ("mmd", "coral"))
 
     def forward(self, found: Mapping[str, Features]) -> Features:
         """{stream: features} -> features of the same shapes."""

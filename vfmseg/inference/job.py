@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +12,7 @@ from vfmseg.errors import MachineError, VfmsegError
 from vfmseg.geo.grid import Grid, Window
 from vfmseg.geo.layer import Layer
 from vfmseg.geo.writer import BLOCK
+from vfmseg.heap import give_back
 from vfmseg.inference.contracts import Area, Model, Product, Report, Sink, Tick
 from vfmseg.inference.engine import label_run
 from vfmseg.inference.output import ALONE, SILENT, Output, Team, Watch, targets_of
@@ -201,11 +199,4 @@ def _label(job: Job, run: Run, sink: Sink, progress: Callable[[Tick], None] | No
             area=job.area, progress=progress,
         )  # fmt: skip
     finally:
-        _give_back()
-
-
-def _give_back() -> None:
-    """Hand freed memory back to the system: the next strip has another width, and does not fit into the holes."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # glibc alone has it
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back()  # the next strip has another width, and does not fit into the holes

@@ -148,6 +148,8 @@ class DataSection(Section):
         dict[str, ModalitySection], Field(min_length=1, max_length=64, examples=[{"rgb": {"bands": [1, 2, 3]}}])
     ]
     """One or several kinds of image of the same place; the first is the reference grid."""
+    only: Annotated[tuple[Name, ...] | None, Field(min_length=1, max_length=64, examples=[["rgb"]])] = None
+    """Train with these modalities alone, as if the recipe named no others; left out: with all."""
     train: Annotated[Sources, Field(examples=[{"rgb": "train/*.tif", "labels": "train_labels/*.tif"}])]
     """Scenes to learn from: files, a table (CSV) or a data set, or a list of such sources, which may have weights."""
     val: Source | None = None

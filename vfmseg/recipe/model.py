@@ -13,7 +13,7 @@ from pydantic import Field, create_model
 from vfmseg.catalog import CATALOG, FAMILIES, PUBLISHED_FAMILIES
 from vfmseg.errors import show
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, LocalOrHub, Name, Number, Problem, Section, Whole
-from vfmseg.recipe.fusion import FusionSection, SideEncoderSection
+from vfmseg.recipe.fusion import FusedSection, FusionSection, SideEncoderSection, StackFusion
 
 LARGEST_UPSCALE = 16.0  # of an image: it then takes 256 times the memory
 
@@ -209,6 +209,11 @@ class ModelSection(Section):
     fusion: Annotated[FusionSection | None, Field(examples=[{"name": "gated"}])] = None
     """How several modalities meet; "stack" if left out."""
     decoder: Annotated[DecoderSection, Field(examples=[{"name": "fpn"}])]
+
+    @property
+    def joins(self) -> FusedSection | None:
+        """The fusion, if several streams meet in it behind the encoder; None where there is one stream."""
+        return None if isinstance(self.fusion, StackFusion) else self.fusion
 
     @property
     def own_encoders(self) -> dict[str, PublishedEncoder]:

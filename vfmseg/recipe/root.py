@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Name, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import DataSection
-from vfmseg.recipe.fusion import AttentionFusion, DecisionFusion, StackFusion
+from vfmseg.recipe.fusion import AttentionFusion, DecisionFusion
 from vfmseg.recipe.model import ModelSection
+from vfmseg.recipe.only import with_only
 from vfmseg.recipe.predict import PredictSection
 from vfmseg.recipe.train import TrainSection
 
@@ -35,6 +36,7 @@ class Recipe(Section):
         """Several modalities are stacked if the recipe does not say otherwise."""
         if not isinstance(value, Mapping):
             return value
+        value = with_only(value)
         data, model = value.get("data"), value.get("model")
         if not isinstance(data, Mapping) or not isinstance(model, Mapping) or model.get("fusion") is not None:
             return value
@@ -84,7 +86,7 @@ class Recipe(Section):
             if name not in modalities:
                 place = f"train.modality_dropout.{name}"
                 yield Problem(place, f"is not one of data.modalities; {nearest(name, modalities)}")
-        if self.model.fusion is not None and self.model.fusion.name != "stack":
+        if self.model.joins is not None:
             return
         if len(modalities) == 1:
             reason = "there is only one modality, and no answer without it; drop this key"
@@ -101,13 +103,13 @@ class Recipe(Section):
 
     def _fusion_problems(self) -> Iterator[Problem]:
         """Modalities that the model section names, and whether they are there."""
-        fusion, names = self.model.fusion, tuple(self.data.modalities)
+        fusion, names = self.model.joins, tuple(self.data.modalities)
         named = [(f"model.modalities.{name}", name) for name in self.model.modalities]
         if isinstance(fusion, AttentionFusion) and fusion.query is not None:
             named.append(("model.fusion.query", fusion.query))
         if isinstance(fusion, DecisionFusion) and fusion.refine is not None:
             named.append(("model.fusion.refine.guide", fusion.refine.guide))
-        moved = fusion.coregister if fusion is not None and not isinstance(fusion, StackFusion) else None
+        moved = None if fusion is None else fusion.coregister
         if moved is not None:
             named += [("model.fusion.coregister.modalities", name) for name in moved.modalities or ()]
         for place, name in named:
@@ -124,7 +126,7 @@ class Recipe(Section):
                 f"= {moved.max_shift:g} must be at most half of data.tile = {self.data.tile}: a window moved further "
                 "shows little of what it showed",
             )
-        if self.model.modalities and (fusion is None or isinstance(fusion, StackFusion)):
+        if self.model.modalities and fusion is None:
             yield Problem(
                 "model.modalities",
                 "is not used: modalities that are stacked go through one encoder; set model.fusion, such as "
@@ -141,11 +143,11 @@ class Recipe(Section):
         adapter, names = self.model.adapter.name, tuple(self.data.modalities)
         if adapter not in ("mm_lora", "mm_adapter"):
             return
-        one, fusion = {"mm_lora": "lora", "mm_adapter": "adapter"}[adapter], self.model.fusion
+        one = {"mm_lora": "lora", "mm_adapter": "adapter"}[adapter]
         inside = [name for name in names if name not in self.model.modalities]
         if len(names) == 1:
             why = "data.modalities has only one modality"
-        elif fusion is None or isinstance(fusion, StackFusion):
+        elif self.model.joins is None:
             why = "fusion stack makes one image of all modalities"
         elif len(inside) == 1:
             why = f"only {inside[0]} goes through the encoder"

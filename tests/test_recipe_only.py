@@ -1,0 +1,94 @@
+"""`data.only`: the recipe of some modalities is the one that somebody would have written for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vfmseg.errors import RecipeError
+from vfmseg.recipe import dump_recipe, parse_recipe
+
+BASE: dict[str, Any] = {
+    "name": "only",
+    "data": {
+        "classes": {0: "land", 1: "water"},
+        "modalities": {"rgb": {"bands": [1, 2, 3]}, "sar": {"optional": True}, "dem": {"optional": True}},
+        "train": [
+            {"rgb": "a/rgb/*.tif", "sar": "a/sar/*.tif", "dem": "a/dem/*.tif", "labels": "a/labels/*.tif"},
+            {"sar": "b/sar/*.tif", "labels": "b/labels/*.tif", "rgb": "b/rgb/*.tif"},
+        ],
+        "val": {"rgb": "v/rgb/*.tif", "sar": "v/sar/*.tif", "labels": "v/labels/*.tif"},
+    },
+    "model": {
+        "encoder": {"name": "dinov2", "checkpoint": "facebook/dinov2-small"},
+        "modalities": {"sar": {"encoder": {"name": "clip", "checkpoint": "a/clip"}, "adapter": {"name": "lora"}}},
+        "fusion": {"name": "gated", "coregister": {"max_shift": 4, "modalities": ["sar", "dem"]}},
+        "decoder": {"name": "fpn", "channels": 16},
+    },
+    "train": {
+        "modality_dropout": {"sar": 0.3, "dem": 0.2},
+        "distill": 0.5,
+        "augment": {"radiometry": {"rgb": {"brightness": 0.1}, "sar": {"brightness": 0.1}}},
+    },
+    "output_dir": "run",
+}
+
+
+def parsed(data: dict[str, Any], **sections: Any) -> str:
+    return dump_recipe(parse_recipe(BASE | sections | {"data": BASE["data"] | data}, Path("/"), "r.yaml"))
+
+
+def test_two_of_three() -> None:
+    train, val = BASE["data"]["train"], BASE["data"]["val"]
+    by_hand = parsed(
+        {
+            "modalities": {"rgb": {"bands": [1, 2, 3]}, "sar": {"optional": True}},
+            "train": [{key: value for key, value in one.items() if key != "dem"} for one in train],
+            "val": val,
+        },
+        model=BASE["model"] | {"fusion": {"name": "gated", "coregister": {"max_shift": 4, "modalities": ["sar"]}}},
+        train=BASE["train"] | {"modality_dropout": {"sar": 0.3}},
+    )
+    assert parsed({"only": ["sar", "rgb"]}) == by_hand  # in the order of data.modalities
+    assert parsed({"only": ["rgb", "sar", "dem"]}) == parsed({})
+    assert "only:" not in by_hand
+
+
+def test_a_single_one_has_no_fusion_and_nothing_that_may_be_missing() -> None:
+    files = {"train": [{"dem": "a/dem/*.tif", "labels": "a/labels/*.tif"}]}
+    model = {key: value for key, value in BASE["model"].items() if key not in ("fusion", "modalities")}
+    by_hand = parsed({"modalities": {"dem": {}}, "val": None} | files, model=model, train={})
+    assert parsed({"only": ["dem"], "val": None}) == by_hand  # the second source has no dem, and is left out
+    assert parsed({"only": "dem", "val": None}) == by_hand
+
+
+def test_an_encoder_of_its_own_becomes_the_encoder() -> None:
+    own = BASE["model"]["modalities"]["sar"]
+    by_hand = parsed(
+        {
+            "modalities": {"sar": {}},
+            "train": [{key: one[key] for key in ("sar", "labels")} for one in BASE["data"]["train"]],
+            "val": {key: BASE["data"]["val"][key] for key in ("sar", "labels")},
+        },
+        model={**own, "decoder": BASE["model"]["decoder"]},
+        train={"augment": {"radiometry": {"sar": {"brightness": 0.1}}}},
+    )
+    assert parsed({"only": ["sar"]}) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (["rbg"], "data.only = 'rbg' is not one of data.modalities; did you mean 'rgb'"),
+        ([], "data.only = [] must be a list of some of data.modalities"),
+        (3, "data.only = 3 must be a list"),
+        ([1], "data.only = [1] must be a list"),
+        (["dem"], "data.val"),  # whose scenes have no dem
+    ],
+)
+def test_what_does_not_fit_is_told(only: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parsed({"only": only})
+    assert message in str(caught.value)

@@ -1,0 +1,90 @@
+"""`data.only`: the recipe of some of its modalities, so that a sensor can be left out without writing a second file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from vfmseg.errors import nearest, show
+from vfmseg.recipe.base import Problem
+from vfmseg.recipe.data import SPLITS
+
+Mapped = Mapping[Any, Any]
+
+
+def with_only(recipe: Mapped) -> Mapped:
+    """The recipe, as it was read, without the modalities that `data.only` leaves out, and without that key.
+
+    What speaks of them goes too: their files in each split, encoders, radiometry and chances to be hidden; with one
+    modality left also the fusion and all about missing ones, and an encoder of its own becomes the encoder. What does
+    not fit together then is left for the checks of the sections.
+    """
+    data = recipe.get("data")
+    if not isinstance(data, Mapping) or data.get("only") is None or not isinstance(data.get("modalities"), Mapping):
+        return recipe
+    names = [data["only"]] if isinstance(data["only"], str) else data["only"]
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise _refused(f"= {show(names)} must be a list of some of data.modalities")
+    for name in names:
+        if name not in data["modalities"]:
+            raise _refused(f"= {show(name)} is not one of data.modalities; {nearest(name, data['modalities'])}")
+    gone = [name for name in data["modalities"] if name not in names]
+    found = {**recipe, "data": _data(data, gone)}
+    found = _changed(found, "model", lambda model: _model(model, gone, names))
+    return _changed(found, "train", lambda train: _train(train, gone, names))
+
+
+def _refused(text: str) -> PydanticCustomError:
+    return PydanticCustomError("problems", "data.only does not fit", {"problems": [Problem("data.only", text)]})
+
+
+def _data(data: Mapped, gone: list[str]) -> Mapped:
+    found = _without({**data, "modalities": _without(data["modalities"], gone)}, ["only"])
+    for split in SPLITS:
+        source = found.get(split)
+        if isinstance(source, list | tuple):
+            images = set(found["modalities"])
+            # a source of other sensors has nothing to give
+            parts = [_without(one, gone) for one in source if not isinstance(one, Mapping) or images & set(one)]
+            found = {**found, split: parts}
+        else:
+            found = _changed(found, split, lambda source: _without(source, gone))
+    if len(found["modalities"]) == 1:
+        ((name, section),) = found["modalities"].items()
+        found["modalities"] = {name: _without(section, ["optional"]) if isinstance(section, Mapping) else section}
+    return found
+
+
+def _model(model: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
+    found = _changed(model, "modalities", lambda own: _without(own, gone))
+    if len(set(names)) > 1:
+        return _changed(found, "fusion", lambda fusion: _changed(fusion, "coregister", lambda how: _listed(how, gone)))
+    own = found.get("modalities")
+    sections = own.get(names[0]) if isinstance(own, Mapping) else None
+    if isinstance(sections, Mapping):
+        found = {**_without(found, ["modalities"]), **sections}
+    return _without(found, ["fusion", *(["modalities"] if not own else [])])
+
+
+def _train(train: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
+    found = _changed(train, "augment", lambda how: _changed(how, "radiometry", lambda some: _without(some, gone)))
+    if len(set(names)) == 1:
+        return _without(found, ["modality_dropout", "distill"])
+    return _changed(found, "modality_dropout", lambda chances: _without(chances, gone))
+
+
+def _listed(moved: Mapped, gone: list[str]) -> Mapped:
+    names = moved.get("modalities")
+    return {**moved, "modalities": [n for n in names if n not in gone]} if isinstance(names, list) else moved
+
+
+def _changed(mapping: Mapped, key: str, change: Callable[[Mapped], Mapped]) -> dict[Any, Any]:
+    """The same with the section `key` changed, if there is one."""
+    section = mapping.get(key)
+    return {**mapping, key: change(section)} if isinstance(section, Mapping) else dict(mapping)
+
+
+def _without(mapping: Mapped, keys: list[str]) -> dict[Any, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}

@@ -68,29 +68,33 @@ def counted(model: dict[str, Any], streams: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def timed(model: nn.Module, streams: int) -> float:
-    """Milliseconds of a tile: the median of some rounds after a first one."""
-    images, times = tiles(streams), []
+def timed(one: nn.Module, two: nn.Module) -> dict[str, float]:
+    """Milliseconds of a tile of one and of two modalities, in turn, and their ratio: medians of some rounds."""
+    times: list[list[float]] = []
     for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        model(images)
-        times.append(time.perf_counter() - started)
-    return round(1000 * statistics.median(times[1:]), 1)
+        times.append([])
+        for model, streams in ((one, 1), (two, 2)):
+            images = tiles(streams)
+            started = time.perf_counter()
+            model(images)
+            times[-1].append(1000 * (time.perf_counter() - started))
+    single, both = zip(*times[1:], strict=True)
+    ratio = statistics.median(b / a for a, b in zip(single, both, strict=True))
+    return {"ms_of_one": round(statistics.median(single), 1), "ms": round(statistics.median(both), 1), "times": ratio}
 
 
 def measure(fusions: dict[str, dict[str, Any]], target: Path) -> None:
-    """Measure all rows, in turn with the encoder alone, and keep them as JSON."""
+    """Measure all fusions, in turn with a single modality, and keep them as JSON."""
     from vfmseg.heap import keep_freed
 
+    keep_freed()  # as the commands of vfmseg do
     found: dict[str, Any] = {"tile": TILE, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": {}}
     found["one"] = counted({}, 1)
-    keep_freed()  # as the commands of vfmseg do
     single = network({}, 1)
     for row, fusion in fusions.items():
-        model = {"fusion": fusion}
-        if row != "stack":
-            times = {"ms_of_one": timed(single, 1), "ms": timed(network(model, 2), 2)}
-            found["rows"][row] = counted(model, 2) | times
+        if fusion["name"] != "stack":
+            model = {"fusion": fusion}
+            found["rows"][row] = counted(model, 2) | timed(single, network(model, 2))
             print(row, found["rows"][row], flush=True)
     target.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -113,5 +117,5 @@ def lines_of_cost(source: Path) -> Iterator[str]:
     for row, cells in found["rows"].items():
         yield (
             f"| {row} | {cells['fusion']:,} | {cells['gflop']} | {cells['gflop'] / one['gflop']:.2f} | {cells['ms']} | "
-            f"{cells['ms'] / cells['ms_of_one']:.2f} |"
+            f"{cells['times']:.2f} |"
         )

@@ -235,11 +235,13 @@ def main() -> None:
 def write() -> None:
     """Put the tables into the page."""
     from benchmarks.fusion_cost import lines_of_cost
+    from benchmarks.unmatched import lines_of_tables
 
     top = PAGE.read_text(encoding="utf-8").partition(BELOW)[0]
     tables = {
         title: [line for part in PARTS for line in (*lines_of_scores(name, part), "")] for name, title in TITLES.items()
     }
+    tables["Scenes of one sensor, and models that miss one"] = list(lines_of_tables())
     tables["Cost"] = list(lines_of_cost(RESULTS / "fusion.cost.json"))
     parts = [f"### {title}\n\n" + "\n".join(lines).strip() for title, lines in tables.items() if any(lines)]
     PAGE.write_text(top + BELOW + "\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")

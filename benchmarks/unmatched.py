@@ -1,15 +1,19 @@
-"""What scenes of one sensor add to few scenes of both: `python benchmarks/unmatched.py [--seeds 0 1 2]` prints a table.
+"""What scenes of one sensor add to few of both, and what helps a model that misses a sensor: two tables.
+
+    python benchmarks/unmatched.py [--seeds 0 1 2]     # then: python benchmarks/fusion.py write
 
 Constructed scenes: discs that an image and a radar backscatter both show, under noise, and with a brightness that
 differs from scene to scene, so that two scenes teach little of it. All rows draw the same number of windows; the test
-scenes have both sensors and are also labelled with each alone.
+scenes have both sensors and are also labelled with each alone. Tables are kept in `benchmarks/results/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,35 @@ import rasterio
 from rasterio.transform import from_origin
 
 SIDE = 72
-COUNTS = {"paired": (2, "rgb sar"), "optical": (10, "rgb"), "radar": (10, "sar"), "test": (8, "rgb sar")}
-ROWS = {
-    "2 paired scenes": {"paired": 1},
-    "10 optical, 10 radar": {"optical": 1, "radar": 1},
-    "2 paired, 10 optical, 10 radar": {"paired": 2, "optical": 1, "radar": 1},
+COUNTS = {
+    "paired": (2, "rgb sar"),
+    "optical": (10, "rgb"),
+    "radar": (10, "sar"),
+    "test": (8, "rgb sar"),
+    "pairs": (10, "rgb sar"),
 }
-"""{row: {folder: weight}}."""
+RESULT = Path(__file__).parent / "results" / "fusion.unmatched.json"
+GATED: dict[str, Any] = {"model": {"fusion": {"name": "gated"}}}
+REBUILT: dict[str, Any] = {"model": {"fusion": {"name": "reconstruction"}}}
+RECOVERED: dict[str, Any] = {"model": {"fusion": {"name": "reconstruction", "recover": True}}}
+DROPOUT: dict[str, Any] = {"train": {"modality_dropout": 0.3}}
+DISTILLED: dict[str, Any] = {"train": {"modality_dropout": 0.3, "distill": 0.5}}
+
+TABLES: dict[str, dict[str, tuple[dict[str, int], dict[str, Any]]]] = {
+    "learned from": {
+        "2 paired scenes": ({"paired": 1}, GATED),
+        "10 optical, 10 radar": ({"optical": 1, "radar": 1}, GATED),
+        "2 paired, 10 optical, 10 radar": ({"paired": 2, "optical": 1, "radar": 1}, GATED),
+    },
+    "10 paired scenes": {
+        "gated": ({"pairs": 1}, GATED),
+        "gated, modality_dropout 0.3": ({"pairs": 1}, GATED | DROPOUT),
+        "gated, modality_dropout 0.3, distill 0.5": ({"pairs": 1}, GATED | DISTILLED),
+        "reconstruction, modality_dropout 0.3": ({"pairs": 1}, REBUILT | DROPOUT),
+        "reconstruction with recover, modality_dropout 0.3": ({"pairs": 1}, RECOVERED | DROPOUT),
+    },
+}
+"""{title: {row: ({folder: weight}, changes of the recipe's sections)}}."""
 
 
 def scene(seed: int) -> dict[str, np.ndarray]:
@@ -57,7 +83,7 @@ def write(folder: Path) -> None:
                     target.write(bands)
 
 
-def recipe_of(folder: Path, weights: dict[str, int], seed: int) -> dict[str, Any]:
+def recipe_of(folder: Path, weights: dict[str, int], changes: dict[str, Any], seed: int) -> dict[str, Any]:
     """The recipe of a row."""
 
     def source(part: str) -> dict[str, Any]:
@@ -73,10 +99,10 @@ def recipe_of(folder: Path, weights: dict[str, int], seed: int) -> dict[str, Any
         "model": {
             "encoder": {"name": "builtin"},
             "adapter": {"name": "full"},
-            "fusion": {"name": "gated"},
             "decoder": {"name": "linear"},
+            **changes["model"],
         },
-        "train": {"epochs": 20, "batch_size": 8},
+        "train": {"epochs": 20, "batch_size": 8, **changes.get("train", {})},
         "output_dir": f"{folder}/run",
     }
 
@@ -90,20 +116,37 @@ def main() -> None:
     from vfmseg.recipe import parse_recipe
     from vfmseg.segmenter import Segmenter
 
-    print("| learned from | test mIoU, both | rgb alone | sar alone |\n|---|--:|--:|--:|")
+    kept: dict[str, dict[str, list[dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory() as place:
         write(Path(place))
-        for row, weights in ROWS.items():
-            found = []
-            for seed in seeds:
-                recipe = parse_recipe(recipe_of(Path(place), weights, seed), Path(place), row)
-                finetune(recipe, overwrite=True)
-                found.append(Segmenter.from_pretrained(f"{place}/run/last", device="cpu").evaluate_subsets(recipe))
+        for title, rows in TABLES.items():
+            kept[title] = {}
+            for row, (weights, changes) in rows.items():
+                found = []
+                for seed in seeds:
+                    recipe = parse_recipe(recipe_of(Path(place), weights, changes, seed), Path(place), row)
+                    finetune(recipe, overwrite=True)
+                    segmenter = Segmenter.from_pretrained(f"{place}/run/last", device="cpu")
+                    subsets = segmenter.evaluate_subsets(recipe)
+                    found.append({key: round(one["miou"], 4) for key, one in subsets.items()})
+                kept[title][row] = found
+                print(row, found, flush=True)
+    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def lines_of_tables() -> Iterator[str]:
+    """The tables, of what is kept."""
+    for title, rows in json.loads(RESULT.read_text()).items() if RESULT.exists() else ():
+        yield f"| {title} | test mIoU, both | rgb alone | sar alone |"
+        yield "|---|--:|--:|--:|"
+        for row, found in rows.items():
             cells = []
             for key in ("rgb+sar", "rgb", "sar"):
-                values = [one[key]["miou"] for one in found]
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            print(f"| {row} | {' | '.join(cells)} |", flush=True)
+                values = [one[key] for one in found]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}")
+            yield f"| {row} | {' | '.join(cells)} |"
+        yield ""
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import rasterio
 import torch
 from makers import (
+    DATA,
     image_and_heights,
     in_two_sittings,
     recipe_dict,
@@ -328,3 +329,49 @@ def test_a_head_of_another_fusion_is_refused(place: Path, tmp_path: Path) -> Non
     sign(best)
     with pytest.raises(CheckpointError, match=r"head.safetensors"):
         load_segmenter(best)
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "second"),
+    [
+        ("pan_ms_pair", {"pan": "pan.tif", "ms": "ms.tif"}, {}),
+        ("dem_other_grid", {"image": "optical_l7.tif", "dem": "dem.tif"}, {"derive": ["slope", "height_above_local"]}),
+    ],
+)
+def test_real_pairs_on_other_grids_are_fused(
+    place: Path, tmp_path: Path, folder: str, files: dict[str, str], second: dict[str, Any]
+) -> None:
+    """One pixel of ms is two of pan; the elevation model has another reference system: labels are of the first's grid.
+
+    The class is whether the first is brighter than its median: with both it is found, and each alone has a map, the
+    second on its own grid.
+    """
+    there = DATA / "formats" / folder
+    if not there.is_dir():
+        pytest.skip("the real data sets are not beside the project")
+    first, other = files
+    with rasterio.open(there / files[first]) as source:
+        image, valid, kind = source.read(1), source.dataset_mask() > 0, source.profile
+    labels = np.where(valid, image > np.median(image[valid]), 255).astype(np.uint8)
+    kind |= {"count": 1, "dtype": "uint8", "nodata": None}
+    with rasterio.open(tmp_path / "labels.tif", "w", **kind) as target:
+        target.write(labels, 1)
+    source = {name: str(there / file) for name, file in files.items()} | {"labels": str(tmp_path / "labels.tif")}
+    content = recipe_dict(tmp_path, place / "encoder", tmp_path / "run")
+    content["data"] |= {"modalities": {first: {"normalize": "dataset"}, other: second}, "train": source}
+    content["data"] |= {"tile": 64, "samples_per_epoch": 64}
+    content["data"] = {key: value for key, value in content["data"].items() if key not in ("val", "test")}
+    content["model"]["fusion"] = {"name": "gated"}
+    content["train"] |= {"epochs": 3, "modality_dropout": 0.2}
+    finetune(load_recipe(write_recipe(tmp_path / "r.yaml", content)))
+    segmenter = Segmenter.from_pretrained(tmp_path / "run" / "best", device="cpu")
+    found = {
+        names: segmenter.predict({name: str(there / files[name]) for name in names})
+        for names in ((first, other), (first,), (other,))
+    }
+    for names in ((first, other), (first,)):
+        assert found[names].shape == labels.shape
+        assert (found[names] == labels)[labels != 255].mean() > 0.7  # half of them by chance
+    with rasterio.open(there / files[other]) as source:
+        assert found[other,].shape == source.shape
+    assert set(np.unique(found[other,])) <= {0, 1, 255}

@@ -1,4 +1,4 @@
-"""The network: stems, backbone, adapter, fusion and decoder wired together. Parts come in finished; no recipe here."""
+"""The encoder of all streams, and the network that makes labels of its features. Parts come in finished; no recipe."""
 
 from __future__ import annotations
 
@@ -23,47 +23,31 @@ from vfmseg.fusion.coregister import Coregister
 from vfmseg.fusion.decision import Decision, DecoderPerStream
 
 
-class Network(nn.Module):
-    """Images in, one logit per class and pixel out.
+class Encoder(nn.Module):
+    """Images in, features of each stream out.
 
     A *stream* is what goes through the backbone: one modality, or several that are stacked as channels; each has a stem
-    of its own. All streams go through the frozen blocks as one batch. With one stream there is nothing to fuse. Frozen
-    parts stay in evaluation mode whatever `train()` is asked for.
+    of its own. All streams go through the frozen blocks as one batch. Frozen parts stay in evaluation mode whatever
+    `train()` is asked for.
     """
 
+    homes: Mapping[str, str] = {"adapter": "adapter", "stems": "stem"}
+    """{child: part of `parts` that its parameters belong to}, of all children but the backbone."""
+
     def __init__(
-        self,
-        backbone: Backbone,
-        stems: Mapping[str, Stem | SideEncoder | OwnEncoder],
-        attached: Attached,
-        fuse: Fusion | Decision | None,
-        decoder: nn.Module,
-        classes: int,
-        coregister: Coregister | None = None,
+        self, backbone: Backbone, stems: Mapping[str, Stem | SideEncoder | OwnEncoder], attached: Attached
     ) -> None:
         """`stems` {stream: its stem, or an encoder of its own}; at least one is a stem and leads into the backbone.
 
-        `attached`: the adapter in the backbone. `fuse`: None for a single stream.
-        A `Decision` comes with a `DecoderPerStream`. `coregister` moves images before they enter.
+        `attached`: the adapter in the backbone.
         """
         super().__init__()
-        if (fuse is None) != (len(stems) == 1):
-            raise ValueError(
-                f"{len(stems)} streams and {'no' if fuse is None else 'a'} fusion; expected one for several"
-            )
-        if isinstance(fuse, Decision) != isinstance(decoder, DecoderPerStream):
-            raise ValueError("a fusion of decisions needs a decoder for each stream, and no other fusion does")
         self.backbone = backbone
         self.adapter = attached.beside  # parameters that are no part of the backbone, such as prompts
         # "of_": a modality may be called like something that every module has, such as `float`
         self.stems = nn.ModuleDict({f"of_{name}": stem for name, stem in stems.items()})
-        self.coregister = coregister
-        self.fuse = fuse
-        self.decoder = decoder
         self.attached = attached
         self.streams = tuple(stems)
-        self.classes = classes
-        self.known: Known = "all" if fuse is None else fuse.known
         self.train(False)
 
     def stem(self, stream: str) -> Stem | SideEncoder | OwnEncoder:
@@ -114,6 +98,69 @@ class Network(nn.Module):
             for name, mine in rows.items()
         }
 
+    def train(self, mode: bool = True) -> Encoder:
+        """Switch the parts that learn; everything frozen keeps its evaluation mode (dropout, statistics)."""
+        super().train(mode)
+        self.backbone.network.train(False)
+        for module in self.attached.moving:
+            module.train(mode)
+        return self
+
+    def parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """{part: {name of a parameter: it}}; parts: encoder (as published), adapter, stem, and those of `homes`.
+
+        It decides learning rates and what the table of parameters counts; every parameter is in one part.
+        """
+        added = {id(parameter) for parameter in self.attached.added}
+        found: dict[str, dict[str, nn.Parameter]] = {part: {} for part in ("encoder", *self.homes.values())}
+        for child, module in self.named_children():
+            for name, parameter in module.named_parameters():
+                part = self.homes.get(child) or ("adapter" if id(parameter) in added else "encoder")
+                found[part][f"{child}.{name}"] = parameter
+        for stream, own in self.own_encoders.items():
+            for name, parameter in own.named_parameters():
+                place = f"stems.of_{stream}.{name}"
+                found[own.part_of(name, parameter)][place] = found["stem"].pop(place)
+        return found
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+class Network(Encoder):
+    """Images in, one logit per class and pixel out. With one stream there is nothing to fuse."""
+
+    homes: Mapping[str, str] = {**Encoder.homes, "coregister": "fusion", "fuse": "fusion", "decoder": "decoder"}
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        stems: Mapping[str, Stem | SideEncoder | OwnEncoder],
+        attached: Attached,
+        fuse: Fusion | Decision | None,
+        decoder: nn.Module,
+        classes: int,
+        coregister: Coregister | None = None,
+    ) -> None:
+        """The first three as in `Encoder`. `fuse`: None for a single stream.
+
+        A `Decision` comes with a `DecoderPerStream`. `coregister` moves images before they enter.
+        """
+        if (fuse is None) != (len(stems) == 1):
+            raise ValueError(
+                f"{len(stems)} streams and {'no' if fuse is None else 'a'} fusion; expected one for several"
+            )
+        if isinstance(fuse, Decision) != isinstance(decoder, DecoderPerStream):
+            raise ValueError("a fusion of decisions needs a decoder for each stream, and no other fusion does")
+        super().__init__(backbone, stems, attached)
+        self.coregister = coregister
+        self.fuse = fuse
+        self.decoder = decoder
+        self.classes = classes
+        self.known: Known = "all" if fuse is None else fuse.known
+        self.train(False)
+
     def forward(self, images: Images, frames: Tensor | None = None) -> Tensor:
         """{modality: image of (B, C, H, W) pixels in image units} -> logits (B, K, H, W); `frames` as in `answer`."""
         return self.answer(images, frames)[0]
@@ -143,38 +190,6 @@ class Network(nn.Module):
         guide = decision.refine.guide if decision.refine is not None else None
         guides = {guide: self.stem(guide).normalised(images)} if guide is not None and guide in found else {}
         return decision(logits, valid, guides)
-
-    def train(self, mode: bool = True) -> Network:
-        """Switch the parts that learn; everything frozen keeps its evaluation mode (dropout, statistics)."""
-        super().train(mode)
-        self.backbone.network.train(False)
-        for module in self.attached.moving:
-            module.train(mode)
-        return self
-
-    def parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """{part: {name of a parameter: it}}; parts: encoder (as published), adapter, stem, fusion, decoder.
-
-        It decides learning rates and what the table of parameters counts; every parameter is in one part.
-        """
-        added = {id(parameter) for parameter in self.attached.added}
-        found: dict[str, dict[str, nn.Parameter]] = {
-            part: {} for part in ("encoder", "adapter", "stem", "fusion", "decoder")
-        }
-        homes = {"adapter": "adapter", "stems": "stem", "coregister": "fusion", "fuse": "fusion", "decoder": "decoder"}
-        for child, module in self.named_children():
-            for name, parameter in module.named_parameters():
-                part = homes.get(child) or ("adapter" if id(parameter) in added else "encoder")
-                found[part][f"{child}.{name}"] = parameter
-        for stream, own in self.own_encoders.items():
-            for name, parameter in own.named_parameters():
-                place = f"stems.of_{stream}.{name}"
-                found[own.part_of(name, parameter)][place] = found["stem"].pop(place)
-        return found
-
-    def trainable(self) -> dict[str, Tensor]:
-        """Every tensor that training changes, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def head_state(self) -> dict[str, Tensor]:
         """Trained tensors outside backbones, by name, with the buffers of those parts (normalisation too).

@@ -9,8 +9,6 @@ if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(_
     # started as a script, Python puts vfmseg/ itself first on the import path; our files are no top-level modules
     sys.path.pop(0)
 
-import argparse
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -20,10 +18,11 @@ from vfmseg.geo.trust import close_services
 from vfmseg.heap import keep_freed
 from vfmseg.launch import several
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
-from vfmseg.terminal import guarded, is_main_process, keep_displays, quiet_libraries, say
+from vfmseg.terminal import is_main_process, keep_displays, quiet_libraries, say
 from vfmseg.training.curves import Curves, require_tensorboard
-from vfmseg.training.processes import connect, launch_command
+from vfmseg.training.processes import connect
 from vfmseg.training.run_folder import BEST, RunFolder, segmenter_run
+from vfmseg.training.script import run_script
 
 if TYPE_CHECKING:
     from vfmseg.data.inputs import Inputs
@@ -68,6 +67,7 @@ def _train(
     from vfmseg.build.model import build_model
     from vfmseg.build.training import objectives_of, schedule_of, sources_of, validation_of, what_decides
     from vfmseg.data.traces import Traces
+    from vfmseg.model import parameter_lines
     from vfmseg.training.keeper import Keeper
     from vfmseg.training.loop import Loop
     from vfmseg.training.objectives.segmentation import as_curves, in_words
@@ -81,7 +81,7 @@ def _train(
     if known and accept_changed_data:
         inputs = as_then(inputs, folder.state)
     model = build_model(recipe, inputs, metres_of(scenes["train"]))
-    say(_parameter_lines(model))
+    say(parameter_lines(model))
     step, sources = Step(model, objectives_of(recipe, inputs, model)), sources_of(recipe, scenes["train"], inputs)
     validation = validation_of(recipe, model, scenes.get("val"), inputs)
     loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
@@ -119,18 +119,6 @@ def _segmenter(recipe: Recipe, model: Network, inputs: Inputs) -> Product:
     return Product(save, saved_epoch, in_words)
 
 
-def _parameter_lines(model: Network) -> str:
-    from vfmseg.model import parameter_table
-
-    rows = parameter_table(model)
-    lines = [f"{'part':<10}{'trainable':>14}{'total':>14}"]
-    lines += [f"{part:<10}{trainable:>14,}{total:>14,}" for part, trainable, total in rows]
-    for of, one in (("", model.attached), *((f" of {name}", own.attached) for name, own in model.own_encoders.items())):
-        if one.sites:
-            lines.append(f"adapter{of} {one.name} on {len(one.sites)} layers: {one.sites[0]} ... {one.sites[-1]}")
-    return "\n".join(lines)
-
-
 def _result(recipe: Recipe, model: Network, state: RunState) -> dict[str, Any]:
     from vfmseg.checkpoint.writing import versions
 
@@ -150,25 +138,12 @@ def _result(recipe: Recipe, model: Network, state: RunState) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of this script; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="finetune.py",
-        description="Fine-tune a segmenter as a recipe says.",
-        epilog="example: accelerate launch vfmseg/finetune.py recipes/oam_buildings.yaml train.epochs=5",
-    )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
-    parser.add_argument("--accept-changed-data", action="store_true", help="with --resume: go on with other data")
-    options = parser.parse_intermixed_args(arguments)  # overrides may follow an option
+    example = "accelerate launch vfmseg/finetune.py recipes/oam_buildings.yaml train.epochs=5"
+    return run_script("finetune.py", "Fine-tune a segmenter as a recipe says.", example, _verb, arguments)
 
-    def verb() -> None:
-        chosen = load_recipe(options.recipe, options.overrides)
-        finetune(chosen, options.resume, options.overwrite, options.accept_changed_data)
 
-    again = [*launch_command(), "vfmseg/finetune.py", str(options.recipe), *options.overrides, "--resume"]
-    return guarded(verb, shlex.join(again))
+def _verb(recipe: Path, overrides: Sequence[str], resume: bool, overwrite: bool, accept_changed_data: bool) -> None:
+    finetune(load_recipe(recipe, overrides), resume, overwrite, accept_changed_data)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def joined(born: Mapping[str, Tokens]) -> tuple[Tokens, StreamRows]:
     return Tokens(values, torch.cat([tokens.seen for tokens in born.values()]), one.grid, one.prefix), rows
 
 
-def parameter_table(model: Network) -> list[tuple[str, int, int]]:
+def parameter_table(model: Encoder) -> list[tuple[str, int, int]]:
     """(part, trainable, total) for each part that has parameters, and their sum."""
     rows = [
         (part, sum(p.numel() for p in found.values() if p.requires_grad), sum(p.numel() for p in found.values()))
@@ -256,3 +256,14 @@ def parameter_table(model: Network) -> list[tuple[str, int, int]]:
         if found
     ]
     return [*rows, ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
+
+
+def parameter_lines(model: Encoder) -> str:
+    """The same as lines of text, with what adapters sit on."""
+    rows = parameter_table(model)
+    lines = [f"{'part':<10}{'trainable':>14}{'total':>14}"]
+    lines += [f"{part:<10}{trainable:>14,}{total:>14,}" for part, trainable, total in rows]
+    for of, one in (("", model.attached), *((f" of {name}", own.attached) for name, own in model.own_encoders.items())):
+        if one.sites:
+            lines.append(f"adapter{of} {one.name} on {len(one.sites)} layers: {one.sites[0]} ... {one.sites[-1]}")
+    return "\n".join(lines)

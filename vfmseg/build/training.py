@@ -18,7 +18,7 @@ from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.scene import Scene, Scenes
 from vfmseg.data.visits import Portion
 from vfmseg.model import Network
-from vfmseg.recipe import Recipe, dump_recipe
+from vfmseg.recipe import PretrainRecipe, Recipe, dump_recipe
 from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
 from vfmseg.recipe.predict import PredictSection
 from vfmseg.terminal import say
@@ -113,7 +113,7 @@ def validation_of(recipe: Recipe, model: nn.Module, scenes: Sequence[Scene] | No
     )
 
 
-def schedule_of(recipe: Recipe) -> Schedule:
+def schedule_of(recipe: Recipe | PretrainRecipe) -> Schedule:
     """The plain numbers of the run. What learns inside the encoder, its adapter included, may have its own rate."""
     section = recipe.train
     of_encoder = section.optimizer.encoder_lr
@@ -131,9 +131,11 @@ def schedule_of(recipe: Recipe) -> Schedule:
     )
 
 
-def what_decides(recipe: Recipe) -> str:
+def what_decides(recipe: Recipe | PretrainRecipe) -> str:
     """The recipe as text without what may change between sittings: it decides no weight."""
     train = recipe.train.model_copy(update={"track": "none"})
     data = recipe.data.model_copy(update={"workers": 0})
-    update = {"train": train, "data": data, "predict": PredictSection(), "output_dir": Path()}
+    update = {"train": train, "data": data, "output_dir": Path()}
+    if isinstance(recipe, Recipe):
+        update["predict"] = PredictSection()
     return dump_recipe(recipe.model_copy(update=update))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vfmseg.encoders.backbone import Backbone, BaseRecord, Family, quarter_points, sha256_of
@@ -76,6 +77,41 @@ def build_backbone_from_config(
 def config_of(backbone: Backbone) -> dict[str, Any]:
     """Architecture of a backbone as plain JSON values: what `build_backbone_from_config` needs."""
     return TRANSFORMERS.config(backbone.network)
+
+
+def whole_network(backbone: Backbone) -> nn.Module:
+    """The upstream network with the tensors of a backbone, as its published files hold it.
+
+    What a backbone leaves out because features do not need it (a mask token, a pooler) is zero.
+    """
+    network = TRANSFORMERS.random(backbone.family, config_of(backbone), 0, "the encoder", MOST_PARAMETERS, None)
+    missing = network.load_state_dict(backbone.network.state_dict(), strict=False).missing_keys
+    whole = network.state_dict()
+    with torch.no_grad():
+        for name in missing:
+            whole[name].zero_()
+    return network
+
+
+def build_new_backbone(
+    patch: int, width: int, depth: int, heads: int, image_size: int, layers: Sequence[int] | None, seed: int
+) -> Backbone:
+    """A frozen ViT in DINOv2's layout, random from the seed: `depth` blocks, positions for images of `image_size`.
+
+    RecipeError for layers that are no blocks.
+    """
+    config = {
+        "model_type": "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "mlp_ratio": 4,
+        "patch_size": patch,
+        "image_size": image_size,
+    }
+    network = TRANSFORMERS.random(DINOV2, config, seed, "model.encoder", MOST_PARAMETERS, None)
+    base = BaseRecord("new", None, sha256_of(network.state_dict()))
+    return Backbone(DINOV2, network, _layers(DINOV2, network, layers, base), False, base)
 
 
 def build_stem(

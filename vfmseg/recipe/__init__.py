@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from vfmseg.recipe.load import dump_recipe, load_recipe, parse_recipe, recipe_schema
+from vfmseg.recipe.load import dump_recipe, load_pretrain_recipe, load_recipe, parse_recipe, recipe_schema
+from vfmseg.recipe.pretrain import PretrainRecipe
 from vfmseg.recipe.root import Recipe
 
-__all__ = ["Recipe", "dump_recipe", "load_recipe", "parse_recipe", "recipe_schema"]
+__all__ = [
+    "PretrainRecipe",
+    "Recipe",
+    "dump_recipe",
+    "load_pretrain_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_schema",
+]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from vfmseg.disk.paths import require_file
 from vfmseg.errors import RecipeError, show
+from vfmseg.recipe.base import Section
 from vfmseg.recipe.messages import lines
 from vfmseg.recipe.overrides import KeyPath, override, parse_override
+from vfmseg.recipe.pretrain import PretrainRecipe
 from vfmseg.recipe.root import Recipe
 from vfmseg.recipe.text import LONGEST, read_yaml, write_yaml
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, PretrainRecipe)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -22,21 +26,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `overrides` are `key.path=value`, later ones win, values are YAML. Raises RecipeError with one line for each
     finding; nothing but the recipe file itself is opened.
     """
-    mapping: dict[Any, Any] = _read_mapping(Path(path))
+    return _load(path, overrides, Recipe)
+
+
+def load_pretrain_recipe(path: str | Path, overrides: Sequence[str] = ()) -> PretrainRecipe:
+    """The same for a recipe of `vfmseg pretrain`."""
+    return _load(path, overrides, PretrainRecipe)
+
+
+def _load(path: str | Path, overrides: Sequence[str], root: type[AnyRecipe]) -> AnyRecipe:
+    mapping: dict[Any, Any] = _read_mapping(Path(path), root)
     set_paths: dict[str, KeyPath] = {}
     for text in overrides:
         key_path, value = parse_override(text, str(path))
         mapping = override(mapping, key_path, value, f"{path}, {text}")
         set_paths[text] = key_path
-    return _check(mapping, Path(path).parent, str(path), set_paths)
+    return _check(mapping, Path(path).parent, str(path), set_paths, root)
 
 
 def parse_recipe(mapping: Mapping[Any, Any], base: Path, place: str) -> Recipe:
     """The same checks for a mapping in memory: relative paths start from `base`, messages from `place`."""
-    return _check(mapping, base, place, {})
+    return _check(mapping, base, place, {}, Recipe)
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe | PretrainRecipe) -> str:
     """YAML of the resolved recipe: every default written out, paths absolute; `load_recipe` gives the same again."""
     return write_yaml(_plain(recipe.model_dump(exclude_none=True)))
 
@@ -47,7 +60,7 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vfmseg recipe"}
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
+def _read_mapping(path: Path, root: type[Section]) -> dict[Any, Any]:
     require_file(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -62,21 +75,23 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
     value = read_yaml(text, str(path))
     if value is None:
-        raise RecipeError(f"{path}: is empty; a recipe needs at least {_required()}")
+        raise RecipeError(f"{path}: is empty; a recipe needs at least {_required(root)}")
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: holds {show(value)}, not a recipe; a recipe is a mapping with {_required()}")
+        raise RecipeError(f"{path}: holds {show(value)}, not a recipe; a recipe is a mapping with {_required(root)}")
     return value
 
 
-def _required() -> str:
-    return ", ".join(name for name, field in Recipe.model_fields.items() if field.is_required())
+def _required(root: type[Section]) -> str:
+    return ", ".join(name for name, field in root.model_fields.items() if field.is_required())
 
 
-def _check(mapping: Mapping[Any, Any], base: Path, place: str, set_paths: Mapping[str, KeyPath]) -> Recipe:
+def _check(
+    mapping: Mapping[Any, Any], base: Path, place: str, set_paths: Mapping[str, KeyPath], root: type[AnyRecipe]
+) -> AnyRecipe:
     try:
-        return Recipe.model_validate(dict(mapping), context={"base": base.absolute()})
+        return root.model_validate(dict(mapping), context={"base": base.absolute()})
     except ValidationError as error:
-        found = lines(error.errors(include_url=False), Recipe, mapping, place, set_paths)
+        found = lines(error.errors(include_url=False), root, mapping, place, set_paths)
         raise RecipeError("\n".join(found)) from None
 
 

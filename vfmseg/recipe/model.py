@@ -18,13 +18,17 @@ from vfmseg.recipe.fusion import FusedSection, FusionSection, SideEncoderSection
 LARGEST_UPSCALE = 16.0  # of an image: it then takes 256 times the memory
 
 
+Layers = Annotated[
+    tuple[Annotated[Whole, Field(ge=1, le=MOST_BLOCKS)], ...] | None,
+    Field(min_length=1, max_length=MOST_BLOCKS, examples=[[3, 6, 9, 12]]),
+]
+
+
 class _AnyEncoder(Section):
     """Keys of every encoder."""
 
     name: str
-    layers: tuple[Annotated[Whole, Field(ge=1, le=MOST_BLOCKS)], ...] | None = Field(
-        default=None, min_length=1, max_length=MOST_BLOCKS, examples=[[3, 6, 9, 12]]
-    )
+    layers: Layers = None
     """Blocks whose outputs the decoder gets, counted from 1; left out: the four quarter points."""
     upscale: Annotated[Number, Field(gt=0, le=LARGEST_UPSCALE)] = 1.0
     """The image is enlarged by this factor before the encoder: finer tokens for small objects, at a price."""
@@ -76,6 +80,26 @@ class BuiltinEncoder(_AnyEncoder):
     """A small ViT that comes with the package; nothing is downloaded."""
 
     name: Literal["builtin"]
+
+
+class NewEncoder(Section):
+    """A ViT in the layout of DINOv2, from random numbers. Its files are read as `{name: dinov2, checkpoint: ...}`."""
+
+    name: Literal["new"]
+    patch: Annotated[Whole, Field(ge=4, le=64)] = 14
+    """Pixels a side of a patch."""
+    width: Annotated[Whole, Field(ge=16, le=LARGEST_WIDTH)] = 256
+    """Channels of a token."""
+    depth: Annotated[Whole, Field(ge=1, le=MOST_BLOCKS)] = 8
+    """Blocks."""
+    heads: Annotated[Whole, Field(ge=1, le=128)] = 4
+    """Of attention; the width is a multiple of them."""
+    layers: Layers = None
+    """Blocks whose tokens learn from a teacher, counted from 1; left out: the four quarter points."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.width % self.heads:
+            yield Problem("width", f"= {self.width} must be a multiple of heads = {self.heads}")
 
 
 Targets = Annotated[tuple[Literal["q", "k", "v", "o", "mlp"], ...], Field(min_length=1, max_length=5)]
@@ -168,11 +192,15 @@ class UpernetDecoder(Section):
 if TYPE_CHECKING:
     EncoderSection = PublishedEncoder | BuiltinEncoder
     OwnEncoderSection = PublishedEncoder | SideEncoderSection
+    PublishedSection = PublishedEncoder
+    PretrainedEncoder = PublishedEncoder | NewEncoder
 else:
     _sections = {section.__name__: section for section in map(_section_of, PUBLISHED_FAMILIES)}
     globals().update(_sections)  # pickle looks a class up by its name in the module
     EncoderSection = Annotated[reduce(or_, (*_sections.values(), BuiltinEncoder)), Field(discriminator="name")]
     OwnEncoderSection = Annotated[reduce(or_, (*_sections.values(), SideEncoderSection)), Field(discriminator="name")]
+    PublishedSection = Annotated[reduce(or_, _sections.values()), Field(discriminator="name")]
+    PretrainedEncoder = Annotated[reduce(or_, (*_sections.values(), NewEncoder)), Field(discriminator="name")]
 AdapterSection = Annotated[
     NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter | MmLoraAdapter | MmAdapter, Field(discriminator="name")
 ]

@@ -87,18 +87,9 @@ class AugmentSection(Section):
             yield Problem("scale", f"= {list(self.scale)} must be [smallest, largest]; try {sorted(self.scale)}")
 
 
-class TrainSection(Section):
-    """What is minimised and how."""
+class RunSection(Section):
+    """How a run learns, whatever it learns."""
 
-    objective: Literal["segmentation"] = "segmentation"
-    loss: Annotated[
-        dict[LossName, Annotated[Number, Field(gt=0)]], Field(min_length=1, json_schema_extra=_list_losses)
-    ] = Field(default={"cross_entropy": 1.0, "dice": 1.0})
-    """Losses and their weights in the sum."""
-    focal_gamma: Number | None = Field(default=None, ge=0, examples=[2.0])
-    """Exponent of the focal loss (2 if left out); only with focal."""
-    class_weights: dict[ClassId, Annotated[Number, Field(gt=0)]] | None = Field(default=None, examples=[{1: 2.0}])
-    """Class id: weight of its pixels (1 if left out); only with cross_entropy or focal."""
     epochs: Annotated[Whole, Field(ge=1, le=10**6)] = 30
     batch_size: Annotated[Whole, Field(ge=1, le=LARGEST_BATCH)] = 8
     """Windows per step and process."""
@@ -112,12 +103,26 @@ class TrainSection(Section):
     """Less memory for more time in the encoder."""
     track: Literal["none", "tensorboard"] = "none"
     """Curves beside metrics.jsonl; tensorboard: in output_dir/tensorboard, needs pip install 'vfmseg[track]'."""
+    optimizer: OptimizerSection = OptimizerSection()
+    augment: AugmentSection = AugmentSection()
+
+
+class TrainSection(RunSection):
+    """What is minimised and how."""
+
+    objective: Literal["segmentation"] = "segmentation"
+    loss: Annotated[
+        dict[LossName, Annotated[Number, Field(gt=0)]], Field(min_length=1, json_schema_extra=_list_losses)
+    ] = Field(default={"cross_entropy": 1.0, "dice": 1.0})
+    """Losses and their weights in the sum."""
+    focal_gamma: Number | None = Field(default=None, ge=0, examples=[2.0])
+    """Exponent of the focal loss (2 if left out); only with focal."""
+    class_weights: dict[ClassId, Annotated[Number, Field(gt=0)]] | None = Field(default=None, examples=[{1: 2.0}])
+    """Class id: weight of its pixels (1 if left out); only with cross_entropy or focal."""
     modality_dropout: Annotated[Chances, Field(examples=[0.3, {"sar": 0.3}])] = 0.0
     """How often a modality is hidden from a training window, never all at once; one number, or {modality: number}."""
     distill: Annotated[Number, Field(ge=0, examples=[0.5])] = 0.0
     """Weight of a loss that draws the answer without hidden modalities to that with all; with modality_dropout."""
-    optimizer: OptimizerSection = OptimizerSection()
-    augment: AugmentSection = AugmentSection()
 
     @model_validator(mode="before")
     @classmethod

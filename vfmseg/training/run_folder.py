@@ -151,6 +151,11 @@ class RunFolder:
         return [path for name in names for kind in ("partial", "old") for path in self.path.glob(f".{name}.*.{kind}")]
 
 
+def encoder_run(path: Path, name: str = "") -> RunFolder:
+    """The folder of a run that trains an encoder. name: what the recipe calls it."""
+    return RunFolder(path, product="encoder", mark="encoder.json", doing=f"pretraining {name}")
+
+
 def segmenter_run(path: Path, name: str = "") -> RunFolder:
     """The folder of a run that trains a segmenter. name: what the recipe calls it."""
     return RunFolder(path, product="segmenter", mark="segmenter.json", doing=f"training {name}")

@@ -1,0 +1,163 @@
+"""Distillation: the student's tokens follow a frozen teacher's, on whole cells alone, and nothing else is kept of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from vfmseg.adapters.attach import attach_full, attach_none
+from vfmseg.data.image import Image
+from vfmseg.data.sample import Batch
+from vfmseg.encoders.build import build_new_backbone, build_stem
+from vfmseg.errors import RecipeError
+from vfmseg.model import Encoder
+from vfmseg.training.objectives.distill import Distillation
+from vfmseg.training.step import Step, total
+
+SIDE, PATCH = 32, 8
+
+
+def encoder(
+    seed: int, width: int = 16, layers: tuple[int, ...] = (1, 2), learns: bool = True, patch: int = PATCH
+) -> Encoder:
+    backbone = build_new_backbone(patch, width, 2, 2, SIDE, layers, seed)
+    attached = (attach_full if learns else attach_none)(backbone, ("rgb",))
+    return Encoder(backbone, {"rgb": build_stem(backbone, {"rgb": 3}, [0.0] * 3, [1.0] * 3)}, attached)
+
+
+def batch(seed: int = 0, count: int = 2) -> Batch:
+    pixels = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    return Batch({"rgb": Image(pixels, torch.ones(count, SIDE, SIDE, dtype=torch.bool))}, None)
+
+
+def loss_of(objective: Distillation, student: Encoder, *batches: Batch) -> torch.Tensor:
+    """The loss of a step that is cut into these batches."""
+    counts = [objective.counts(one) for one in batches]
+    divisors = {"cells": torch.stack([one["cells"] for one in counts]).sum()}
+    return torch.stack([total(objective.terms(student, one), divisors) for one in batches]).sum()
+
+
+def identity(objective: Distillation) -> None:
+    with torch.no_grad():
+        for layer in objective.projections:
+            layer.weight.copy_(torch.eye(len(layer.weight)))  # type: ignore[arg-type, operator]
+            layer.bias.zero_()  # type: ignore[operator]
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    student = encoder(0)
+    objective = Distillation(student, copy.deepcopy(student))
+    identity(objective)
+    assert loss_of(objective, student, batch()).item() == pytest.approx(0.0, abs=1e-5)
+    assert loss_of(objective, encoder(1), batch()).item() > 0.1
+
+
+def test_the_student_learns_and_the_teacher_stays() -> None:
+    student, teacher = encoder(0), encoder(1, width=24)
+    before = copy.deepcopy(teacher.state_dict())
+    objective = Distillation(student, teacher)
+    step = Step(student, {"distill": objective})
+    optimizer = torch.optim.AdamW([one for part in step.parts().values() for one in part.values()], lr=3e-3)
+    losses = []
+    for number in range(60):
+        loss = loss_of(objective, student, batch(number % 4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    width = {24}
+    assert not [
+        name for name, tensor in step.kept().items() if set(tensor.shape) == width and "projections" not in name
+    ]
+    assert {"encoder", "objectives.distill"} == set(step.parts())
+
+
+def test_every_tensor_that_learns_gets_a_gradient() -> None:
+    student = encoder(0)
+    step = Step(student, {"distill": Distillation(student, encoder(1))})
+    loss_of(step.objectives["distill"], student, batch()).backward()  # type: ignore[arg-type]
+    unused = {"embeddings.cls_token"}  # of the last block's CLS token nothing is asked, but it takes part before
+    missing = [n for part in step.parts().values() for n, t in part.items() if t.grad is None]
+    assert [name for name in missing if not any(name.endswith(one) for one in unused)] == []
+
+
+@pytest.mark.pitfall("P64")
+def test_cells_with_nodata_are_not_learned() -> None:
+    """A cell counts only if all of its pixels are valid; what lies under invalid ones reaches nothing."""
+    student = encoder(0)
+    objective = Distillation(student, encoder(1))
+    one = batch()
+    valid = one.images["rgb"].valid.clone()
+    valid[0, :9, :3] = False  # touches cells (0, 0) and (1, 0) of the first image
+    masked = Batch({"rgb": Image(one.images["rgb"].pixels, valid)}, None)
+    cells = (SIDE // PATCH) ** 2
+    assert objective.counts(one)["cells"] == 2 * cells
+    assert objective.counts(masked)["cells"] == 2 * cells - 2
+    garbage = torch.where(valid[:, None], one.images["rgb"].pixels, 1e6)
+    other = Batch({"rgb": Image(garbage, valid)}, None)
+    assert torch.equal(loss_of(objective, student, masked), loss_of(objective, student, other))
+    nothing = Batch({"rgb": Image(garbage, torch.zeros_like(valid))}, None)
+    assert loss_of(objective, student, nothing).item() == 0.0
+
+
+@pytest.mark.pitfall("K25")
+def test_a_step_in_parts_is_the_step_in_one() -> None:
+    student = encoder(0)
+    objective = Distillation(student, encoder(1))
+    whole = batch(count=3)
+    valid = whole.images["rgb"].valid.clone()
+    valid[2, 8:] = False  # parts of other counts: a mean of means would differ
+    pixels = whole.images["rgb"].pixels
+    parts = [Batch({"rgb": Image(pixels[a:b], valid[a:b])}, None) for a, b in ((0, 2), (2, 3))]
+    whole = Batch({"rgb": Image(pixels, valid)}, None)
+    torch.testing.assert_close(loss_of(objective, student, *parts), loss_of(objective, student, whole))
+
+
+@pytest.mark.pitfall("K2")
+def test_the_student_does_not_see_what_is_hidden_and_learns_it() -> None:
+    student = encoder(0)
+    objective = Distillation(student, encoder(1))
+    one = batch()
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, 1, 2] = True
+    pixels = one.images["rgb"].pixels.clone()
+    pixels[:, :, 8:16, 16:24] += 3.0  # under the mask
+    other = {"rgb": Image(pixels, one.images["rgb"].valid)}
+    seen = [loss_of(objective, student, Batch(images, None, mask=mask)) for images in (one.images, other)]
+    assert not torch.equal(*seen)  # the teacher sees it
+    objective._teacher[0] = _Deaf(objective.teacher)  # type: ignore[assignment]
+    seen = [loss_of(objective, student, Batch(images, None, mask=mask)) for images in (one.images, other)]
+    assert torch.equal(*seen)
+    open_ = [loss_of(objective, student, Batch(images, None)) for images in (one.images, other)]
+    assert not torch.equal(*open_)
+
+
+class _Deaf:
+    """A teacher that says the same whatever it is shown."""
+
+    def __init__(self, teacher: Encoder) -> None:
+        self.teacher, self.answer = teacher, teacher.encode(batch(9).images)
+        self.streams, self.stem, self.strides, self.reference = (
+            teacher.streams,
+            teacher.stem,
+            teacher.strides,
+            teacher.reference,
+        )
+
+    def encode(self, images: object) -> object:
+        return self.answer
+
+    def to(self, device: object) -> None:
+        pass
+
+
+def test_what_does_not_fit_is_told() -> None:
+    with pytest.raises(RecipeError, match=r"teacher.layers: 1 layers for 2 of the student \(\[1, 2\]\); name as many"):
+        Distillation(encoder(0), encoder(1, layers=(2,)))
+    with pytest.raises(RecipeError, match=r"4 px wide, those of the student 8 px; .*upscale = 0.5"):
+        Distillation(encoder(0), encoder(1, patch=4))

@@ -1,0 +1,77 @@
+"""Where a recipe of `vfmseg pretrain` meets its parts: the encoder that learns, and what it learns by."""
+
+from __future__ import annotations
+
+import torch
+
+from vfmseg.adapters.attach import ADAPTERS, attach_none
+from vfmseg.data.inputs import Inputs
+from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem
+from vfmseg.errors import RecipeError
+from vfmseg.model import Encoder
+from vfmseg.recipe import PretrainRecipe
+from vfmseg.recipe.model import NewEncoder, PublishedEncoder
+from vfmseg.training.objectives.distill import Distillation
+from vfmseg.training.step import Objective
+
+
+def build_encoder(recipe: PretrainRecipe, inputs: Inputs) -> Encoder:
+    """The encoder that learns, with its adapter: each modality enters by a stem of its own.
+
+    All that is random comes from the recipe's seed. RecipeError, AdapterError or CheckpointError if parts do not fit.
+    """
+    section, adapter = recipe.model.encoder, recipe.model.adapter
+    backbone = (
+        build_new_backbone(
+            section.patch, section.width, section.depth, section.heads, recipe.data.tile, section.layers, recipe.seed
+        )
+        if isinstance(section, NewEncoder)
+        else _published(section, "model.encoder", recipe.train.gradient_checkpointing)
+    )
+    if backbone.layers[-1] != len(backbone.blocks):
+        raise AssertionError("a backbone ends with the last block that is asked for")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        attached = ADAPTERS[adapter.name].attach(
+            backbone, tuple(recipe.data.modalities), **adapter.model_dump(exclude={"name"})
+        )
+        upscale, way = (1.0, None) if isinstance(section, NewEncoder) else (section.upscale, section.input)
+        stems = {
+            one.name: build_stem(
+                backbone, {one.name: one.count}, one.mean, one.std, upscale, None if one.count == 3 else way
+            )
+            for one in inputs
+        }
+    return Encoder(backbone, stems, attached)
+
+
+def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dict[str, Objective]:
+    """What is minimised, by name, each weighed as the recipe says."""
+    found: dict[str, Objective] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        section = recipe.objectives.distill
+        if section is not None:
+            found["distill"] = Distillation(model, _teacher(section.teacher, inputs), section.weight)
+    return found
+
+
+def _teacher(section: PublishedEncoder, inputs: Inputs) -> Encoder:
+    place = "objectives.distill.teacher"
+    backbone = _published(section, place)
+    stems = {}
+    for one in inputs:
+        if one.count != 3:
+            raise RecipeError(
+                f"{place}: it knows red, green and blue, and {one.name} has {one.count} bands; name three of them "
+                f"(data.modalities.{one.name}.bands), or leave that modality to objectives.mae"
+            )
+        stems[one.name] = build_stem(backbone, {one.name: 3}, one.mean, one.std, section.upscale, None, place)
+    return Encoder(backbone, stems, attach_none(backbone, tuple(stems)))
+
+
+def _published(section: PublishedEncoder, place: str, checkpointing: bool = False) -> Backbone:
+    return build_backbone(
+        section.name, section.checkpoint, section.layers, checkpointing, section.revision, place=place
+    )

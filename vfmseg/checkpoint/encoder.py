@@ -1,0 +1,79 @@
+"""The folder of a pretrained encoder: transformers' own files, which any recipe takes as `model.encoder.checkpoint`.
+
+Beside them lie the recipe and `encoder.json`, which says what it was made from and how far training was.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from vfmseg.adapters.attach import ADAPTERS
+from vfmseg.checkpoint.record import input_entry
+from vfmseg.checkpoint.writing import versions
+from vfmseg.data.inputs import Inputs
+from vfmseg.disk.digests import changed, signed
+from vfmseg.disk.files import require_own, whole_folder, write_json
+from vfmseg.disk.jsonfile import read_json
+from vfmseg.encoders.backbone import Backbone, sha256_of
+from vfmseg.encoders.build import build_backbone_from_config, config_of, whole_network
+from vfmseg.model import Encoder
+from vfmseg.recipe import PretrainRecipe, dump_recipe
+
+MARK = "encoder.json"
+OWN = frozenset({MARK, "recipe.yaml", "config.json", "model.safetensors", "preprocessor_config.json"})
+
+
+def save_encoder(
+    folder: Path, model: Encoder, recipe: PretrainRecipe, inputs: Inputs, metrics: Mapping[str, Any]
+) -> None:
+    """Write the encoder with its adapter merged into it; replaces an older one whole."""
+    require_own(folder, MARK)
+    network = whole_network(_merged(model, recipe))
+    record = {
+        "base": asdict(model.backbone.base),
+        "input": {one.name: input_entry(one) for one in inputs},
+        "tensors": sha256_of(network.state_dict()),
+        "metrics": dict(metrics),
+        "versions": versions(),
+    }
+    with whole_folder(folder, OWN) as aside:
+        cast(Any, network).save_pretrained(aside)
+        rgb = next((one for one in inputs if one.normalize == "encoder"), None)
+        if rgb is not None:
+            mean, std = ([value / 255 for value in values] for values in (rgb.mean, rgb.std))
+            write_json(aside / "preprocessor_config.json", {"image_mean": mean, "image_std": std})
+        (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        names = {path.name for path in aside.iterdir()}
+        write_json(aside / MARK, signed(record, aside, names))
+
+
+def encoder_epoch(folder: Path) -> int | None:
+    """The epoch after which an encoder's folder was written; None if it is not there, or not whole."""
+    try:
+        record = read_json(folder / MARK)
+        return int(record["metrics"]["epoch"]) if changed(record, folder)[0] is None else None
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _merged(model: Encoder, recipe: PretrainRecipe) -> Backbone:
+    """The backbone as it answers now, with its own names of tensors; a copy if an adapter is merged into it."""
+    adapter = recipe.model.adapter
+    merge = ADAPTERS[adapter.name].merge
+    if merge is None:
+        return model.backbone
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "adapter"
+        model.attached.save(folder)
+        plain = build_backbone_from_config(model.backbone.family.name, config_of(model.backbone), model.backbone.layers)
+        # peft keeps a frozen layer one level deeper, beside what it adds
+        tensors = model.backbone.network.state_dict().items()
+        plain.network.load_state_dict(
+            {name.replace(".base_layer.", "."): tensor for name, tensor in tensors if ".lora_" not in name}
+        )
+        merge(plain, folder, **adapter.model_dump(exclude={"name"}))
+    return plain

@@ -1,0 +1,120 @@
+"""Feature distillation: a student's tokens follow those of a frozen teacher, without labels.
+
+Each pair of layers has a linear projection from the student's channels to the teacher's. The teacher's tokens are
+normed over their channels, so that no channel that is loud in the teacher alone decides; the loss of a cell is
+(1 - cosine) + 0.5 * smooth L1 between the normed tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vfmseg.data.image import Image, Images, known
+from vfmseg.data.sample import Batch
+from vfmseg.encoders.backbone import plain_norm
+from vfmseg.encoders.tokens import Features
+from vfmseg.errors import RecipeError
+from vfmseg.training.step import Term
+
+if TYPE_CHECKING:
+    from vfmseg.model import Encoder
+
+SMOOTH = 0.5
+"""Weight of the smooth L1 loss beside the cosine."""
+
+
+class Distillation(nn.Module):
+    """The maps of `model.backbone.layers` learn to predict the teacher's maps, layer by layer."""
+
+    source = "unlabelled"
+
+    def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0) -> None:
+        """`teacher` has the same streams, and as many layers. It is neither trained nor saved with the run.
+
+        RecipeError if its cells are not the student's.
+        """
+        super().__init__()
+        pairs = len(student.backbone.layers), len(teacher.backbone.layers)
+        if pairs[0] != pairs[1]:
+            raise RecipeError(
+                f"objectives.distill.teacher.layers: {pairs[1]} layers for {pairs[0]} of the student "
+                f"({list(student.backbone.layers)}); name as many"
+            )
+        if student.strides[0] != teacher.strides[0]:
+            ratio = student.reference.upscale * teacher.backbone.patch / student.backbone.patch
+            raise RecipeError(
+                f"objectives.distill.teacher: its cells are {teacher.strides[0]:g} px wide, those of the student "
+                f"{student.strides[0]:g} px; set objectives.distill.teacher.upscale = {ratio:g}, or take a student "
+                f"of patch {teacher.backbone.patch}"
+            )
+        teacher.requires_grad_(False)
+        # in a list: what is not registered is neither saved with the run nor counted among what learns
+        self._teacher = [teacher]
+        self.weight = weight
+        self.projections = nn.ModuleList(
+            nn.Linear(ours, theirs)
+            for ours, theirs in zip(student.backbone.channels, teacher.backbone.channels, strict=True)
+        )
+
+    @property
+    def teacher(self) -> Encoder:
+        """The frozen encoder."""
+        return self._teacher[0]
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """`cells`: cells that are wholly valid, of all streams."""
+        images = batch.present()
+        return {"cells": torch.stack([self._whole(name, images).sum() for name in self._streams(images)]).sum()}
+
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
+        """`features`: the loss summed over whole cells, in the mean of the layers. Hidden cells are learned too."""
+        student, images = cast("Encoder", model), batch.present()
+        with torch.no_grad():
+            targets = self._on(batch).encode(images)
+        found = student.encode(images if batch.mask is None else hidden(images, batch.mask))
+        each = [self._loss(found[name], target, self._whole(name, images)) for name, target in targets.items()]
+        return {"features": Term(torch.stack(each).sum(), self.weight, "cells")}
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Nothing: the teacher stays as it is."""
+
+    def _loss(self, found: Features, target: Features, whole: Tensor) -> Tensor:
+        losses = []
+        for layer, ours, theirs in zip(self.projections, found.maps, target.maps, strict=True):
+            guess = layer(plain_norm(ours.movedim(1, -1).float())).float()
+            wanted = plain_norm(theirs.movedim(1, -1).float())
+            away = 1 - F.cosine_similarity(guess, wanted, dim=-1)
+            smooth = F.smooth_l1_loss(plain_norm(guess), wanted, reduction="none").mean(dim=-1)
+            losses.append(((away + SMOOTH * smooth) * whole).sum())
+        return torch.stack(losses).mean()
+
+    def _streams(self, images: Images) -> list[str]:
+        return [name for name in self.teacher.streams if set(self.teacher.stem(name).modalities) <= set(images)]
+
+    def _whole(self, stream: str, images: Images) -> Tensor:
+        """(B, rows, columns) as 0 or 1: the cells of which every pixel is valid; padding at the edges is not."""
+        mine = known({name: images[name] for name in self.teacher.stem(stream).modalities}, "all")
+        rows, columns = self.teacher.reference.cells(*mine.shape[-2:])
+        side = self.teacher.strides[0]
+        size = (round(rows * side), round(columns * side))
+        padded = F.pad(mine.float(), (0, max(0, size[1] - mine.shape[2]), 0, max(0, size[0] - mine.shape[1])))
+        return (F.adaptive_avg_pool2d(padded[:, None], (rows, columns))[:, 0] >= 1).float()
+
+    def _on(self, batch: Batch) -> Encoder:
+        """The teacher on the device of the batch, where it stays."""
+        self.teacher.to(next(iter(batch.images.values())).valid.device)
+        return self.teacher
+
+
+def hidden(images: Images, mask: Tensor) -> dict[str, Image]:
+    """The images without the pixels of hidden cells: bool `mask` (B, rows, columns), spread evenly over each image."""
+    found = {}
+    for name, image in images.items():
+        size = image.valid.shape[-2:]
+        where = F.interpolate(mask[:, None].float(), size=size, mode="nearest-exact")[:, 0] > 0
+        found[name] = Image(torch.where(where[:, None], 0.0, image.pixels), image.valid & ~where)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +22,25 @@ def run_blocks(
     their gradients.
     """
     maps: list[Tensor] = []
+    for depth, behind in _behind_blocks(backbone, attached, tokens, rows, training):
+        if depth in backbone.layers:
+            maps.append(backbone.tap(behind))
+    return tuple(maps), behind.seen.unflatten(1, behind.grid)
+
+
+def last_tokens(backbone: Backbone, attached: Attached, tokens: Tokens, rows: StreamRows, training: bool) -> Tokens:
+    """The tokens behind the last block that is asked for, not normed yet; patches may have been left out.
+
+    `rows` and `training` as in `run_blocks`.
+    """
+    *_, (_, last) = _behind_blocks(backbone, attached, tokens, rows, training)
+    return last
+
+
+def _behind_blocks(
+    backbone: Backbone, attached: Attached, tokens: Tokens, rows: StreamRows, training: bool
+) -> Iterator[tuple[int, Tokens]]:
+    """(depth, the tokens behind that block) of each block in turn."""
     again = backbone.gradient_checkpointing and training and torch.is_grad_enabled()
     for depth in range(1, backbone.layers[-1] + 1):
         if again:
@@ -27,9 +48,7 @@ def run_blocks(
             tokens = checkpoint(_block, backbone, attached, depth, tokens, rows, use_reentrant=False)
         else:
             tokens = _block(backbone, attached, depth, tokens, rows)
-        if depth in backbone.layers:
-            maps.append(backbone.tap(tokens))
-    return tuple(maps), tokens.seen.unflatten(1, tokens.grid)
+        yield depth, tokens
 
 
 def _block(backbone: Backbone, attached: Attached, depth: int, tokens: Tokens, rows: StreamRows) -> Tokens:

@@ -20,13 +20,17 @@ class Sample:
     labels None: an unlabelled window, which only objectives without labels can learn from. hidden: modalities that the
     model shall not see (`train.modality_dropout`); their images are kept whole, as who learns from the model that sees
     everything needs them. frame (2, 2): how augmentation has turned the window; a way of (rows, columns) pixels in the
-    scene is frame @ way here. Of a window mirrored left-right it is [[1, 0], [0, -1]].
+    scene is frame @ way here. Of a window mirrored left-right it is [[1, 0], [0, -1]]. mask bool (rows, columns) of
+    patches, for masked pretraining: those that the encoder does not see, in any modality. pixel_mask bool (h, w): the
+    pixels that it does not see, where some of a hidden patch stay visible; None: all of the hidden patches.
     """
 
     images: dict[str, Image]
     labels: Tensor | None
     hidden: frozenset[str] = frozenset()
     frame: Tensor = field(default_factory=lambda: torch.eye(2))
+    mask: Tensor | None = None
+    pixel_mask: Tensor | None = None
 
 
 @dataclass
@@ -35,7 +39,8 @@ class Batch:
 
     hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any. frames (B, 2, 2): how
     each sample was turned; None: none of them was. absent: modalities of which no sample shows a single valid pixel, as
-    far as is known without asking the device.
+    far as is known without asking the device. mask (B, rows, columns), pixel_mask (B, h, w): as in `Sample`; every
+    sample hides the same number of patches, so that the visible ones stack.
     """
 
     images: dict[str, Image]
@@ -43,6 +48,8 @@ class Batch:
     hidden: dict[str, Tensor] = field(default_factory=dict)
     frames: Tensor | None = None
     absent: frozenset[str] = frozenset()
+    mask: Tensor | None = None
+    pixel_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())).valid)
@@ -79,8 +86,10 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         images = {name: image.each(change) for name, image in self.images.items()}
         hidden = {name: change(rows) for name, rows in self.hidden.items()}
-        labels, frames = (None if one is None else change(one) for one in (self.labels, self.frames))
-        return Batch(images, labels, hidden, frames, self.absent)
+        labels, frames, mask, pixel_mask = (
+            None if one is None else change(one) for one in (self.labels, self.frames, self.mask, self.pixel_mask)
+        )
+        return Batch(images, labels, hidden, frames, self.absent, mask, pixel_mask)
 
 
 def _without(image: Image, rows: Tensor) -> Image:
@@ -120,7 +129,23 @@ def collate(samples: Sequence[Sample]) -> Batch:
             for name in samples[0].images
             if all(name in sample.hidden or not bool(sample.images[name].valid.any()) for sample in samples)
         ),
+        mask=_masks([sample.mask for sample in samples]),
+        pixel_mask=_masks([sample.pixel_mask for sample in samples]),
     )
+
+
+def _masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Masks of all samples as one, or None; DataError if some have none, or they differ in size."""
+    given = [mask for mask in masks if mask is not None]
+    sizes = sorted({tuple(mask.shape) for mask in given})
+    if not given:
+        return None
+    if len(given) < len(masks) or len(sizes) > 1:
+        raise DataError(
+            f"{len(given)} of {len(masks)} samples of one batch have a mask, of {' and '.join(map(str, sizes))}; "
+            "expected one for each, all of one size: let one source draw them"
+        )
+    return torch.stack(given)
 
 
 def _layout(sample: Sample) -> str:

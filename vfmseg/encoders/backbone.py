@@ -36,7 +36,8 @@ class Family:
     to the patch tokens -> tokens (B, P + N, D), row by row, P prefix tokens first.
     `step(block, tokens, (rows, columns))`: one block. `finish(network, tokens)`: the norm before tokens leave.
     `trim(network, depth)`: removes blocks after `depth` and everything else that `embed`, `step` and `finish` never
-    touch, so that each parameter left gets a gradient when all are trained.
+    touch, so that each parameter left gets a gradient when all are trained. `any_patches`: `step` takes some of the
+    patches as well as all, as nothing in a block asks where on the grid a token lies.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     window: Callable[[Any], int]  # tokens a side of the windows in which a block attends; 0: it attends to all
     finish: Callable[[Any, Tensor], Tensor]
     trim: Callable[[Any, int], None]
+    any_patches: bool = False
 
 
 class Backbone(nn.Module):
@@ -116,12 +118,23 @@ class Backbone(nn.Module):
 
     def step(self, depth: int, tokens: Tokens) -> Tokens:
         """Tokens behind block `depth` (1-based), from those before it."""
+        if tokens.kept is not None and not self.family.any_patches:
+            raise ValueError(
+                f"blocks of {self.family.name} need the whole grid of patches, and patches have been left out; "
+                "expected all of them, with mask tokens in place of the hidden ones"
+            )
         _, block = self.blocks[depth - 1]
         return replace(tokens, values=self.family.step(block, tokens.values, tokens.grid))
 
+    def finish(self, tokens: Tokens) -> Tensor:
+        """(B, P + N, D): all tokens, normed as they leave the family's blocks."""
+        return self.family.finish(self.network, tokens.values)
+
     def tap(self, tokens: Tokens) -> Tensor:
         """The patches of tokens, normed as they leave the family's blocks, as a map (B, D, rows, columns)."""
-        patches = self.family.finish(self.network, tokens.values)[:, tokens.prefix :]
+        if tokens.kept is not None:
+            raise ValueError("patches have been left out of these tokens; expected all of the grid, to make a map")
+        patches = self.finish(tokens)[:, tokens.prefix :]
         return patches.transpose(1, 2).unflatten(2, tokens.grid)
 
 

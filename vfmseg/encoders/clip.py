@@ -68,4 +68,5 @@ CLIP = Family(
     window=window,
     finish=finish,
     trim=trim,
+    any_patches=True,
 )

@@ -65,4 +65,5 @@ DINOV2 = Family(
     window=window,
     finish=finish,
     trim=trim,
+    any_patches=True,
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -14,8 +15,20 @@ class Tokens:
 
     values: Tensor  # (B, P + N, D), patches row by row: that of row r and column c is number P + r * columns + c
     seen: Tensor  # (B, N), the share of each patch that is valid, 0 to 1
-    grid: tuple[int, int]  # rows and columns of patches; their product is N
+    grid: tuple[int, int]  # rows and columns of patches; their product is N, unless patches were left out
     prefix: int  # P: class, register and prompt tokens before those of patches
+    kept: Tensor | None = None  # (B, N) int64, the numbers of these patches on the grid, where others were left out
+
+    def only(self, kept: Tensor) -> Tokens:
+        """The prefix tokens and the patches `kept`, int64 (B, M) numbers on the grid; `seen` is then of these M.
+
+        They fill no grid any more: a map cannot be made of them, and only families with `Family.any_patches` run them.
+        """
+        if self.kept is not None:
+            raise ValueError("patches have been left out of these tokens before; expected all of the grid")
+        patches = self.values[:, self.prefix :].gather(1, kept[..., None].expand(-1, -1, self.values.shape[-1]))
+        values = torch.cat([self.values[:, : self.prefix], patches], dim=1)
+        return replace(self, values=values, seen=self.seen.gather(1, kept), kept=kept)
 
 
 @dataclass(frozen=True, eq=False)

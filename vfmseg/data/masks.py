@@ -1,0 +1,129 @@
+"""Which patches an encoder does not see in masked pretraining, drawn from a generator of the sample's own.
+
+A mask follows from that generator alone, so a run that goes on draws the masks it would have drawn, and two processes
+draw as one. Every mask hides `hidden_count` patches, so that the visible ones of a batch stack.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from vfmseg.data.sample import Sample
+from vfmseg.errors import RecipeError
+
+MaskKind = Literal["random", "block", "incomplete"]
+"""random: each patch alone (MAE). block: rectangles of patches (BEiT). incomplete: as random, but of a hidden patch
+some pixels stay visible (RingMo), so that an object smaller than a patch does not vanish."""
+
+SMALLEST_BLOCK = 16 / 196
+"""Patches of a block are at least this share of the grid: BEiT's 16 of 14 x 14."""
+STRETCH = 0.3
+"""Rows of a block over its columns: from this to its inverse, uniform in the logarithm."""
+_TRIES = 10
+"""Rectangles drawn until one fits on the grid and hides neither nothing nor too much."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How masks are drawn: put into samples, one after another, each with a generator of its own.
+
+    ratio: share of the patches that is hidden, 0 to 1. patch: pixels of their sides. inside: share of a hidden patch's
+    pixels that is hidden, for `incomplete`.
+    """
+
+    kind: MaskKind
+    ratio: float
+    patch: int
+    inside: float = 0.6
+
+    def __call__(self, sample: Sample, draws: np.random.Generator) -> Sample:
+        """The sample with `mask` filled, and for `incomplete` with `pixel_mask`; RecipeError if it has no patches left.
+
+        Patches reach beyond the right and bottom edge where the size is no multiple of them, as in a `Stem`.
+        """
+        height, width = next(iter(sample.images.values())).valid.shape
+        rows, columns = -(-height // self.patch), -(-width // self.patch)
+        count = hidden_count(self.ratio, rows * columns)
+        mask = (block_mask if self.kind == "block" else random_mask)(rows, columns, count, draws)
+        if self.kind != "incomplete":
+            return replace(sample, mask=torch.from_numpy(mask))
+        pixels = incomplete_mask(mask, self.patch, self.inside, draws)[:height, :width]
+        return replace(sample, mask=torch.from_numpy(mask), pixel_mask=torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+def hidden_count(ratio: float, patches: int) -> int:
+    """round(ratio * patches), half to even, as Python does; RecipeError where that hides nothing or leaves nothing."""
+    count = round(ratio * patches) if math.isfinite(ratio) else -1
+    if not 0 < count < patches:
+        raise RecipeError(
+            f"a mask ratio of {ratio} hides {max(count, 0)} of the {patches} patches of a window; expected at least "
+            "one hidden and one visible: try 0.75, and windows of several patches"
+        )
+    return count
+
+
+def random_mask(rows: int, columns: int, count: int, draws: np.random.Generator) -> np.ndarray:
+    """Bool (rows, columns), True at `count` patches; every such mask is equally likely."""
+    mask = np.zeros(rows * columns, dtype=bool)
+    mask[draws.permutation(rows * columns)[:count]] = True
+    return mask.reshape(rows, columns)
+
+
+def block_mask(rows: int, columns: int, count: int, draws: np.random.Generator) -> np.ndarray:
+    """Bool (rows, columns), True at `count` patches that lie in rectangles, which may overlap.
+
+    Where the rest is too small for one more rectangle, neighbours of what is hidden make up the number.
+    """
+    mask = np.zeros((rows, columns), dtype=bool)
+    while (rest := count - int(mask.sum())) > 0:
+        block = _block(mask, rest, draws)
+        if block is None:
+            break
+        mask[block] = True
+    while (rest := count - int(mask.sum())) > 0:
+        edge = np.flatnonzero(_neighbours(mask) if mask.any() else ~mask)
+        mask.flat[draws.permutation(edge)[: min(rest, len(edge)) if mask.any() else 1]] = True
+    return mask
+
+
+def incomplete_mask(mask: np.ndarray, patch: int, inside: float, draws: np.random.Generator) -> np.ndarray:
+    """Bool (rows * patch, columns * patch), True at ceil(inside * patch^2) pixels of each hidden patch, others alone.
+
+    Any of its pixels are equally likely, and none depends on those of another patch.
+    """
+    count = math.ceil(round(inside * patch * patch, 6))
+    if not 0 < count <= patch * patch:
+        raise RecipeError(f"a share inside = {inside} of a hidden patch; expected more than 0 and at most 1, try 0.6")
+    rows, columns = mask.shape
+    pixels = np.zeros((rows, columns, patch * patch), dtype=bool)
+    order = draws.random((int(mask.sum()), patch * patch)).argsort(axis=1)
+    pixels[mask] = order < count
+    return pixels.reshape(rows, columns, patch, patch).swapaxes(1, 2).reshape(rows * patch, columns * patch)
+
+
+def _block(mask: np.ndarray, rest: int, draws: np.random.Generator) -> tuple[slice, slice] | None:
+    """A rectangle that hides at least one and at most `rest` patches more; None if none was found."""
+    rows, columns = mask.shape
+    smallest = max(1.0, SMALLEST_BLOCK * rows * columns)
+    for _ in range(_TRIES):
+        area = draws.uniform(smallest, max(smallest, rest))
+        stretch = math.exp(draws.uniform(math.log(STRETCH), -math.log(STRETCH)))
+        height, width = max(1, round(math.sqrt(area * stretch))), max(1, round(math.sqrt(area / stretch)))
+        if height > rows or width > columns:
+            continue
+        top, left = int(draws.integers(rows - height + 1)), int(draws.integers(columns - width + 1))
+        block = slice(top, top + height), slice(left, left + width)
+        if 0 < height * width - int(mask[block].sum()) <= rest:
+            return block
+    return None
+
+
+def _neighbours(mask: np.ndarray) -> np.ndarray:
+    """Bool like the mask: visible patches with a hidden one above, below, left or right."""
+    wide = np.pad(mask, 1)
+    return (wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]) & ~mask

@@ -121,7 +121,7 @@ def test_a_step_in_parts_is_the_step_in_one() -> None:
 @pytest.mark.pitfall("K2")
 def test_the_student_does_not_see_what_is_hidden_and_learns_it() -> None:
     student = encoder(0)
-    objective = Distillation(student, encoder(1))
+    objective = Distillation(student, encoder(1), masked=True)
     one = batch()
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[:, 1, 2] = True

@@ -6,6 +6,7 @@ import torch
 
 from vfmseg.adapters.attach import ADAPTERS, attach_none
 from vfmseg.data.inputs import Inputs
+from vfmseg.data.masks import Masking
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem
 from vfmseg.errors import RecipeError
@@ -13,6 +14,7 @@ from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.recipe.model import NewEncoder, PublishedEncoder
 from vfmseg.training.objectives.distill import Distillation
+from vfmseg.training.objectives.mae import MaskedAutoencoder
 from vfmseg.training.step import Objective
 
 
@@ -51,10 +53,23 @@ def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dic
     found: dict[str, Objective] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        section = recipe.objectives.distill
-        if section is not None:
-            found["distill"] = Distillation(model, _teacher(section.teacher, inputs), section.weight)
+        mae, distill = recipe.objectives.mae, recipe.objectives.distill
+        if mae is not None:
+            normalise = None if mae.normalise == "none" else mae.normalise
+            found["mae"] = MaskedAutoencoder(
+                model, mae.decoder.width, mae.decoder.depth, mae.decoder.heads, normalise, mae.mask == "incomplete",
+                weight=mae.weight,
+            )  # fmt: skip
+        if distill is not None:
+            teacher = _teacher(distill.teacher, inputs)
+            found["distill"] = Distillation(model, teacher, distill.weight, distill.masked)
     return found
+
+
+def masking_of(recipe: PretrainRecipe, patch: int) -> Masking | None:
+    """How patches of that many pixels a side are hidden; None if nothing is."""
+    mae = recipe.objectives.mae
+    return None if mae is None else Masking(mae.mask, mae.ratio, patch, mae.inside or 0.6)
 
 
 def _teacher(section: PublishedEncoder, inputs: Inputs) -> Encoder:

@@ -12,9 +12,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vfmseg.data.sample import Sample
-from vfmseg.errors import RecipeError
+from vfmseg.data.image import Image, Images
+from vfmseg.data.sample import Batch, Sample
+from vfmseg.errors import DataError, RecipeError
 
 MaskKind = Literal["random", "block", "incomplete"]
 """random: each patch alone (MAE). block: rectangles of patches (BEiT). incomplete: as random, but of a hidden patch
@@ -65,6 +67,26 @@ def hidden_count(ratio: float, patches: int) -> int:
             "one hidden and one visible: try 0.75, and windows of several patches"
         )
     return count
+
+
+def covered(images: Images, batch: Batch, patch: int) -> dict[str, Image]:
+    """The images of a batch, in which hidden pixels are not valid, so that stems make zeros of them.
+
+    `patch`: pixels a side of those that the batch's mask hides. DataError for a batch without masks.
+    """
+    height, width = next(iter(images.values())).valid.shape[-2:]
+    hidden = batch.pixel_mask
+    if hidden is None:
+        hidden = hidden_patches(batch).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    seen = ~hidden[:, :height, :width]
+    return {name: Image(image.pixels, image.valid & seen) for name, image in images.items()}
+
+
+def hidden_patches(batch: Batch) -> Tensor:
+    """Bool (B, rows, columns); DataError for a batch without masks."""
+    if batch.mask is None:
+        raise DataError("this batch has no masks of hidden patches; expected a source that draws them (data/masks.py)")
+    return batch.mask
 
 
 def random_mask(rows: int, columns: int, count: int, draws: np.random.Generator) -> np.ndarray:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from vfmseg.errors import nearest
-from vfmseg.recipe.base import Name, Number, Problem, RecipePath, Section, Whole
+from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Flag, Name, Number, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.model import FullAdapter, LoraAdapter, PretrainedEncoder, PublishedSection
 from vfmseg.recipe.train import RunSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
@@ -31,22 +31,59 @@ class PretrainedSection(Section):
             )
 
 
+class MaskedDecoder(Section):
+    """The light decoder of masked pretraining, which is not kept."""
+
+    width: Annotated[Whole, Field(ge=16, le=LARGEST_WIDTH)] = 192
+    """Channels, a multiple of 4 and of the heads."""
+    depth: Annotated[Whole, Field(ge=1, le=MOST_BLOCKS)] = 2
+    heads: Annotated[Whole, Field(ge=1, le=128)] = 3
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.width % 4 or self.width % self.heads:
+            yield Problem("width", f"= {self.width} must be a multiple of 4 and of heads = {self.heads}")
+
+
+class MaeSection(Section):
+    """The pixels of hidden patches are told from the visible ones (He et al. 2022)."""
+
+    weight: Weight = 1.0
+    mask: Literal["random", "block", "incomplete"] = "random"
+    """Patches drawn one by one, in rectangles, or with some pixels of each left visible."""
+    ratio: Annotated[Number, Field(gt=0, lt=1)] = 0.75
+    """Share of the patches that is hidden."""
+    inside: Annotated[Number | None, Field(gt=0, lt=1)] = None
+    """With mask incomplete: share of a hidden patch's pixels that is hidden; left out: 0.6."""
+    normalise: Literal["patch", "band", "none"] = "patch"
+    """What gets mean 0 and variance 1 before it is to be told: each patch, each band of a patch, or nothing."""
+    decoder: MaskedDecoder = MaskedDecoder()
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.inside is not None and self.mask != "incomplete":
+            yield Problem("inside", f"= {self.inside:g} is for mask: incomplete; drop it")
+
+
 class DistillSection(Section):
     """The tokens follow those of a frozen teacher."""
 
     weight: Weight = 1.0
     teacher: PublishedSection
     """Its `layers` are the ones to follow, as many as those of the encoder."""
+    masked: Flag = False
+    """The student does not see what `mae` hides, and follows the teacher there all the same."""
 
 
 class ObjectivesSection(Section):
     """What is minimised: one or several, each with its weight."""
 
+    mae: MaeSection | None = None
     distill: DistillSection | None = None
 
     def _problems(self) -> Iterator[Problem]:
-        if self.distill is None:
-            yield Problem("", "names nothing to learn; add distill")
+        if self.mae is None and self.distill is None:
+            yield Problem("", "names nothing to learn; add mae or distill")
+        if self.distill is not None and self.distill.masked and self.mae is None:
+            yield Problem("distill.masked", "= true needs objectives.mae, whose masks hide something; add it")
 
 
 class PretrainRecipe(Section):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfmseg.data.image import Image, Images, known
+from vfmseg.data.image import Images, known
+from vfmseg.data.masks import covered
 from vfmseg.data.sample import Batch
 from vfmseg.encoders.backbone import plain_norm
 from vfmseg.encoders.tokens import Features
@@ -32,8 +33,10 @@ class Distillation(nn.Module):
 
     source = "unlabelled"
 
-    def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0) -> None:
+    def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0, masked: bool = False) -> None:
         """`teacher` has the same streams, and as many layers. It is neither trained nor saved with the run.
+
+        `weight` of the loss; `masked`: the student does not see the hidden patches of a batch.
 
         RecipeError if its cells are not the student's.
         """
@@ -55,6 +58,7 @@ class Distillation(nn.Module):
         # in a list: what is not registered is neither saved with the run nor counted among what learns
         self._teacher = [teacher]
         self.weight = weight
+        self.masked = masked
         self.projections = nn.ModuleList(
             nn.Linear(ours, theirs)
             for ours, theirs in zip(student.backbone.channels, teacher.backbone.channels, strict=True)
@@ -75,7 +79,7 @@ class Distillation(nn.Module):
         student, images = cast("Encoder", model), batch.present()
         with torch.no_grad():
             targets = self._on(batch).encode(images)
-        found = student.encode(images if batch.mask is None else hidden(images, batch.mask))
+        found = student.encode(covered(images, batch, round(student.strides[0])) if self.masked else images)
         each = [self._loss(found[name], target, self._whole(name, images)) for name, target in targets.items()]
         return {"features": Term(torch.stack(each).sum(), self.weight, "cells")}
 
@@ -108,13 +112,3 @@ class Distillation(nn.Module):
         """The teacher on the device of the batch, where it stays."""
         self.teacher.to(next(iter(batch.images.values())).valid.device)
         return self.teacher
-
-
-def hidden(images: Images, mask: Tensor) -> dict[str, Image]:
-    """The images without the pixels of hidden cells: bool `mask` (B, rows, columns), spread evenly over each image."""
-    found = {}
-    for name, image in images.items():
-        size = image.valid.shape[-2:]
-        where = F.interpolate(mask[:, None].float(), size=size, mode="nearest-exact")[:, 0] > 0
-        found[name] = Image(torch.where(where[:, None], 0.0, image.pixels), image.valid & ~where)
-    return found

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vfmseg.adapters.adapted import last_tokens
 from vfmseg.adapters.attached import Attached
-from vfmseg.data.image import Image, Images, known
+from vfmseg.data.image import Images, known
+from vfmseg.data.masks import covered, hidden_patches
 from vfmseg.data.sample import Batch
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.stem import Stem
@@ -57,6 +58,7 @@ class MaskedAutoencoder(nn.Module):
         normalise: Normalise | None = "patch",
         incomplete: bool = False,
         source: str = "unlabelled",
+        weight: float = 1.0,
     ) -> None:
         """`width`, `depth`, `heads` of the decoder. `normalise`: None compares with what the stem normalises.
 
@@ -76,6 +78,7 @@ class MaskedAutoencoder(nn.Module):
         self.normalise = normalise
         self.incomplete = incomplete
         self.source = source
+        self.weight = weight
         self.visible_only = model.backbone.family.any_patches and not incomplete
         outputs = {name: self.patch**2 * sum(bands.values()) for name, bands in self.modalities.items()}
         self.decoder = PixelDecoder(model.backbone.width, outputs, width, depth, heads, self.visible_only)
@@ -106,7 +109,7 @@ class MaskedAutoencoder(nn.Module):
             else:
                 error = error.mean(dim=2)
             sums.append((error * chosen(self._whole(images, name), asked)).sum())
-        return {"pixels": Term(torch.stack(sums).sum(), 1.0, "patches")}
+        return {"pixels": Term(torch.stack(sums).sum(), self.weight, "patches")}
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Nothing: this objective keeps no averages."""
@@ -137,7 +140,7 @@ class MaskedAutoencoder(nn.Module):
             raise DataError(f"the images are of {', '.join(images) or 'nothing'}; expected those of {needed}")
         hidden = self._hidden(batch)
         kept, asked = (numbers.repeat(len(names), 1) for numbers in split(hidden))
-        tokens, rows = self._embedded(network, names, self._covered(images, batch), hidden)
+        tokens, rows = self._embedded(network, names, covered(images, batch, self.patch), hidden)
         if self.visible_only:
             tokens = tokens.only(kept)
         tokens = last_tokens(network.backbone, network.attached, tokens, rows, network.training)
@@ -157,16 +160,6 @@ class MaskedAutoencoder(nn.Module):
             born[name] = network.backbone.embed(rgb, extra, valid)
         return joined(born)
 
-    def _covered(self, images: Images, batch: Batch) -> dict[str, Image]:
-        """The images, in which hidden pixels are not valid, so that stems make zeros of them."""
-        height, width = next(iter(images.values())).valid.shape[-2:]
-        if self.incomplete:
-            hidden = _pixel_mask(batch)
-        else:
-            hidden = _mask(batch).repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)
-        seen = ~hidden[:, :height, :width]
-        return {name: Image(image.pixels, image.valid & seen) for name, image in images.items()}
-
     def _pixels(self, network: Pretrained, images: Images, name: str) -> Tensor:
         """float32 (B, N, patch * patch, C): what a stream's stem normalises, whole."""
         return to_patches(cast(Stem, network.stem(name)).normalised(images).float(), self.patch)
@@ -178,7 +171,7 @@ class MaskedAutoencoder(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Bool (B, N); DataError if the batch has no masks, or those of other patches."""
-        mask = _mask(batch)
+        mask = hidden_patches(batch)
         height, width = next(iter(batch.images.values())).valid.shape[-2:]
         grid = (-(-height // self.patch), -(-width // self.patch))
         if mask.shape[1:] != grid:
@@ -187,12 +180,6 @@ class MaskedAutoencoder(nn.Module):
                 f"{grid[0]} x {grid[1]}, as patches of this encoder have {self.patch} pixels a side"
             )
         return mask.flatten(1)
-
-
-def _mask(batch: Batch) -> Tensor:
-    if batch.mask is None:
-        raise DataError("this batch has no masks of hidden patches; expected a source that draws them (data/masks.py)")
-    return batch.mask
 
 
 def _pixel_mask(batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distillation: the student's tokens follow a frozen teacher's, on whole cells alone, and nothing else is kept of it."""
+"""Distillation: the student follows a frozen teacher on whole cells alone, and nothing else is kept of it."""
 
 from __future__ import annotations
 

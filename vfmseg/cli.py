@@ -88,6 +88,29 @@ def finetune(
     _end(verb, again)
 
 
+@app.command(epilog="Example: vfmseg pretrain recipes/builtin.yaml train.epochs=5 --overwrite")
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key.path=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished epoch.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="With --resume: go on with other scenes.")
+    ] = False,
+) -> None:
+    """Train an encoder on scenes without labels. On several devices: accelerate launch vfmseg/pretrain.py RECIPE ..."""
+
+    def verb() -> None:
+        from vfmseg.pretrain import pretrain as train
+        from vfmseg.recipe import load_pretrain_recipe
+
+        chosen = load_pretrain_recipe(recipe, overrides or [])
+        train(chosen, resume=resume, overwrite=overwrite, accept_changed_data=accept_changed_data)
+
+    again = shlex.join(["vfmseg", "pretrain", str(recipe), *(overrides or []), "--resume"])
+    _end(verb, again)
+
+
 # the options of `predict`, one line each below
 _Checkpoint = Annotated[str, typer.Argument(help="Segmenter: a folder or a hub id.")]
 _Scene = Annotated[

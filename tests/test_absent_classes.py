@@ -97,7 +97,7 @@ def test_progress_table_and_card_are_marked(
     marked = "1.000 over 1 of 2 classes (no disc)"
     TrainingProgress(2, 1).epoch(1, 1, segmentation.in_words(scores))
     assert f"val mIoU {marked}" in capsys.readouterr().err
-    assert marked in cli._table(scores)
+    assert marked in scores_text(scores)
     assert json.loads(json.dumps(scores))["classes_in_mean"] == 1
 
 

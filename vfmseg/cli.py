@@ -34,37 +34,6 @@ def _end(verb: Callable[[], None], resume_line: str | None = None) -> None:
         raise typer.Exit(code)
 
 
-def _table(result: dict[str, Any]) -> str:
-    """Scores for people to read."""
-    from vfmseg.metrics import mean_text
-
-    lines = [f"{'class':<20}{'IoU':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'pixels':>12}"]
-    for name, scores in result["classes"].items():
-        cells = [scores[key] for key in ("iou", "f1", "precision", "recall")]
-        iou, f1, precision, recall = ["   -  " if c is None else f"{c:.3f}" for c in cells]
-        lines.append(f"{name:<20}{iou:>8}{f1:>8}{precision:>11}{recall:>8}{scores['support']:>12,}")
-    lines.append(f"{'mean IoU':<20}   {mean_text(result)}")
-    for key, title in (("overall_accuracy", "overall accuracy"), ("kappa", "kappa")):
-        value = result[key]
-        lines.append(f"{title:<20}{'-' if value is None else f'{value:.3f}':>8}")
-    if result["absent"]:
-        lines.append(f"in neither labels nor predictions, left out of the mean: {', '.join(result['absent'])}")
-    if "modalities" in result:
-        lines.append(f"with {' + '.join(result['modalities'])} alone, on {result['pixels']:,} pixels where it answers")
-    return "\n".join(lines)
-
-
-def _subsets_table(results: Mapping[str, dict[str, Any]]) -> str:
-    """A line for each subset of the modalities."""
-    from vfmseg.metrics import mean_text
-
-    wide = max(len("modalities"), *map(len, results)) + 2
-    lines = [f"{'modalities':<{wide}}{'scenes':>7}{'pixels':>14}   mean IoU"]
-    for name, result in results.items():
-        lines.append(f"{name:<{wide}}{result['scenes']:>7}{result['pixels']:>14,}   {mean_text(result)}")
-    return "\n".join(lines)
-
-
 @app.command(epilog="Example: vfmseg finetune recipes/oam_buildings.yaml train.epochs=5 --overwrite")
 def finetune(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
@@ -342,12 +311,14 @@ def evaluate(
 
         segmenter = Segmenter.from_pretrained(checkpoint, device=device, encoder=_bases(encoder))
         with SceneProgress(f"{split} scenes") as progress:
+            from vfmseg.metrics import scores_text, subsets_text
+
             if subsets:
                 found = segmenter.evaluate_subsets(chosen, split, progress)
-                text = json.dumps({"subsets": found, "split": split}) if as_json else _subsets_table(found)
+                text = json.dumps({"subsets": found, "split": split}) if as_json else subsets_text(found)
             else:
                 result = segmenter.evaluate(chosen, split, progress, names or None)
-                text = json.dumps(result) if as_json else _table(result)
+                text = json.dumps(result) if as_json else scores_text(result)
         if is_main_process():
             deliver(text + "\n")
 

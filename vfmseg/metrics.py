@@ -137,3 +137,30 @@ def _share(part: int, whole: int) -> float | None:
 def _kappa(hits: int, pixels: int, chance: int) -> float | None:
     """Cohen's kappa (po - pe) / (1 - pe), pe = chance / pixels**2; whole numbers up to the last division."""
     return _share(hits * pixels - chance, pixels * pixels - chance)
+
+
+def scores_text(result: dict[str, Any]) -> str:
+    """Scores for people to read."""
+    lines = [f"{'class':<20}{'IoU':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'pixels':>12}"]
+    for name, scores in result["classes"].items():
+        cells = [scores[key] for key in ("iou", "f1", "precision", "recall")]
+        iou, f1, precision, recall = ["   -  " if c is None else f"{c:.3f}" for c in cells]
+        lines.append(f"{name:<20}{iou:>8}{f1:>8}{precision:>11}{recall:>8}{scores['support']:>12,}")
+    lines.append(f"{'mean IoU':<20}   {mean_text(result)}")
+    for key, title in (("overall_accuracy", "overall accuracy"), ("kappa", "kappa")):
+        value = result[key]
+        lines.append(f"{title:<20}{'-' if value is None else f'{value:.3f}':>8}")
+    if result["absent"]:
+        lines.append(f"in neither labels nor predictions, left out of the mean: {', '.join(result['absent'])}")
+    if "modalities" in result:
+        lines.append(f"with {' + '.join(result['modalities'])} alone, on {result['pixels']:,} pixels where it answers")
+    return "\n".join(lines)
+
+
+def subsets_text(results: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each subset of the modalities."""
+    wide = max(len("modalities"), *map(len, results)) + 2
+    lines = [f"{'modalities':<{wide}}{'scenes':>7}{'pixels':>14}   mean IoU"]
+    for name, result in results.items():
+        lines.append(f"{name:<{wide}}{result['scenes']:>7}{result['pixels']:>14,}   {mean_text(result)}")
+    return "\n".join(lines)

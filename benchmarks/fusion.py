@@ -2,7 +2,7 @@
 
     python benchmarks/fusion.py run constructed
     python benchmarks/fusion.py run ombria --data DATA_FOLDER --encoder VIT_FOLDER [--parts forms] [--seeds 1]
-    python benchmarks/fusion.py run india --data DATA_FOLDER --encoder VIT_FOLDER
+    python benchmarks/fusion.py run india --data DATA_FOLDER --encoder VIT_FOLDER --parts main
     python benchmarks/fusion.py cost
     python benchmarks/fusion.py write
 
@@ -68,8 +68,19 @@ ADAPTERS: list[Change] = [{"name": "lora", "rank": 8}, {"name": "mm_lora", "rank
 Grid = dict[str, list[Any]]
 """{key of the recipe: its alternatives}."""
 
+MAIN = (
+    "stack",
+    "linear, concat",
+    "linear, sum",
+    "decision, product",
+    "attention, mutual",
+    "se",
+    "gated, complementary",
+)
+
 PARTS: dict[str, tuple[str, bool, Grid]] = {
     "forms": ("each form", True, {"model.fusion": list(FUSED.values())}),
+    "main": ("the main forms", True, {"model.fusion": [FUSED[row] for row in MAIN]}),
     "dropout": (
         "with train.modality_dropout: 0.3",
         False,
@@ -129,6 +140,7 @@ def india(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "classes": {1: "built-up", 2: "vegetation", 3: "water"},
         "ignore_index": 0,
         "modalities": {"rgb": {"normalize": "dataset"}, "infrared": {}},
+        "samples_per_epoch": 28,
         **{split: {"table": str(data / "split.csv"), "split": split, **files} for split in ("train", "val", "test")},
     }
     return found
@@ -213,7 +225,7 @@ def main() -> None:
     running.add_argument("set", choices=SETS)
     running.add_argument("--data", help="folder of the data sets")
     running.add_argument("--encoder", help="folder of a published encoder")
-    running.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    running.add_argument("--parts", nargs="+", choices=PARTS, default=["forms", "dropout", "adapters"])
     running.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     running.add_argument("--work", help="folder for scenes and runs")
     commands.add_parser("cost")

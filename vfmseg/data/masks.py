@@ -99,7 +99,9 @@ def random_mask(rows: int, columns: int, count: int, draws: np.random.Generator)
 def block_mask(rows: int, columns: int, count: int, draws: np.random.Generator) -> np.ndarray:
     """Bool (rows, columns), True at `count` patches that lie in rectangles, which may overlap.
 
-    Where the rest is too small for one more rectangle, neighbours of what is hidden make up the number.
+    Where the rest is too small for one more rectangle, neighbours of what is hidden make up the number. In the end all
+    is moved round the grid by a random step, so that every patch is hidden as often: BEiT's rectangles hide a patch in
+    the middle of 8 x 8 in 81 % of the masks of ratio 0.5, and one in a corner in 15 %.
     """
     mask = np.zeros((rows, columns), dtype=bool)
     while (rest := count - int(mask.sum())) > 0:
@@ -110,7 +112,7 @@ def block_mask(rows: int, columns: int, count: int, draws: np.random.Generator) 
     while (rest := count - int(mask.sum())) > 0:
         edge = np.flatnonzero(_neighbours(mask) if mask.any() else ~mask)
         mask.flat[draws.permutation(edge)[: min(rest, len(edge)) if mask.any() else 1]] = True
-    return mask
+    return np.roll(mask, (int(draws.integers(rows)), int(draws.integers(columns))), axis=(0, 1))
 
 
 def incomplete_mask(mask: np.ndarray, patch: int, inside: float, draws: np.random.Generator) -> np.ndarray:

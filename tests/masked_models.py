@@ -1,0 +1,56 @@
+"""Small models and masked batches for the tests of masked pretraining."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from encoder_models import DEPTH, Encoder, attach, encoder_of, family, upstream
+from torch import Tensor, nn
+
+from vfmseg.data.image import Image
+from vfmseg.data.masks import Masking
+from vfmseg.data.sample import Batch, Sample
+from vfmseg.encoders.backbone import Backbone, BaseRecord
+from vfmseg.encoders.build import ENCODERS
+from vfmseg.training.objectives.mae import MaskedAutoencoder
+from vfmseg.training.step import total
+
+
+def batch_of(images: Tensor, mask: Tensor, valid: Tensor | None = None) -> Batch:
+    """Images (B, C, h, w), each band a modality as in `Encoder`, and masks (B, rows, columns)."""
+    valid = torch.ones(len(images), *images.shape[2:], dtype=torch.bool) if valid is None else valid
+    return Batch({f"b{i}": Image(images[:, i : i + 1], valid) for i in range(images.shape[1])}, None, mask=mask)
+
+
+def loss_of(objective: MaskedAutoencoder, model: nn.Module, batch: Batch) -> Tensor:
+    return total(objective.terms(model, batch), objective.counts(batch))
+
+
+def tiny(kind: str, bands: int = 3, adapter: str = "full", **changes: Any) -> Encoder:
+    """A small random encoder, images of `bands` bands in, each a modality."""
+    network = upstream(kind, **changes)
+    backbone = Backbone(ENCODERS[family(kind)], network, [DEPTH], False, BaseRecord(kind, None, ""))
+    encoder = encoder_of(backbone, bands, [100.0] * bands, [50.0] * bands)
+    attach(encoder, adapter)
+    return encoder
+
+
+def objective_of(model: nn.Module, **settings: Any) -> MaskedAutoencoder:
+    return MaskedAutoencoder(model, **{"width": 16, "depth": 2, "heads": 2, **settings})  # type: ignore[arg-type]
+
+
+def random_batch(
+    model: Encoder, height: int = 50, width: int = 70, samples: int = 2, incomplete: bool = False
+) -> Batch:
+    """Images whose sides are no multiple of a patch, half of the patches hidden."""
+    bands, patch = len(model.image_stem.modalities), model.backbone.patch
+    images = 255 * torch.rand(samples, bands, height, width)
+    masking = Masking("incomplete" if incomplete else "random", 0.5, patch)
+    nothing = Sample({"x": Image(images[0], torch.ones(height, width, dtype=torch.bool))}, None)
+    masked = [masking(nothing, np.random.default_rng(i)) for i in range(samples)]
+    batch = batch_of(images, torch.stack([sample.mask for sample in masked if sample.mask is not None]))
+    if incomplete:
+        batch.pixel_mask = torch.stack([sample.pixel_mask for sample in masked if sample.pixel_mask is not None])
+    return batch

@@ -135,7 +135,7 @@ def what_decides(recipe: Recipe | PretrainRecipe) -> str:
     """The recipe as text without what may change between sittings: it decides no weight."""
     train = recipe.train.model_copy(update={"track": "none"})
     data = recipe.data.model_copy(update={"workers": 0})
-    update = {"train": train, "data": data, "output_dir": Path()}
+    update: dict[str, Any] = {"train": train, "data": data, "output_dir": Path()}
     if isinstance(recipe, Recipe):
         update["predict"] = PredictSection()
     return dump_recipe(recipe.model_copy(update=update))

@@ -7,10 +7,10 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -181,8 +181,8 @@ def finished_run(folder: Path) -> Path:
     return folder
 
 
-def in_two_sittings(recipe: Recipe, after: int = 1) -> None:
-    """Train as a recipe says, stopped when epoch `after` is saved, and gone on with."""
+def in_two_sittings(recipe: Any, after: int = 1, run: Callable[..., Any] | None = None) -> None:
+    """Train as a recipe says, stopped when epoch `after` is saved, and gone on with; by `finetune`, or by `run`."""
     from vfmseg.finetune import finetune
     from vfmseg.training.keeper import Keeper
 
@@ -199,8 +199,8 @@ def in_two_sittings(recipe: Recipe, after: int = 1) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Keeper, "epoch", stop)
         with pytest.raises(Stopped):
-            finetune(recipe)
-    finetune(recipe, resume=True)
+            (run or finetune)(recipe)
+    (run or finetune)(recipe, resume=True)
 
 
 def image_and_heights(folder: Path) -> Path:

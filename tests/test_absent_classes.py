@@ -11,7 +11,7 @@ import pytest
 import torch
 from makers import recipe_dict, toy_folder, toy_scene, write_raster
 
-from vfmseg import cli, terminal
+from vfmseg import terminal
 from vfmseg.build.data import open_training
 from vfmseg.checkpoint.reading import load_segmenter
 from vfmseg.errors import DataError
@@ -19,7 +19,7 @@ from vfmseg.finetune import finetune
 from vfmseg.geo.classes import LabelMap
 from vfmseg.geo.grid import Window
 from vfmseg.geo.labels import LabelRaster
-from vfmseg.metrics import Confusion, comparable, mean_text
+from vfmseg.metrics import Confusion, comparable, mean_text, scores_text
 from vfmseg.progress import TrainingProgress
 from vfmseg.recipe import Recipe, parse_recipe
 from vfmseg.training.objectives import segmentation

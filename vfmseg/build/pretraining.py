@@ -8,7 +8,7 @@ from vfmseg.adapters.attach import ADAPTERS, attach_none
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.masks import Masking
 from vfmseg.encoders.backbone import Backbone
-from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem
+from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem, whole_network
 from vfmseg.errors import RecipeError
 from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
@@ -31,8 +31,7 @@ def build_encoder(recipe: PretrainRecipe, inputs: Inputs) -> Encoder:
         if isinstance(section, NewEncoder)
         else _published(section, "model.encoder", recipe.train.gradient_checkpointing)
     )
-    if backbone.layers[-1] != len(backbone.blocks):
-        raise AssertionError("a backbone ends with the last block that is asked for")
+    _require_whole(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         attached = ADAPTERS[adapter.name].attach(
@@ -46,6 +45,17 @@ def build_encoder(recipe: PretrainRecipe, inputs: Inputs) -> Encoder:
             for one in inputs
         }
     return Encoder(backbone, stems, attached)
+
+
+def _require_whole(backbone: Backbone) -> None:
+    """RecipeError if blocks were left out, which would be missing in what is written."""
+    blocks = whole_network(backbone).get_submodule(backbone.family.blocks)
+    depth = len(list(blocks.children()))
+    if backbone.layers[-1] != depth:
+        raise RecipeError(
+            f"model.encoder.layers = {list(backbone.layers)}: must end with block {depth}, the encoder's last, as all of "
+            "it is written; add it, or leave layers out"
+        )
 
 
 def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dict[str, Objective]:

@@ -1,0 +1,226 @@
+"""`vfmseg pretrain` from scenes to an encoder that a recipe takes: every way to start, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from makers import in_two_sittings, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+from vfmseg.build.unlabelled import open_unlabelled
+
+from vfmseg.build.pretraining import build_encoder
+from vfmseg.checkpoint.encoder import encoder_epoch
+from vfmseg.cli import app
+from vfmseg.encoders.build import build_backbone
+from vfmseg.errors import CheckpointError, RecipeError
+from vfmseg.finetune import finetune
+from vfmseg.pretrain import pretrain
+from vfmseg.recipe import PretrainRecipe, load_pretrain_recipe, load_recipe
+
+NEW = {"name": "new", "patch": 8, "width": 16, "depth": 2, "heads": 2}
+DECODER = {"width": 16, "depth": 1, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes of two sensors without labels, a labelled set, and published encoders as teacher or to go on from."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    for number in range(3):
+        image, _ = toy_scene(number, 80, 96)
+        write_raster(folder / "rgb" / f"{number}.tif", image, origin=(500000 + 5000 * number, 5000000))
+    for number in range(2):
+        image, _ = toy_scene(10 + number, 72, 72)
+        four = np.concatenate([image, image[:1]]).astype(np.float32) * 10
+        write_raster(folder / "ms" / f"{number}.tif", four, origin=(600000 + 5000 * number, 5000000))
+    toy_folder(folder / "data")
+    for family in ("dinov2", "clip", "sam"):
+        save_encoder(folder / family, family)
+    return folder
+
+
+def recipe_of(place: Path, output: Path, **changes: Any) -> PretrainRecipe:
+    """A recipe of two epochs; changes such as model={...} replace a section."""
+    content: dict[str, Any] = {
+        "name": "toy",
+        "data": {
+            "modalities": {"rgb": {}},
+            "scenes": {"rgb": f"{place}/rgb/*.tif"},
+            "tile": 32,
+            "samples_per_epoch": 6,
+        },
+        "model": {"encoder": NEW},
+        "objectives": {"mae": {"decoder": DECODER}},
+        "train": {"epochs": 2, "batch_size": 2, "optimizer": {"lr": 0.003}},
+        "output_dir": str(output),
+    }
+    file = output.parent / f"{output.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return load_pretrain_recipe(write_recipe(file, content | changes))
+
+
+def published(place: Path, family: str, **more: Any) -> dict[str, Any]:
+    return {"name": family, "checkpoint": str(place / family), **more}
+
+
+KINDS: dict[str, Any] = {
+    "mae": lambda place: {},
+    "block": lambda place: {"objectives": {"mae": {"mask": "block", "decoder": DECODER}}},
+    "incomplete": lambda place: {
+        "objectives": {"mae": {"mask": "incomplete", "normalise": "none", "decoder": DECODER}}
+    },
+    "distill": lambda place: {
+        "objectives": {"distill": {"teacher": published(place, "dinov2", layers=[1, 3], upscale=1.75)}},
+    },
+    "both": lambda place: {
+        "objectives": {
+            "mae": {"weight": 0.5, "decoder": DECODER},
+            "distill": {"masked": True, "teacher": published(place, "clip", layers=[1, 3], upscale=2)},
+        },
+    },
+    "continual": lambda place: {"model": {"encoder": published(place, "clip"), "adapter": {"name": "lora", "rank": 2}}},
+    "sam": lambda place: {"model": {"encoder": published(place, "sam"), "adapter": {"name": "full"}}},
+    "two sensors": lambda place: {
+        "data": {
+            "modalities": {"rgb": {}, "ms": {}},
+            "scenes": [{"rgb": f"{place}/rgb/*.tif"}, {"ms": f"{place}/ms/*.tif"}],
+            "tile": 32,
+            "samples_per_epoch": 8,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request: pytest.FixtureRequest, place: Path) -> tuple[str, PretrainRecipe]:
+    recipe = recipe_of(place, place / "runs" / request.param.replace(" ", "_"), **KINDS[request.param](place))
+    pretrain(recipe)
+    return request.param, recipe
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(folder / "state.pt", weights_only=True)["tensors"])
+
+
+@pytest.mark.pitfall("K25")
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, PretrainRecipe], place: Path) -> None:
+    kind, recipe = trained
+    other = recipe.model_copy(update={"output_dir": place / "stopped" / kind.replace(" ", "_")})
+    in_two_sittings(other, run=pretrain)
+    one, two = tensors(recipe.output_dir), tensors(other.output_dir)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    weights = [load_file(run.output_dir / "best" / "model.safetensors") for run in (recipe, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_is_written_answers_as_what_was_trained(trained: tuple[str, PretrainRecipe]) -> None:
+    """As a published checkpoint: LoRA is merged, and parts that features do not need are there again."""
+    _, recipe = trained
+    model = build_encoder(recipe, open_unlabelled(recipe).inputs)
+    state = tensors(recipe.output_dir)
+    own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    assert own
+    assert model.load_state_dict(own, strict=False).unexpected_keys == []
+    backbone = model.backbone
+    family = "dinov2" if backbone.family.name == "dinov2" else backbone.family.name
+    again = build_backbone(family, str(recipe.output_dir / "best"), backbone.layers)
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(1, 32, 32)
+    one, two = backbone.embed(pixels, None, valid), again.embed(pixels, None, valid)
+    with torch.no_grad():
+        for depth in range(1, len(backbone.blocks) + 1):
+            one, two = backbone.step(depth, one), again.step(depth, two)
+        torch.testing.assert_close(backbone.tap(one), again.tap(two), atol=1e-5, rtol=1e-5)
+    assert encoder_epoch(recipe.output_dir / "best") == 2
+
+
+@pytest.mark.pitfall("K21")
+def test_with_lora_the_published_weights_stay(place: Path) -> None:
+    recipe = recipe_of(place, place / "lora", **KINDS["continual"](place))
+    pretrain(recipe)
+    learned = {name for name in tensors(recipe.output_dir) if name.startswith("model.")}
+    assert learned
+    assert all(".lora_" in name for name in learned)
+
+
+def test_a_recipe_takes_it_as_its_encoder(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(place, tmp_path / "pretrained")
+    pretrain(recipe)
+    content = recipe_dict(place / "data", tmp_path / "pretrained" / "best", tmp_path / "tuned")
+    content["train"]["epochs"] = 1
+    finetune(load_recipe(write_recipe(tmp_path / "r.yaml", content)))
+    record = json.loads((tmp_path / "tuned" / "best" / "segmenter.json").read_text())
+    assert record["encoder"]["id"] == str(tmp_path / "pretrained" / "best")
+    assert (
+        record["encoder"]["sha256"]
+        == json.loads((tmp_path / "pretrained" / "best" / "encoder.json").read_text())["tensors"]
+    )
+
+
+def test_the_loss_falls_and_random_masks_are_another_each_epoch(place: Path, tmp_path: Path) -> None:
+    train = {"epochs": 12, "batch_size": 6, "optimizer": {"lr": 0.005, "warmup": 0.0}}
+    recipe = recipe_of(place, tmp_path / "run", train=train)
+    pretrain(recipe)
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [one["loss"] for one in log if one["kind"] == "step"]
+    assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": {}}, "objectives names nothing to learn; add mae or distill"),
+        ({"objectives": {"mae": {"ratio": 1.0}}}, "objectives.mae.ratio = 1.0 must be below 1"),
+        ({"objectives": {"mae": {"inside": 0.5}}}, "is for mask: incomplete"),
+        ({"objectives": {"mae": {"ratio": 0.01}}}, "hides 0 of the 16 patches"),
+        ({"model": {"encoder": NEW, "adapter": {"name": "lora"}}}, "random ones learn as a whole"),
+        ({"model": {"encoder": NEW | {"width": 18, "heads": 4}}}, "width = 18 must be a multiple of heads = 4"),
+        ({"model": {"encoder": {"name": "clip", "checkpoint": "CLIP", "layers": [1, 2]}}}, "must end with block 3"),
+        (
+            {"objectives": {"distill": {"teacher": {"name": "clip", "checkpoint": "CLIP", "layers": [3]}}}},
+            "name as many",
+        ),
+        (
+            {"objectives": {"distill": {"teacher": {"name": "clip", "checkpoint": "CLIP", "layers": [1, 3]}}}},
+            "its cells are 16 px wide, those of the student 8 px; set objectives.distill.teacher.upscale = 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(
+    place: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    text = json.dumps(changes).replace("CLIP", str(place / "clip"))
+    with pytest.raises((RecipeError, CheckpointError)) as caught:
+        pretrain(recipe_of(place, tmp_path / "run", **json.loads(text)))
+    assert message in str(caught.value)
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path.name != ".lock"] == []
+
+
+def test_other_scenes_than_it_was_started_with_are_refused(place: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        image, _ = toy_scene(number, 64, 64)
+        write_raster(tmp_path / "rgb" / f"{number}.tif", image)
+    recipe = recipe_of(tmp_path, tmp_path / "run")
+    in_two_sittings(recipe, run=pretrain)
+    longer = recipe.model_copy(update={"output_dir": tmp_path / "other"})
+    pretrain(longer)
+    write_raster(tmp_path / "rgb" / "2.tif", toy_scene(2, 64, 64)[0])
+    with pytest.raises(CheckpointError, match=r"2\.tif is new"):
+        pretrain(longer, resume=True)
+
+
+def test_the_command_ends_with_a_line_that_says_how_to_use_it(place: Path, tmp_path: Path) -> None:
+    recipe_of(place, tmp_path / "run")
+    found = CliRunner().invoke(app, ["pretrain", str(tmp_path / "run.yaml"), "train.epochs=1"])
+    assert found.exit_code == 0
+    assert "use it as model.encoder.checkpoint" in found.stderr
+    wrong = CliRunner().invoke(app, ["pretrain", str(tmp_path / "run.yaml"), "train.epoch=1", "--overwrite"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'epochs'" in wrong.stderr

@@ -53,8 +53,8 @@ def _require_whole(backbone: Backbone) -> None:
     depth = len(list(blocks.children()))
     if backbone.layers[-1] != depth:
         raise RecipeError(
-            f"model.encoder.layers = {list(backbone.layers)}: must end with block {depth}, the encoder's last, as all of "
-            "it is written; add it, or leave layers out"
+            f"model.encoder.layers = {list(backbone.layers)}: must end with block {depth}, the encoder's last, as the "
+            "whole encoder is written; add it, or leave layers out"
         )
 
 

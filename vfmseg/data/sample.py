@@ -20,13 +20,15 @@ class Sample:
     labels None: an unlabelled window, which only objectives without labels can learn from. hidden: modalities that the
     model shall not see (`train.modality_dropout`); their images are kept whole, as who learns from the model that sees
     everything needs them. frame (2, 2): how augmentation has turned the window; a way of (rows, columns) pixels in the
-    scene is frame @ way here. Of a window mirrored left-right it is [[1, 0], [0, -1]].
+    scene is frame @ way here. Of a window mirrored left-right it is [[1, 0], [0, -1]]. mask: bool (rows, cols) over
+    patches, True where one is hidden from the encoder; None: nothing is.
     """
 
     images: dict[str, Image]
     labels: Tensor | None
     hidden: frozenset[str] = frozenset()
     frame: Tensor = field(default_factory=lambda: torch.eye(2))
+    mask: Tensor | None = None
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Batch:
 
     hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any. frames (B, 2, 2): how
     each sample was turned; None: none of them was. absent: modalities of which no sample shows a single valid pixel, as
-    far as is known without asking the device.
+    far as is known without asking the device. mask (B, rows, cols) or None, as in `Sample`.
     """
 
     images: dict[str, Image]
@@ -43,6 +45,7 @@ class Batch:
     hidden: dict[str, Tensor] = field(default_factory=dict)
     frames: Tensor | None = None
     absent: frozenset[str] = frozenset()
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())).valid)
@@ -79,8 +82,10 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         images = {name: image.each(change) for name, image in self.images.items()}
         hidden = {name: change(rows) for name, rows in self.hidden.items()}
-        labels, frames = (None if one is None else change(one) for one in (self.labels, self.frames))
-        return Batch(images, labels, hidden, frames, self.absent)
+        labels, frames, mask = (
+            None if one is None else change(one) for one in (self.labels, self.frames, self.mask)
+        )
+        return Batch(images, labels, hidden, frames, self.absent, mask)
 
 
 def _without(image: Image, rows: Tensor) -> Image:
@@ -100,6 +105,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             "expected the same bands in every scene: name them in the recipe (data.modalities.<name>.bands)"
         )
     labels = [sample.labels for sample in samples if sample.labels is not None]
+    masks = [sample.mask for sample in samples if sample.mask is not None]
     return Batch(
         images={
             name: Image(
@@ -120,9 +126,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
             for name in samples[0].images
             if all(name in sample.hidden or not bool(sample.images[name].valid.any()) for sample in samples)
         ),
+        mask=torch.stack(masks) if masks else None,
     )
 
 
 def _layout(sample: Sample) -> str:
     shapes = [f"{name} {tuple(image.pixels.shape)}" for name, image in sample.images.items()]
-    return ", ".join([*shapes, "no labels" if sample.labels is None else f"labels {tuple(sample.labels.shape)}"])
+    masked = [] if sample.mask is None else [f"mask {tuple(sample.mask.shape)}"]
+    labels = "no labels" if sample.labels is None else f"labels {tuple(sample.labels.shape)}"
+    return ", ".join([*shapes, labels, *masked])

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     AUGMENT = 4
     MODALITY = 5
     SOURCE = 6
+    MASK = 7
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,9 +82,7 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         images = {name: image.each(change) for name, image in self.images.items()}
         hidden = {name: change(rows) for name, rows in self.hidden.items()}
-        labels, frames, mask = (
-            None if one is None else change(one) for one in (self.labels, self.frames, self.mask)
-        )
+        labels, frames, mask = (None if one is None else change(one) for one in (self.labels, self.frames, self.mask))
         return Batch(images, labels, hidden, frames, self.absent, mask)
 
 

@@ -72,8 +72,8 @@ class UnlabelledWindows(RandomWindows):
             fits = math.floor(100 * self.widest / self.tile) / 100
             raise DataError(
                 f"data.scale = [{low:g}, {high:g}] of data.tile = {self.tile} makes windows of up to "
-                f"{self.tile * high:g} px a side, but the longest side of a scene is {self.widest} px; expected at most "
-                f"twice that; try data.scale = [{min(low, fits):g}, {fits:g}], or a smaller data.tile"
+                f"{self.tile * high:g} px a side, but the longest side of a scene is {self.widest} px; expected at "
+                f"most twice that; try data.scale = [{min(low, fits):g}, {fits:g}], or a smaller data.tile"
             )
 
     def __getitem__(self, draw: Draw) -> Sample:

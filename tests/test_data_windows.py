@@ -220,7 +220,7 @@ def test_labels_of_a_filler_count_nowhere() -> None:
 
 
 def test_no_scenes_are_refused() -> None:
-    with pytest.raises(DataError, match=r"no training scenes; expected at least one"):
+    with pytest.raises(DataError, match=r"data.train: there are no scenes; expected at least one"):
         TrainingWindows([], 8, 0, None, "all")
 
 

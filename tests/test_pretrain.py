@@ -12,9 +12,9 @@ import torch
 from makers import in_two_sittings, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from vfmseg.build.unlabelled import open_unlabelled
 
-from vfmseg.build.pretraining import build_encoder
+from vfmseg.build.pretraining import build_encoder, statistics_of
+from vfmseg.build.unlabelled import open_unlabelled
 from vfmseg.checkpoint.encoder import encoder_epoch
 from vfmseg.cli import app
 from vfmseg.encoders.build import build_backbone
@@ -122,7 +122,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, Pre
 def test_what_is_written_answers_as_what_was_trained(trained: tuple[str, PretrainRecipe]) -> None:
     """As a published checkpoint: LoRA is merged, and parts that features do not need are there again."""
     _, recipe = trained
-    model = build_encoder(recipe, open_unlabelled(recipe).inputs)
+    model = build_encoder(recipe, open_unlabelled(recipe.data, statistics_of(recipe)).inputs)
     state = tensors(recipe.output_dir)
     own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     assert own

@@ -60,8 +60,8 @@ def _train(
     if not is_main_process():  # which has come as far, and so has the folder
         stack.enter_context(folder.with_the_others())
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-    from vfmseg.build.pretraining import build_encoder, objectives_of
-    from vfmseg.build.training import schedule_of, what_decides
+    from vfmseg.build.pretraining import build_encoder, masking_of, objectives_of, statistics_of
+    from vfmseg.build.training import augment_of, schedule_of, what_decides
     from vfmseg.build.unlabelled import open_unlabelled, windows_of
     from vfmseg.data.traces import Traces
     from vfmseg.model import parameter_lines
@@ -72,14 +72,15 @@ def _train(
 
     known = resume and folder.state.is_file()
     traces = Traces()
-    opened = open_unlabelled(recipe, traces)
+    opened = open_unlabelled(recipe.data, statistics_of(recipe), traces)
     inputs = opened.inputs
     if known and accept_changed_data:
         inputs = as_then(inputs, folder.state)
     model = build_encoder(recipe, inputs)
     say(parameter_lines(model))
     step = Step(model, objectives_of(recipe, inputs, model))
-    sources = {"unlabelled": windows_of(recipe, opened)}
+    augment, masking = augment_of(recipe.train.augment, inputs), masking_of(recipe, model.backbone.patch)
+    sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking)}
     loop = Loop(accelerator, step, sources, schedule_of(recipe), lambda _: Score(None, {}))
     origin = Origin(what_decides(recipe), model.base_hash, noted(inputs), accelerator.num_processes, traces.found)
     if known:

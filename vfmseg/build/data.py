@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 
-from vfmseg.build.model import normalized_by, published_in_image_units, rule_of
+from vfmseg.build.model import normalization, published_in_image_units, rule_of
 from vfmseg.build.remarks import (
     tell_absent,
     tell_implausible,
@@ -20,7 +20,7 @@ from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
 from vfmseg.data.inputs import Input, Inputs
 from vfmseg.data.scene import Scene, Scenes, speakers
-from vfmseg.data.statistics import stream_statistics
+from vfmseg.data.statistics import BandStatistics, stream_statistics
 from vfmseg.data.survey import survey
 from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError, RecipeError
@@ -30,6 +30,7 @@ from vfmseg.geo.derived import LOCAL_RADIUS
 from vfmseg.geo.ground import Ground
 from vfmseg.geo.said import BandSaid, numbers_by_name
 from vfmseg.recipe import Recipe
+from vfmseg.recipe.data import ModalitySection
 from vfmseg.recipe.splits import AnySource, FileSource, TableSource
 from vfmseg.terminal import say_once
 
@@ -40,14 +41,24 @@ def bands_of(recipe: Recipe, trained: Recipe | None = None) -> dict[str, Bands]:
     `trained`: the recipe of the segmenter that reads them; bands that are other ones than there are meant for these
     very files, whatever those call them.
     """
+    modalities = recipe.data.modalities
+    if trained is None:
+        return bands_from(modalities)
+    known = trained.data.modalities
+    return bands_from(
+        modalities, [name for name in modalities if modalities[name].bands not in (None, known[name].bands)]
+    )
+
+
+def bands_from(modalities: Mapping[str, ModalitySection], chosen: Collection[str] = ()) -> dict[str, Bands]:
+    """How each modality's stored numbers are read; `chosen`: those whose bands are meant for these very files."""
     return {
         name: Bands(
-            indexes=m.bands, scale=m.scale, offset=m.offset, nodata=m.nodata,
-            chosen=trained is not None and m.bands not in (None, trained.data.modalities[name].bands),
+            indexes=m.bands, scale=m.scale, offset=m.offset, nodata=m.nodata, chosen=name in chosen,
             derive=m.derive, local_radius=LOCAL_RADIUS if m.local_radius is None else m.local_radius,
             pixel_size=m.pixel_size,
         )
-        for name, m in recipe.data.modalities.items()
+        for name, m in modalities.items()
     }  # fmt: skip
 
 
@@ -75,7 +86,7 @@ def open_split(
     said = said_by(scenes) if like is None else like
     for scene in scenes:
         scene.follow(said)
-    _check_alike(scenes, split)
+    require_alike(scenes, split)
     tell_notes(scenes)
     if not any(scene.grid.georeferenced for scene in scenes):
         say_once("the scenes carry no CRS: labels will have none either, pixels are matched by position")
@@ -119,7 +130,7 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, Sce
     for name, scenes in splits.items():
         tell_missing(recipe, name, scenes)
         if name != "train":
-            _check_alike([*splits["train"], *scenes], name)
+            require_alike([*splits["train"], *scenes], name)
     training: dict[str, Scenes] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
@@ -142,32 +153,57 @@ def metres_of(train: Sequence[Scene]) -> float | None:
 
 def inputs_of(recipe: Recipe, train: Sequence[Scene]) -> Inputs:
     """What the model will take, as the training scenes are: bands, stored types, and mean and std of each modality."""
-    first, said = speakers(train), said_by(train)
-    counts = {name: first[name].bands()[name] for name in recipe.data.modalities}
-    dtypes = {name: first[name].dtypes()[name] for name in recipe.data.modalities}
-    met_without = recipe.train.dropout_of(recipe.data.modalities)
+    modalities = recipe.data.modalities
+    met_without = recipe.train.dropout_of(modalities)
+    optional = [name for name, section in modalities.items() if section.optional or name in met_without]
+
+    def published(name: str) -> BandStatistics:
+        return published_in_image_units(recipe, name)
+
+    return inputs_from(modalities, train, published, optional, "the training split's")
+
+
+def inputs_from(
+    modalities: Mapping[str, ModalitySection],
+    scenes: Sequence[Scene],
+    published: Callable[[str], BandStatistics],
+    optional: Collection[str],
+    whose: str,
+    most: int | None = None,
+) -> Inputs:
+    """One `Input` for each modality, as the scenes are.
+
+    `published`: mean and std of red, green and blue in image units that the encoder of a modality was published with.
+    `optional`: the modalities that the model will meet samples without. `whose`: the scenes' mean and std are, in
+    words. `most`: about how many pixels are read for these, at most; left out: all.
+    """
+    first, said, bands = speakers(scenes), said_by(scenes), bands_from(modalities)
+    counts = {name: first[name].bands()[name] for name in modalities}
+    dtypes = {name: first[name].dtypes()[name] for name in modalities}
     chosen = {
-        name: normalized_by(recipe, name, counts[name], dtypes[name], not any(band.scaled for band in said[name]))
-        for name in counts
+        name: normalization(
+            section.normalize, name, counts[name], dtypes[name], not any(band.scaled for band in said[name])
+        )
+        for name, section in modalities.items()
     }
-    by_dataset = [name for name, whose in chosen.items() if whose == "dataset"]
-    statistics = stream_statistics(train) if by_dataset else {}
+    by_dataset = [name for name in modalities if chosen[name] == "dataset"]
+    statistics = stream_statistics(scenes, most=most) if by_dataset else {}
     tell_implausible({name: statistics[name] for name in by_dataset})
     for name, count in counts.items():
-        source = "the encoder's own" if chosen[name] == "encoder" else "the training split's"
-        derived = "".join(f", {band}" for band in recipe.data.modalities[name].derive)
+        source = "the encoder's own" if chosen[name] == "encoder" else whose
+        derived = "".join(f", {band}" for band in modalities[name].derive)
         say_once(f"{name}: {count} bands ({dtypes[name]}{derived}), normalised by {source} mean and std")
     return tuple(
         Input(
             name,
-            replace(bands, like=said[name]),
+            replace(bands[name], like=said[name]),
             counts[name],
             dtypes[name],
             chosen[name],
-            *(statistics[name] if chosen[name] == "dataset" else published_in_image_units(recipe, name)),
-            optional=recipe.data.modalities[name].optional or name in met_without,
+            *(statistics[name] if chosen[name] == "dataset" else published(name)),
+            optional=name in optional,
         )
-        for name, bands in bands_of(recipe).items()
+        for name in modalities
     )
 
 
@@ -246,8 +282,11 @@ def value_ranges(inputs: Inputs) -> dict[str, float]:
     return {one.name: 255.0 if one.dtype == "uint8" and one.plain else 0.0 for one in inputs}
 
 
-def _check_alike(scenes: Sequence[Scene], split: str) -> None:
-    """DataError unless a modality has the same bands and types in all scenes that have it."""
+def require_alike(scenes: Sequence[Scene], split: str) -> None:
+    """DataError unless a modality has the same bands and types in all scenes that have it.
+
+    `split`: the key of the scenes below `data`.
+    """
     first = speakers(scenes)
     for scene in scenes:
         for name in scene.bands():

@@ -36,13 +36,20 @@ from vfmseg.terminal import say_once
 
 
 def normalized_by(recipe: Recipe, name: str, count: int, dtype: str, plain: bool) -> Literal["encoder", "dataset"]:
-    """Whose mean and std normalise a modality: as the recipe says, else `encoder` for 8-bit RGB alone.
+    """Whose mean and std normalise a modality of a recipe, see `normalization`."""
+    return normalization(recipe.data.modalities[name].normalize, name, count, dtype, plain)
+
+
+def normalization(
+    given: Literal["encoder", "dataset"] | None, name: str, count: int, dtype: str, plain: bool
+) -> Literal["encoder", "dataset"]:
+    """Whose mean and std normalise a modality: as its section says, else `encoder` for 8-bit RGB alone.
 
     `count` bands are read, of stored type `dtype`; `plain`: they are the values themselves. RecipeError for `encoder`
     with other than three bands.
     """
     eight_bit_rgb = count == 3 and dtype == "uint8" and plain
-    chosen = recipe.data.modalities[name].normalize or ("encoder" if eight_bit_rgb else "dataset")
+    chosen = given or ("encoder" if eight_bit_rgb else "dataset")
     if chosen == "encoder" and count != 3:
         raise RecipeError(
             f"data.modalities.{name}.normalize = encoder needs 3 bands (red, green, blue), but {count} "

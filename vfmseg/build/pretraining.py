@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vfmseg.adapters.attach import ADAPTERS, attach_none
+from vfmseg.catalog import published_statistics
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.masks import Masking
+from vfmseg.data.statistics import BandStatistics
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem, whole_network
 from vfmseg.errors import RecipeError
@@ -56,6 +60,19 @@ def _require_whole(backbone: Backbone) -> None:
             f"model.encoder.layers = {list(backbone.layers)}: must end with block {depth}, the encoder's last, as the "
             "whole encoder is written; add it, or leave layers out"
         )
+
+
+def statistics_of(recipe: PretrainRecipe) -> Callable[[str], BandStatistics]:
+    """{modality}: mean and std of red, green and blue, for values from 0 to 255, that its encoder was published with.
+
+    A new encoder takes those of DINOv2, as whoever uses it will.
+    """
+    section = recipe.model.encoder
+    if isinstance(section, NewEncoder):
+        mean, std = published_statistics("dinov2", None)
+    else:
+        mean, std = published_statistics(section.name, section.checkpoint)
+    return lambda modality: (tuple(255 * value for value in mean), tuple(255 * value for value in std))
 
 
 def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dict[str, Objective]:

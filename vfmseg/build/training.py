@@ -21,6 +21,7 @@ from vfmseg.model import Network
 from vfmseg.recipe import PretrainRecipe, Recipe, dump_recipe
 from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
 from vfmseg.recipe.predict import PredictSection
+from vfmseg.recipe.train import AugmentSection
 from vfmseg.terminal import say
 from vfmseg.training.loop import Stream
 from vfmseg.training.losses import LOSSES, Loss
@@ -32,17 +33,6 @@ from vfmseg.training.step import Objective
 
 def sources_of(recipe: Recipe, scenes: Scenes, inputs: Inputs) -> dict[str, Stream]:
     """The streams to learn from, by name: random windows of the training scenes, augmented."""
-    section = recipe.train.augment
-    augment = Augment(
-        flip=section.flip,
-        rotate90=section.rotate90,
-        scale=section.scale,
-        rotate=section.rotate,
-        radiometry={
-            name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue) for name, r in section.radiometry.items()
-        },
-        value_range=value_ranges(inputs),
-    )
     data = recipe.data
     weights = [source.weight for source in data.sources("train").values()]
     portions = [Portion(count, weight) for count, weight in zip(scenes.per_source, weights, strict=True)]
@@ -50,7 +40,7 @@ def sources_of(recipe: Recipe, scenes: Scenes, inputs: Inputs) -> dict[str, Stre
         scenes,
         data.tile,
         recipe.seed,
-        augment,
+        augment_of(recipe.train.augment, inputs),
         rule_of(recipe),
         data.samples_per_epoch,
         bands_in(inputs),
@@ -60,6 +50,20 @@ def sources_of(recipe: Recipe, scenes: Scenes, inputs: Inputs) -> dict[str, Stre
     if len(portions) > 1:
         tell_portions(data.sources("train"), scenes.per_source, windows.visits.shares)
     return {"train": windows}
+
+
+def augment_of(section: AugmentSection, inputs: Inputs) -> Augment:
+    """How windows are changed at random."""
+    return Augment(
+        flip=section.flip,
+        rotate90=section.rotate90,
+        scale=section.scale,
+        rotate=section.rotate,
+        radiometry={
+            name: Radiometry(r.brightness, r.contrast, r.saturation, r.hue) for name, r in section.radiometry.items()
+        },
+        value_range=value_ranges(inputs),
+    )
 
 
 def segmentation_of(recipe: Recipe) -> Segmentation:

@@ -9,10 +9,14 @@ import numpy as np
 
 from vfmseg.data.image import Known, known
 from vfmseg.data.scene import Scene
+from vfmseg.data.survey import spread
 from vfmseg.data.traces import Traces
 from vfmseg.errors import DataError
 from vfmseg.geo.classes import IGNORE
 from vfmseg.geo.grid import Window
+
+WINDOWS = 128
+"""Windows of a scene that are looked at before all of it counts as invalid."""
 
 
 def disjoint(splits: Mapping[str, Sequence[Scene]]) -> None:
@@ -27,6 +31,25 @@ def disjoint(splits: Mapping[str, Sequence[Scene]]) -> None:
                         f"{file} is in data.{other} and in data.{split}; expected every file in one split only: "
                         "remove it from one of them"
                     )
+
+
+def require_valid(scenes: Sequence[Scene], place: str) -> None:
+    """DataError for a modality of which no scene shows a valid pixel in windows spread evenly over it.
+
+    Nearly always the first window tells. `place`: the key of the scenes in the recipe.
+    """
+    left = {name for scene in scenes for name in scene.bands()}
+    for scene in scenes:
+        for window in spread(scene.grid.height, scene.grid.width, WINDOWS) if left & set(scene.bands()) else ():
+            left -= {name for name, chip in scene.read(window).items() if chip.valid.any()}
+            if not left & set(scene.bands()):
+                break
+    for name in sorted(left):
+        count = sum(name in scene.bands() for scene in scenes)
+        raise DataError(
+            f"{place}: {name} is invalid (nodata, NaN, alpha or mask) wherever it was looked at in its {count} scenes; "
+            f"expected some valid pixels: check data.modalities.{name}.nodata and the files"
+        )
 
 
 def require_labels(

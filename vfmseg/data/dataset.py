@@ -35,15 +35,66 @@ SMALL_TILE = 1024
 """Pixels; tiles up to here may be far larger than all scenes, as what is empty in them takes little memory."""
 
 
-class TrainingWindows(Dataset[Sample]):
+class RandomWindows(Dataset[Sample]):
+    """What sources of random windows share: which scene a draw is of, and of which kind that is.
+
+    A scene of h x w pixels is visited ceil(h / tile) * ceil(w / tile) times an epoch; with `samples_per_epoch` scenes
+    keep these shares on average. `portions`: the sources that the scenes are of, which may have weights, see `Visits`.
+    `bands` {modality: number}: what every sample has; of one that its scene lacks nothing is valid. `place`: the key of
+    the scenes in the recipe, for messages.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        tile: int,
+        seed: int,
+        samples_per_epoch: int | None,
+        bands: Mapping[str, int] | None,
+        portions: Sequence[Portion],
+        place: str,
+    ) -> None:
+        if not scenes:
+            raise DataError(f"{place}: there are no scenes; expected at least one")
+        self.scenes = list(scenes)
+        self.tile = tile
+        self.seed = seed
+        self.bands = bands
+        grids = [scene.grid for scene in self.scenes]
+        self.widest = max(side for grid in grids for side in (grid.height, grid.width))
+        counts = [ceil(g.height / tile) * ceil(g.width / tile) for g in grids]
+        self.visits = Visits(counts, seed, samples_per_epoch, portions)
+        if (length := samples_per_epoch or sum(counts)) > MOST_WINDOWS:
+            raise DataError(
+                f"{place}: an epoch would be {length:,} windows of {tile} px, more than {MOST_WINDOWS:,}; set "
+                "data.samples_per_epoch to fewer"
+            )
+
+    def __len__(self) -> int:
+        return len(self.visits)
+
+    def kind(self, draw: Draw) -> Hashable:
+        """The modalities that the scene of a draw has."""
+        sets = self._sets
+        return sets[0] if len(sets) == 1 else sets[self.visits.scene(draw)]
+
+    @cached_property
+    def _sets(self) -> list[tuple[str, ...]]:
+        """The modalities of each scene; a single entry if all have the same."""
+        found = [tuple(sorted(scene.bands())) for scene in self.scenes]
+        return found[:1] if len(set(found)) == 1 else found
+
+    def _rng(self, purpose: Purpose, draw: Draw) -> np.random.Generator:
+        """The random numbers of one draw for one purpose."""
+        return rng(purpose, self.seed, draw.epoch, draw.index)
+
+
+class TrainingWindows(RandomWindows):
     """Random tile x tile windows, asked for by Draw(epoch, index).
 
-    A scene of h x w pixels is visited ceil(h / tile) * ceil(w / tile) times an epoch, each time anywhere in it; with
-    `samples_per_epoch` scenes keep these shares on average. Window and augmentation follow from
-    (seed, epoch, index). Scenes smaller than a tile are filled up with invalid, unlabelled pixels. `rule`: where
-    several modalities have an answer; a window without any labelled pixel there is drawn again. `bands` {modality:
-    number}: what every sample has; of one that its scene lacks nothing is valid. `dropout` {modality: how often it is
-    hidden}, see `hide`. `portions`: the sources that the scenes are of, which may have weights, see `Visits`.
+    Each visit of a scene is anywhere in it. Window and augmentation follow from (seed, epoch, index). Scenes smaller
+    than a tile are filled up with invalid, unlabelled pixels. `rule`: where several modalities have an answer; a window
+    without any labelled pixel there is drawn again. `dropout` {modality: how often it is hidden}, see `hide`.
     """
 
     def __init__(
@@ -58,58 +109,29 @@ class TrainingWindows(Dataset[Sample]):
         dropout: Mapping[str, float] | None = None,
         portions: Sequence[Portion] = (),
     ) -> None:
-        if not scenes:
-            raise DataError("there are no training scenes; expected at least one")
-        self.scenes = list(scenes)
-        self.tile = tile
-        self.seed = seed
+        super().__init__(scenes, tile, seed, samples_per_epoch, bands, portions, "data.train")
         self.augment = augment
         self.rule = rule
-        self.bands = bands
         self.dropout = dropout
-        grids = [scene.grid for scene in self.scenes]
-        widest = max(side for grid in grids for side in (grid.height, grid.width))
-        if tile > SMALL_TILE and tile >= 2 * widest:
+        if tile > SMALL_TILE and tile >= 2 * self.widest:
             raise DataError(
-                f"data.tile = {tile}, but the longest side of a training scene is {widest} px: three quarters or more "
-                f"of every window would be empty, at the full price in memory and time; try data.tile = {widest}"
+                f"data.tile = {tile}, but the longest side of a training scene is {self.widest} px: three quarters or "
+                f"more of every window would be empty, at the full price in memory and time; try data.tile = "
+                f"{self.widest}"
             )
-        counts = [ceil(g.height / tile) * ceil(g.width / tile) for g in grids]
-        self.visits = Visits(counts, seed, samples_per_epoch, portions)
-        if (length := samples_per_epoch or sum(counts)) > MOST_WINDOWS:
-            raise DataError(
-                f"data.train: an epoch would be {length:,} windows of {tile} px, more than {MOST_WINDOWS:,}; set "
-                "data.samples_per_epoch to fewer"
-            )
-
-    def __len__(self) -> int:
-        return len(self.visits)
 
     def __getitem__(self, draw: Draw) -> Sample:
         """Read, augment and return one window, maybe without some modality; the labels of a filler are all IGNORE."""
         scene = self.scenes[self.visits.scene(draw)]
-        draws = rng(Purpose.WINDOW, self.seed, draw.epoch, draw.index)
-        chips, labels = self._learnable(scene, draws)
+        chips, labels = self._learnable(scene, self._rng(Purpose.WINDOW, draw))
         sample = to_sample(chips, labels, self.bands)
         if draw.filler:
             return Sample(sample.images, torch.full((self.tile, self.tile), IGNORE))
         if self.augment is not None:
-            stream = rng(Purpose.AUGMENT, self.seed, draw.epoch, draw.index)
-            sample = self.augment(sample, int(stream.integers(2**63)))
+            sample = self.augment(sample, int(self._rng(Purpose.AUGMENT, draw).integers(2**63)))
         if self.dropout:
-            sample = hide(sample, self.dropout, rng(Purpose.MODALITY, self.seed, draw.epoch, draw.index))
+            sample = hide(sample, self.dropout, self._rng(Purpose.MODALITY, draw))
         return sample
-
-    def kind(self, draw: Draw) -> Hashable:
-        """The modalities that the scene of a draw has."""
-        sets = self._sets
-        return sets[0] if len(sets) == 1 else sets[self.visits.scene(draw)]
-
-    @cached_property
-    def _sets(self) -> list[tuple[str, ...]]:
-        """The modalities of each scene; a single entry if all have the same."""
-        found = [tuple(sorted(scene.bands())) for scene in self.scenes]
-        return found[:1] if len(set(found)) == 1 else found
 
     def _learnable(self, scene: Scene, draws: np.random.Generator) -> tuple[dict[str, Chip], np.ndarray]:
         """Pixels and labels of a random window; one without any usable label is drawn again, ten times in all."""

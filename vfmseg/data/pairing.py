@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from vfmseg.disk.paths import elsewhere, files_behind, readings, require_file
@@ -161,7 +162,29 @@ def pair(
             _require_images(pairs, images, place)
             return pairs
     closest = max((by_stem, by_wild), key=lambda index: _agreement(index, optional))
-    raise DataError(f"{place}: {_complaint(closest, optional)}")
+    remedy = "or a table (data.<split>.table) that says what belongs together"
+    raise DataError(f"{place}: {_complaint(closest, optional, 'labels', remedy)}")
+
+
+def pair_images(images: Mapping[str, list[Found]], place: str, optional: Iterable[str] = ()) -> list[dict[str, str]]:
+    """{modality: its file} for each scene without labels, sorted by name; of one modality each file is a scene.
+
+    A scene may lack the modalities in `optional`. DataError naming up to five files without a counterpart.
+    """
+    if len(images) == 1 or all(len(files) == 1 and files[0].literal for files in images.values()):
+        columns = [[(name, file.path) for file in files] for name, files in images.items()]
+        return [dict(row) for row in zip(*columns, strict=True)]
+    by_stem = {name: _index((f.stem, f) for f in files) for name, files in images.items()}
+    by_wild = {name: _index((f.wild, f) for f in files) for name, files in images.items()}
+    required = [name for name in images if name not in optional]
+    for index in (by_stem, by_wild):
+        names = sorted(set().union(*index.values()))
+        single = all(len(index[name]) == len(files) for name, files in images.items())
+        if single and all(len(index[name]) == len(names) for name in required):
+            return [{m: index[m][name][0].path for m in images if name in index[m]} for name in names]
+    closest = max((by_stem, by_wild), key=lambda index: sum(len(set(a) & set(b)) for a, b in pairwise(index.values())))
+    remedy = "or sources of their own (data.scenes may be a list)"
+    raise DataError(f"{place}: {_complaint(closest, optional, None, remedy)}")
 
 
 def _require_images(pairs: Sequence[Pair], images: Iterable[str], place: str) -> None:
@@ -201,18 +224,21 @@ def _agreement(index: Mapping[str, dict[str, list[Found]]], optional: Iterable[s
     return shared + sum(len(set(index[role]) & set(index["labels"])) for role in index if role in optional)
 
 
-def _complaint(index: Mapping[str, dict[str, list[Found]]], optional: Iterable[str]) -> str:
+def _complaint(
+    index: Mapping[str, dict[str, list[Found]]], optional: Iterable[str], lead: str | None, remedy: str
+) -> str:
+    """What does not fit, and what to do; `lead`: the role whose names are those of the scenes, if there is one."""
     for role, files in index.items():
         for name, same in files.items():
             if len(same) > 1:
                 return (
                     f"{role} has {len(same)} files named {name!r}: {same[0].path} and {same[1].path}; "
-                    "expected each name once, or a table (data.<split>.table) that says what belongs together"
+                    f"expected each name once, {remedy}"
                 )
     complaints = []
     for role, files in index.items():
         for other, others in index.items():
-            if other in optional or (role in optional and other != "labels"):
+            if other in optional or (role in optional and lead is not None and other != lead):
                 continue  # a scene may lack it; and whatever has labels has the others, or these are told
             lone = [files[name][0].path for name in sorted(set(files) - set(others))]
             if lone:
@@ -222,5 +248,5 @@ def _complaint(index: Mapping[str, dict[str, list[Found]]], optional: Iterable[s
                 )
     return (
         "; ".join(complaints) + "; expected one file per scene everywhere, of the same name, or patterns whose * "
-        "stands for the same text (*_ms.tif and *_label.tif), or a table (data.<split>.table)"
+        f"stands for the same text (*_ms.tif and *_label.tif), {remedy}"
     )

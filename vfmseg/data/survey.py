@@ -49,17 +49,22 @@ class Survey:
 
 
 def survey(scenes: Sequence[Scene], classes: int, rule: Known) -> Survey:
-    """Look at windows spread evenly over all scenes; `rule`: where several modalities have an answer."""
+    """Look at windows spread evenly over all scenes; `rule`: where several modalities have an answer.
+
+    No classes: scenes without labels.
+    """
     found = Survey(np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64))
     values: dict[str, list[np.ndarray]] = {}
     before = [{name: Hidden(h.pixels, dict(h.causes)) for name, h in scene.hidden().items()} for scene in scenes]
     for scene in scenes:
-        for window in _spread(scene.grid.height, scene.grid.width, max(1, PIXELS // (SIDE * SIDE * len(scenes)))):
-            labels, chips = scene.read_labels(window), scene.read(window)
-            labelled = labels != IGNORE
-            visible = labelled & known(chips, rule)
-            found.labelled += np.bincount(labels[labelled], minlength=classes)
-            found.visible += np.bincount(labels[visible], minlength=classes)
+        for window in spread(scene.grid.height, scene.grid.width, max(1, PIXELS // (SIDE * SIDE * len(scenes)))):
+            chips = scene.read(window)
+            if classes:
+                labels = scene.read_labels(window)
+                labelled = labels != IGNORE
+                visible = labelled & known(chips, rule)
+                found.labelled += np.bincount(labels[labelled], minlength=classes)
+                found.visible += np.bincount(labels[visible], minlength=classes)
             for name, chip in chips.items():
                 some = chip.pixels[:, chip.valid]
                 values.setdefault(name, []).append(some[:, :: max(1, some.shape[1] // KEPT)])
@@ -72,7 +77,7 @@ def survey(scenes: Sequence[Scene], classes: int, rule: Known) -> Survey:
     return found
 
 
-def _spread(height: int, width: int, count: int) -> Iterator[Window]:
+def spread(height: int, width: int, count: int) -> Iterator[Window]:
     """At most `count` windows, in equal steps over the tiles of a scene."""
     across = -(-width // SIDE)
     tiles = across * -(-height // SIDE)

@@ -6,9 +6,9 @@ import colorsys
 import difflib
 import keyword
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, GetJsonSchemaHandler, field_validator
 from pydantic import ValidationInfo as Info
@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema
 
 from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Flag, Name, Number, Problem, Section, Whole
-from vfmseg.recipe.splits import SOURCE_KEYS, AnySource, Source, Sources, same_scenes
+from vfmseg.recipe.splits import SOURCE_KEYS, AnySource, FlatSource, Source, Sources, same_scenes
 
 Color = tuple[
     Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)], Annotated[Whole, Field(ge=0, le=255)]
@@ -126,6 +126,46 @@ class ModalitySection(Section):
             yield Problem("local_radius", "is for height_above_local, which is not in derive; add it, or drop the key")
 
 
+def name_problems(modalities: Mapping[str, ModalitySection]) -> Iterator[Problem]:
+    """Modalities whose name cannot be a key of a source."""
+    for name in modalities:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            yield Problem(
+                f"modalities.{name}", "must be a plain name: letters, digits and _, not starting with a digit"
+            )
+        elif name in SOURCE_KEYS:
+            yield Problem(f"modalities.{name}", f"has a name that sources use themselves; try {name}_image")
+
+
+def unknown_problems(place: str, source: FlatSource, modalities: Mapping[str, ModalitySection]) -> Iterator[Problem]:
+    """Images that a source names and that are of no modality; `place`: its key below `data`."""
+    for name in source.images:
+        if name not in modalities:
+            keys = difflib.get_close_matches(name, SOURCE_KEYS, n=1)
+            yield Problem(f"{place}.{name}", f"is not one of data.modalities; {nearest(name, [*modalities, *keys])}")
+
+
+def weight_problems(weights: Mapping[str, float | None]) -> Iterator[Problem]:
+    """A weight that nothing is weighed against, of {key of a source below `data`: its weight}."""
+    weighed = [place for place, weight in weights.items() if weight is not None]
+    if len(weighed) != 1:
+        return
+    if "." not in weighed[0]:
+        why = "there is only one source; drop it, or list several sources"
+    else:
+        why = "it shares draws with the other sources that have a weight, and none has; drop it, or give others one"
+    yield Problem(f"{weighed[0]}.weight", f"is not used: {why}")
+
+
+def in_order_of(found: Any, order: Sequence[str]) -> Any:
+    """A source, or each of several, with its images in this order, so that the order inside it means nothing."""
+    if isinstance(found, tuple):
+        return tuple(in_order_of(source, order) for source in found)
+    if found is None or not set(found.images) <= set(order):
+        return found
+    return found.in_order([name for name in order if name in found.images])
+
+
 class DataSection(Section):
     """Classes, modalities and splits. Every split names the labels, and an entry for each modality.
 
@@ -188,17 +228,7 @@ class DataSection(Section):
     @field_validator(*SPLITS)
     @classmethod
     def _order_modalities(cls, found: Sources | None, info: Info) -> Sources | None:
-        """Images in the order of `modalities`, so that the order inside a source means nothing."""
-        order = list(info.data.get("modalities", ()))
-
-        def ordered(source: AnySource) -> Any:
-            if not set(source.images) <= set(order):
-                return source
-            return source.in_order([name for name in order if name in source.images])
-
-        if found is None:
-            return None
-        return tuple(map(ordered, found)) if isinstance(found, tuple) else ordered(found)
+        return cast("Sources | None", in_order_of(found, list(info.data.get("modalities", ()))))
 
     def sources(self, split: str) -> dict[str, AnySource]:
         """{its key below `data`: source} of a split, in order: `train`, or `train.0`, `train.1` of a list.
@@ -240,36 +270,22 @@ class DataSection(Section):
             names.setdefault(spec.name, number)
 
     def _modality_problems(self) -> Iterator[Problem]:
-        for name in self.modalities:
-            if not name.isidentifier() or keyword.iskeyword(name):
-                yield Problem(
-                    f"modalities.{name}", "must be a plain name: letters, digits and _, not starting with a digit"
-                )
-            elif name in SOURCE_KEYS:
-                yield Problem(f"modalities.{name}", f"has a name that sources use themselves; try {name}_image")
+        yield from name_problems(self.modalities)
         for place, source in [pair for split in SPLITS for pair in self.sources(split).items()]:
-            for name in source.images:
-                if name not in self.modalities:
-                    keys = difflib.get_close_matches(name, SOURCE_KEYS, n=1)
-                    remedy = nearest(name, [*self.modalities, *keys])
-                    yield Problem(f"{place}.{name}", f"is not one of data.modalities; {remedy}")
+            yield from unknown_problems(place, source, self.modalities)
             for name, modality in self.modalities.items():
                 if name not in source.images and not modality.optional:
                     yield Problem(f"{place}.{name}", f"is missing; say where the images of modality {name} are")
 
     def _weight_problems(self) -> Iterator[Problem]:
         """Weights that nothing is weighed against."""
-        weighed = {split: [p for p, one in self.sources(split).items() if one.weight is not None] for split in SPLITS}
-        for place in (*weighed["val"], *weighed["test"]):
-            yield Problem(f"{place}.weight", "is not used: only the sources of data.train are drawn by weight; drop it")
-        if weighed["train"] == ["train"]:
-            yield Problem("train.weight", "is not used: there is only one source; drop it, or list several sources")
-        elif len(weighed["train"]) == 1:
-            yield Problem(
-                f"{weighed['train'][0]}.weight",
-                "is not used: it shares draws with the other sources that have a weight, and none has; drop it, or "
-                "give others one",
-            )
+        weights = {split: {p: one.weight for p, one in self.sources(split).items()} for split in SPLITS}
+        for place, weight in [*weights["val"].items(), *weights["test"].items()]:
+            if weight is not None:
+                yield Problem(
+                    f"{place}.weight", "is not used: only the sources of data.train are drawn by weight; drop it"
+                )
+        yield from weight_problems(weights["train"])
 
     def _leaks(self) -> Iterator[Problem]:
         """A model must not be chosen or measured on scenes that it saw in training."""

@@ -55,15 +55,13 @@ Files = Annotated[
 Weight = Annotated[Number | None, Field(gt=0, le=1e9, examples=[2])]
 
 
-def _foreign(own: Sequence[str]) -> dict[str, Any]:
+def foreign_keys(own: Sequence[str]) -> dict[str, Any]:
     """JSON Schema: keys of the other kinds of source are not modalities."""
     return {"propertyNames": {"not": {"enum": [key for key in SOURCE_KEYS if key not in own]}}}
 
 
-class _AnySource(Section):
-    """What the three kinds share: labels, and any further key is a modality."""
-
-    kind: ClassVar[Literal["files", "table", "dataset"]]
+class FlatSource(Section):
+    """What all sources share: a key that is not their own is a modality."""
 
     @property
     def images(self) -> dict[str, Any]:
@@ -78,6 +76,15 @@ class _AnySource(Section):
     def _problems(self) -> Iterator[Problem]:
         if not self.images:
             yield Problem("", "names no images; add one key for every modality")
+
+
+class _AnySource(FlatSource):
+    """What the three kinds of labelled sources share."""
+
+    kind: ClassVar[Literal["files", "table", "dataset"]]
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
         for name in self.images:
             if name in SOURCE_KEYS:
                 own = ", ".join(type(self).model_fields)
@@ -91,7 +98,7 @@ class _AnySource(Section):
 class FileSource(_AnySource):
     """Images and labels named by globs, files, folders or lists; paired by the stem of their names."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=_foreign(["labels", "weight"]))
+    model_config = ConfigDict(extra="allow", json_schema_extra=foreign_keys(["labels", "weight"]))
     __pydantic_extra__: dict[str, Files]
     kind: ClassVar[Literal["files", "table", "dataset"]] = "files"
 
@@ -104,7 +111,7 @@ class TableSource(_AnySource):
     """A CSV with one row per scene. Paths in it, and templates, are relative to its folder."""
 
     model_config = ConfigDict(
-        extra="allow", json_schema_extra=_foreign(["table", "split", "split_column", "labels", "weight"])
+        extra="allow", json_schema_extra=foreign_keys(["table", "split", "split_column", "labels", "weight"])
     )
     __pydantic_extra__: dict[str, Name]
     kind: ClassVar[Literal["files", "table", "dataset"]] = "table"
@@ -138,7 +145,7 @@ class DatasetSource(_AnySource):
     """A data set of the `datasets` library: local folder, parquet file or hub id; columns are named."""
 
     model_config = ConfigDict(
-        extra="allow", json_schema_extra=_foreign(["dataset", "split", "config", "revision", "labels", "weight"])
+        extra="allow", json_schema_extra=foreign_keys(["dataset", "split", "config", "revision", "labels", "weight"])
     )
     __pydantic_extra__: dict[str, Name]
     kind: ClassVar[Literal["files", "table", "dataset"]] = "dataset"

@@ -105,7 +105,6 @@ def test_cells_with_nodata_are_not_learned() -> None:
     assert loss_of(objective, student, nothing).item() == 0.0
 
 
-@pytest.mark.pitfall("K25")
 def test_a_step_in_parts_is_the_step_in_one() -> None:
     student = encoder(0)
     objective = Distillation(student, encoder(1))
@@ -118,7 +117,7 @@ def test_a_step_in_parts_is_the_step_in_one() -> None:
     torch.testing.assert_close(loss_of(objective, student, *parts), loss_of(objective, student, whole))
 
 
-@pytest.mark.pitfall("K2")
+@pytest.mark.pitfall("P64")
 def test_the_student_does_not_see_what_is_hidden_and_learns_it() -> None:
     student = encoder(0)
     objective = Distillation(student, encoder(1), masked=True)

@@ -107,7 +107,6 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(folder / "state.pt", weights_only=True)["tensors"])
 
 
-@pytest.mark.pitfall("K25")
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, PretrainRecipe], place: Path) -> None:
     kind, recipe = trained
     other = recipe.model_copy(update={"output_dir": place / "stopped" / kind.replace(" ", "_")})
@@ -140,7 +139,6 @@ def test_what_is_written_answers_as_what_was_trained(trained: tuple[str, Pretrai
     assert encoder_epoch(recipe.output_dir / "best") == 2
 
 
-@pytest.mark.pitfall("K21")
 def test_with_lora_the_published_weights_stay(place: Path) -> None:
     recipe = recipe_of(place, place / "lora", **KINDS["continual"](place))
     pretrain(recipe)
@@ -212,7 +210,7 @@ def test_other_scenes_than_it_was_started_with_are_refused(place: Path, tmp_path
     longer = recipe.model_copy(update={"output_dir": tmp_path / "other"})
     pretrain(longer)
     write_raster(tmp_path / "rgb" / "2.tif", toy_scene(2, 64, 64)[0])
-    with pytest.raises(CheckpointError, match=r"2\.tif is new"):
+    with pytest.raises(CheckpointError, match=r"2\.tif .*is new"):
         pretrain(longer, resume=True)
 
 

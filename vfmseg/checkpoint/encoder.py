@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors.torch import save_file
+
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.checkpoint.record import input_entry
 from vfmseg.checkpoint.writing import versions
@@ -18,6 +20,7 @@ from vfmseg.data.inputs import Inputs
 from vfmseg.disk.digests import changed, signed
 from vfmseg.disk.files import require_own, whole_folder, write_json
 from vfmseg.disk.jsonfile import read_json
+from vfmseg.disk.tensors import plain_tensors
 from vfmseg.encoders.backbone import Backbone, sha256_of
 from vfmseg.encoders.build import build_backbone_from_config, config_of, whole_network
 from vfmseg.model import Encoder
@@ -41,7 +44,10 @@ def save_encoder(
         "versions": versions(),
     }
     with whole_folder(folder, OWN) as aside:
-        cast(Any, network).save_pretrained(aside)
+        config = cast(Any, network).config
+        config.architectures = [type(network).__name__]
+        config.save_pretrained(aside)
+        save_file(plain_tensors(network.state_dict()), aside / "model.safetensors", {"format": "pt"})
         rgb = next((one for one in inputs if one.normalize == "encoder"), None)
         if rgb is not None:
             mean, std = ([value / 255 for value in values] for values in (rgb.mean, rgb.std))

@@ -92,3 +92,16 @@ def test_what_does_not_fit_is_told(only: Any, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parsed({"only": only})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "message"),
+    [
+        ({"only": ["dem"], "val": None, "train": BASE["data"]["train"][1:]}, {}, "data.train = [] must have 1 or more"),
+        ({"only": ["sar"]}, {"modalities": {"sar": {"encoder": {"name": "conv"}}}}, "model.encoder.name = 'conv' is"),
+    ],
+)
+def test_messages_are_about_the_recipe_that_is_left(data: dict[str, Any], model: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parsed(data, model=BASE["model"] | model)
+    assert message in str(caught.value)

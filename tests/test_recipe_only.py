@@ -105,3 +105,16 @@ def test_messages_are_about_the_recipe_that_is_left(data: dict[str, Any], model:
     with pytest.raises(RecipeError) as caught:
         parsed(data, model=BASE["model"] | model)
     assert message in str(caught.value)
+
+
+def test_what_named_only_those_that_are_gone_goes_too() -> None:
+    train = {"modality_dropout": {"dem": 0.2}, "distill": 0.5}
+    moved = BASE["model"] | {"fusion": {"name": "gated", "coregister": {"max_shift": 4, "modalities": ["dem"]}}}
+    by_hand = parsed({"only": ["rgb", "sar"]}, model=BASE["model"] | {"fusion": {"name": "gated"}}, train={})
+    assert parsed({"only": ["rgb", "sar"]}, model=moved, train=train) == by_hand
+
+
+def test_the_first_that_is_left_is_not_moved_onto_itself() -> None:
+    kept = BASE["model"] | {"fusion": {"name": "gated", "coregister": {"max_shift": 4, "modalities": ["dem"]}}}
+    files = {"val": None, "only": ["sar", "dem"]}
+    assert parsed(files) == parsed(files, model=kept)

@@ -32,7 +32,8 @@ def with_only(recipe: Mapped) -> Mapped:
             raise _refused(f"= {show(name)} is not one of data.modalities; {nearest(name, data['modalities'])}")
     gone = [name for name in data["modalities"] if name not in names]
     found = {**recipe, "data": _data(data, gone)}
-    found = _changed(found, "model", lambda model: _model(model, gone, names))
+    left = [name for name in data["modalities"] if name in names]
+    found = _changed(found, "model", lambda model: _model(model, gone, left))
     return _changed(found, "train", lambda train: _train(train, gone, names))
 
 
@@ -59,8 +60,8 @@ def _data(data: Mapped, gone: list[str]) -> Mapped:
 
 def _model(model: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
     found = _changed(model, "modalities", lambda own: _without(own, gone))
-    if len(set(names)) > 1:
-        return _changed(found, "fusion", lambda fusion: _changed(fusion, "coregister", lambda how: _listed(how, gone)))
+    if len(names) > 1:
+        return _changed(found, "fusion", lambda fusion: _fusion(fusion, [*gone, names[0]]))
     own = found.get("modalities")
     sections = own.get(names[0]) if isinstance(own, Mapping) else None
     if isinstance(sections, Mapping):
@@ -72,12 +73,19 @@ def _train(train: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
     found = _changed(train, "augment", lambda how: _changed(how, "radiometry", lambda some: _without(some, gone)))
     if len(set(names)) == 1:
         return _without(found, ["modality_dropout", "distill"])
-    return _changed(found, "modality_dropout", lambda chances: _without(chances, gone))
+    found = _changed(found, "modality_dropout", lambda chances: _without(chances, gone))
+    emptied = found.get("modality_dropout") == {} != train.get("modality_dropout")
+    return _without(found, ["modality_dropout", "distill"]) if emptied else found
 
 
-def _listed(moved: Mapped, gone: list[str]) -> Mapped:
-    names = moved.get("modalities")
-    return {**moved, "modalities": [n for n in names if n not in gone]} if isinstance(names, list) else moved
+def _fusion(fusion: Mapped, unmoved: list[str]) -> Mapped:
+    """The same, of which `coregister` moves none of these, and is left out where it would move nothing."""
+    moved = fusion.get("coregister")
+    names = moved.get("modalities") if isinstance(moved, Mapping) else None
+    if not isinstance(moved, Mapping) or not isinstance(names, list) or not set(unmoved) & set(map(str, names)):
+        return fusion
+    left = [name for name in names if name not in unmoved]
+    return {**fusion, "coregister": {**moved, "modalities": left}} if left else _without(fusion, ["coregister"])
 
 
 def _changed(mapping: Mapped, key: str, change: Callable[[Mapped], Mapped]) -> dict[Any, Any]:

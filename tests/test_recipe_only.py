@@ -118,3 +118,16 @@ def test_the_first_that_is_left_is_not_moved_onto_itself() -> None:
     kept = BASE["model"] | {"fusion": {"name": "gated", "coregister": {"max_shift": 4, "modalities": ["dem"]}}}
     files = {"val": None, "only": ["sar", "dem"]}
     assert parsed(files) == parsed(files, model=kept)
+
+
+def test_a_source_is_left_out_for_what_is_gone_and_never_for_a_misspelt_name() -> None:
+    with pytest.raises(RecipeError, match="train.1.rbg is not one of data.modalities"):
+        parsed({"only": ["rgb"], "train": [{"rgb": "a", "labels": "l"}, {"rbg": "b", "labels": "m"}]})
+
+
+def test_the_weight_of_the_only_one_left_that_has_one_goes_too() -> None:
+    pairs = [{"rgb": "a", "labels": "l"}, {"rgb": "b", "labels": "m"}]
+    weighed = [pairs[0] | {"weight": 2}, pairs[1], {"sar": "c", "labels": "n", "weight": 1}]
+    assert parsed({"only": ["rgb"], "train": weighed}) == parsed({"only": ["rgb"], "train": pairs})
+    with pytest.raises(RecipeError, match=r"train.0.weight is not used"):  # as without data.only
+        parsed({"only": ["rgb"], "train": [weighed[0], pairs[1]]})

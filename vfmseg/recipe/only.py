@@ -46,16 +46,25 @@ def _data(data: Mapped, gone: list[str]) -> Mapped:
     for split in SPLITS:
         source = found.get(split)
         if isinstance(source, list | tuple):
-            images = set(found["modalities"])
-            # a source of other sensors has nothing to give
-            parts = [_without(one, gone) for one in source if not isinstance(one, Mapping) or images & set(one)]
-            found = {**found, split: parts}
+            found = {**found, split: _sources(source, list(found["modalities"]), gone)}
         else:
             found = _changed(found, split, lambda source: _without(source, gone))
     if len(found["modalities"]) == 1:
         ((name, section),) = found["modalities"].items()
         found["modalities"] = {name: _without(section, ["optional"]) if isinstance(section, Mapping) else section}
     return found
+
+
+def _sources(sources: Sequence[Any], names: list[str], gone: list[str]) -> list[Any]:
+    """Those of a list that have more to give than images of other sensors; a weight against none of them goes."""
+
+    def weighed(some: Sequence[Any]) -> int:
+        return sum(isinstance(one, Mapping) and one.get("weight") is not None for one in some)
+
+    foreign = [isinstance(one, Mapping) and bool(set(gone) & set(one)) and not set(names) & set(one) for one in sources]
+    left = [one for one, is_foreign in zip(sources, foreign, strict=True) if not is_foreign]
+    drop = [*gone, *(["weight"] if weighed(left) == 1 < weighed(sources) else [])]
+    return [_without(one, drop) if isinstance(one, Mapping) else one for one in left]
 
 
 def _model(model: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:

@@ -131,3 +131,19 @@ def test_the_weight_of_the_only_one_left_that_has_one_goes_too() -> None:
     assert parsed({"only": ["rgb"], "train": weighed}) == parsed({"only": ["rgb"], "train": pairs})
     with pytest.raises(RecipeError, match=r"train.0.weight is not used"):  # as without data.only
         parsed({"only": ["rgb"], "train": [weighed[0], pairs[1]]})
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "learns"),
+    [("full", {}, "none"), ("mm_lora", {}, "none"), ("lora", {}, "lora"), ("none", {"adapter": None}, "none")],
+)
+def test_an_own_encoder_learns_alone_what_it_learned_among_others(
+    shared: str, own: dict[str, Any], learns: str
+) -> None:
+    section = {"encoder": {"name": "clip", "checkpoint": "a/clip"}} | own
+    model = BASE["model"] | {"adapter": {"name": shared}, "modalities": {"sar": section}}
+    train = [{"rgb": "a", "dem": "d", "sar": "s", "labels": "l"}]
+    data = BASE["data"] | {"train": train}
+    among = parse_recipe(BASE | {"data": data, "model": model}, Path("/"), "r.yaml")
+    alone = parse_recipe(BASE | {"data": data | {"only": ["sar"]}, "model": model}, Path("/"), "r.yaml")
+    assert among.model.adapter_of("sar").name == alone.model.adapter.name == learns

@@ -74,7 +74,11 @@ def _model(model: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
     own = found.get("modalities")
     sections = own.get(names[0]) if isinstance(own, Mapping) else None
     if isinstance(sections, Mapping):
-        found = {**_without(found, ["modalities"]), **sections}
+        found = {**_without(found, ["modalities"]), **{key: one for key, one in sections.items() if one is not None}}
+        shared = model.get("adapter")
+        passed = not isinstance(shared, Mapping) or shared.get("name") in ("none", "lora", "adapter")
+        if sections.get("adapter") is None and not passed:  # as ModelSection.adapter_of
+            found = {**found, "adapter": {"name": "none"}}
     return _without(found, ["fusion", *(["modalities"] if not own else [])])
 
 

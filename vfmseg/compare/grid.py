@@ -86,7 +86,9 @@ def cells_of(path: Path, changes: Sequence[str], singles: bool = False) -> list[
 
 
 def _cells(path: Path, names: Sequence[str], rows: Sequence[tuple[str, ...]], keys: Sequence[str]) -> list[Cell]:
-    return [Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in zip(names, rows, strict=True)]
+    return [
+        Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in zip(names, rows, strict=True)
+    ]
 
 
 def _singles(path: Path, cells: Sequence[Cell], keys: Sequence[str]) -> list[str]:

@@ -61,8 +61,10 @@ def _sources(sources: Sequence[Any], names: list[str], gone: list[str]) -> list[
     def weighed(some: Sequence[Any]) -> int:
         return sum(isinstance(one, Mapping) and one.get("weight") is not None for one in some)
 
-    foreign = [isinstance(one, Mapping) and bool(set(gone) & set(one)) and not set(names) & set(one) for one in sources]
-    left = [one for one, is_foreign in zip(sources, foreign, strict=True) if not is_foreign]
+    def foreign(one: Any) -> bool:
+        return isinstance(one, Mapping) and bool(set(gone) & set(one)) and not set(names) & set(one)
+
+    left = [one for one in sources if not foreign(one)]
     drop = [*gone, *(["weight"] if weighed(left) == 1 < weighed(sources) else [])]
     return [_without(one, drop) if isinstance(one, Mapping) else one for one in left]
 

@@ -44,7 +44,7 @@ def test_names_of_singles_are_those_of_no_other_cell(tmp_path: Path) -> None:
 
 
 def test_what_would_be_compared_twice_is_told_by_its_key(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--singles: data.only is compared already"):
+    with pytest.raises(RecipeError, match=r"--singles: data\.only is compared already"):
         names_of(recipe(tmp_path, fusion={"name": "linear"}), "data.only=[rgb],[rgb,sar]")
 
 

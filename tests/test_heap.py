@@ -21,7 +21,6 @@ def faults():
         del some
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-first = faults()
 if "kept" in sys.argv:
     vfmseg.cli.app = lambda: None
     vfmseg.cli.main()

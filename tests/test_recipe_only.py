@@ -121,7 +121,7 @@ def test_the_first_that_is_left_is_not_moved_onto_itself() -> None:
 
 
 def test_a_source_is_left_out_for_what_is_gone_and_never_for_a_misspelt_name() -> None:
-    with pytest.raises(RecipeError, match="train.1.rbg is not one of data.modalities"):
+    with pytest.raises(RecipeError, match=r"train\.1\.rbg is not one of data.modalities"):
         parsed({"only": ["rgb"], "train": [{"rgb": "a", "labels": "l"}, {"rbg": "b", "labels": "m"}]})
 
 

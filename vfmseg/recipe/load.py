@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from vfmseg.disk.paths import require_file
 from vfmseg.errors import RecipeError, show
 from vfmseg.recipe.messages import lines
+from vfmseg.recipe.only import with_only
 from vfmseg.recipe.overrides import KeyPath, override, parse_override
 from vfmseg.recipe.root import Recipe
 from vfmseg.recipe.text import LONGEST, read_yaml, write_yaml
@@ -76,8 +78,16 @@ def _check(mapping: Mapping[Any, Any], base: Path, place: str, set_paths: Mappin
     try:
         return Recipe.model_validate(dict(mapping), context={"base": base.absolute()})
     except ValidationError as error:
-        found = lines(error.errors(include_url=False), Recipe, mapping, place, set_paths)
+        found = lines(error.errors(include_url=False), Recipe, _reduced(mapping), place, set_paths)
         raise RecipeError("\n".join(found)) from None
+
+
+def _reduced(mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The mapping that was checked: without what `data.only` leaves out, or whole where that key itself is wrong."""
+    try:
+        return with_only(mapping)
+    except PydanticCustomError:
+        return mapping
 
 
 def _plain(value: Any) -> Any:

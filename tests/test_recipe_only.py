@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_told(only: Any, message: str) -> None:
     ("data", "model", "message"),
     [
         ({"only": ["dem"], "val": None, "train": BASE["data"]["train"][1:]}, {}, "data.train = [] must have 1 or more"),
-        ({"only": ["sar"]}, {"modalities": {"sar": {"encoder": {"name": "conv"}}}}, "model.encoder.name = 'conv' is"),
+        ({"only": ["rgb"]}, {"encoder": {"name": "dinov2"}}, "model.encoder.checkpoint is missing"),
     ],
 )
 def test_messages_are_about_the_recipe_that_is_left(data: dict[str, Any], model: dict[str, Any], message: str) -> None:
@@ -147,3 +147,30 @@ def test_an_own_encoder_learns_alone_what_it_learned_among_others(
     among = parse_recipe(BASE | {"data": data, "model": model}, Path("/"), "r.yaml")
     alone = parse_recipe(BASE | {"data": data | {"only": ["sar"]}, "model": model}, Path("/"), "r.yaml")
     assert among.model.adapter_of("sar").name == alone.model.adapter.name == learns
+
+
+@pytest.mark.parametrize(
+    ("adapter", "alone"),
+    [
+        ({"name": "mm_lora"}, {"name": "lora", "rank": 4, "alpha": 4, "targets": ["q", "v", "mlp"]}),
+        (
+            {"name": "mm_lora", "rank": 2, "alpha": 6, "mix": False},
+            {"name": "lora", "rank": 2, "alpha": 6, "targets": ["q", "v", "mlp"]},
+        ),
+        ({"name": "mm_adapter", "ratio": 0.5}, {"name": "adapter"}),
+        ({"name": "lora", "rank": 3}, {"name": "lora", "rank": 3}),
+    ],
+)
+def test_an_adapter_of_several_becomes_that_of_one(adapter: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Where one modality goes through the encoder, alone or beside one with an encoder of its own."""
+    model = BASE["model"] | {"adapter": adapter, "fusion": {"name": "gated"}}
+    whole = {"only": ["rgb"], "val": None}
+    assert parsed(whole, model=model) == parsed(whole, model=model | {"adapter": alone})
+    beside = {"only": ["rgb", "sar"], "val": None}
+    assert parsed(beside, model=model) == parsed(beside, model=model | {"adapter": alone})
+
+
+def test_alone_a_modality_with_a_small_encoder_goes_through_that_of_all() -> None:
+    model = BASE["model"] | {"modalities": {"dem": {"encoder": {"name": "conv"}}}, "fusion": {"name": "gated"}}
+    plain = {key: value for key, value in model.items() if key != "modalities"}
+    assert parsed({"only": ["dem"], "val": None}, model=model) == parsed({"only": ["dem"], "val": None}, model=plain)

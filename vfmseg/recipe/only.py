@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
 from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Problem
 from vfmseg.recipe.data import SPLITS
+from vfmseg.recipe.fusion import SideEncoderSection
+from vfmseg.recipe.model import MmLoraAdapter
 
 Mapped = Mapping[Any, Any]
 
@@ -18,8 +20,9 @@ def with_only(recipe: Mapped) -> Mapped:
     """The recipe, as it was read, without the modalities that `data.only` leaves out, and without that key.
 
     What speaks of them goes too: their files in each split, encoders, radiometry and chances to be hidden; with one
-    modality left also the fusion and all about missing ones, and an encoder of its own becomes the encoder. What does
-    not fit together then is left for the checks of the sections.
+    modality left also the fusion and all about missing ones. Alone, a modality with a published encoder of its own has
+    that one, and one with a small encoder that of all; mm_lora is lora, mm_adapter is adapter. What does not fit
+    together then is left for the checks of the sections.
     """
     data = recipe.get("data")
     if not isinstance(data, Mapping) or data.get("only") is None or not isinstance(data.get("modalities"), Mapping):
@@ -71,17 +74,36 @@ def _sources(sources: Sequence[Any], names: list[str], gone: list[str]) -> list[
 
 def _model(model: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
     found = _changed(model, "modalities", lambda own: _without(own, gone))
+    own = found.get("modalities")
+    if len([name for name in names if not isinstance(own, Mapping) or name not in own]) <= 1:
+        found = _changed(found, "adapter", _of_one)
     if len(names) > 1:
         return _changed(found, "fusion", lambda fusion: _fusion(fusion, [*gone, names[0]]))
-    own = found.get("modalities")
     sections = own.get(names[0]) if isinstance(own, Mapping) else None
-    if isinstance(sections, Mapping):
+    if isinstance(sections, Mapping) and not _is_small(sections.get("encoder")):
         found = {**_without(found, ["modalities"]), **{key: one for key, one in sections.items() if one is not None}}
         shared = model.get("adapter")
         passed = not isinstance(shared, Mapping) or shared.get("name") in ("none", "lora", "adapter")
         if sections.get("adapter") is None and not passed:  # as ModelSection.adapter_of
             found = {**found, "adapter": {"name": "none"}}
-    return _without(found, ["fusion", *(["modalities"] if not own else [])])
+    return _without(found, ["fusion", "modalities"])
+
+
+def _is_small(encoder: Any) -> bool:
+    """Whether it is one that learns from nothing, which needs a published one beside it."""
+    return isinstance(encoder, Mapping) and encoder.get("name") in get_args(
+        SideEncoderSection.model_fields["name"].annotation
+    )
+
+
+def _of_one(adapter: Mapped) -> Mapped:
+    """What an adapter of several modalities is where one of them goes through the encoder."""
+    if adapter.get("name") == "mm_lora":
+        said = {key: value for key, value in adapter.items() if value is not None and key != "mix"}
+        rank = said.get("rank", MmLoraAdapter.model_fields["rank"].default)
+        targets = list(MmLoraAdapter.model_fields["targets"].default)
+        return {"rank": rank, "alpha": rank, "targets": targets, **said, "name": "lora"}
+    return {"name": "adapter"} if adapter.get("name") == "mm_adapter" else adapter
 
 
 def _train(train: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:

@@ -207,7 +207,7 @@ def lines_of_scores(name: str, part: str) -> Iterator[str]:
     yield ""
     yield (
         f"Seeds {', '.join(map(str, found['seeds']))}; {found['machine']}, torch {found['torch']}; all train as many "
-        f"parameters as {found['equal']} where they can. {found['verdict']['words'].capitalize()}."
+        f"parameters as {found['equal']} where they can. On validation: {found['verdict']['words']}."
     )
 
 

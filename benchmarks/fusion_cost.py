@@ -109,10 +109,10 @@ def lines_of_cost(source: Path) -> Iterator[str]:
         f"ViT-S/14 with an fpn decoder, one tile of {found['tile']} px, {found['threads']} thread, torch "
         f"{found['torch']}. One modality: {one['encoder'] / 1e6:.1f} M parameters of the encoder, "
         f"{one['gflop']} GFLOP. "
-        "`x one` is the time of two modalities by that of one, measured in turn."
+        "`x one`: two modalities by one; times are measured in turn."
     )
     yield ""
-    yield "| fusion | parameters of the fusion | GFLOP | x one | ms | x one |"
+    yield "| fusion | parameters of the fusion | GFLOP | GFLOP x one | ms | ms x one |"
     yield "|---|--:|--:|--:|--:|--:|"
     for row, cells in found["rows"].items():
         yield (

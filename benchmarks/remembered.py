@@ -43,7 +43,10 @@ def _remembered(asked: Callable[..., Answer], folder: Path) -> Callable[..., Ans
         learns = any(p.requires_grad for p in backbone.network.parameters()) or tokens.values.requires_grad
         if learns or attached.name != "none":
             return asked(backbone, attached, tokens, rows, training)
-        files = [folder / f"{_digest(backbone, value, seen)}.npy" for value, seen in zip(tokens.values, tokens.seen)]
+        files = [
+            folder / f"{_digest(backbone, value, seen)}.npy"
+            for value, seen in zip(tokens.values, tokens.seen, strict=True)
+        ]
         for row, file in enumerate(files):
             if not file.exists():
                 one = slice(row, row + 1)

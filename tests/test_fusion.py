@@ -626,6 +626,7 @@ def test_streams_of_other_mean_and_spread_are_brought_together_and_not_silenced(
         return {"rgb": rgb, "dem": Features((dem.maps[0], louder), dem.seen, dem.strides)}
 
     fuse = trained_to_align(by, batch, 400)
+    assert not any(one.requires_grad for one in fuse.auxiliary.parameters())  # type: ignore[union-attr]
     with torch.no_grad():
         spoken = {name: fuse.voices(name, 1, one.maps[1]) for name, one in batch(9000).items()}  # type: ignore[operator]
     means = {name: values.mean(dim=(0, 2, 3)) for name, values in spoken.items()}

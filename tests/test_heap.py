@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -20,7 +21,6 @@ def faults():
         del some
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-first = faults()
 if "kept" in sys.argv:
     vfmseg.cli.app = lambda: None
     vfmseg.cli.main()
@@ -38,3 +38,13 @@ def test_a_command_keeps_what_it_has_freed() -> None:
     ]
     assert found[0] > 1_000
     assert found[1] < found[0] / 20
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="about glibc's heap")
+@pytest.mark.parametrize(
+    "said", [{"MALLOC_TRIM_THRESHOLD_": "1000000"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000000"}]
+)
+def test_what_somebody_has_set_for_the_heap_stays(said: dict[str, str]) -> None:
+    how = [sys.executable, "-c", FAULTS, "kept"]
+    found = subprocess.run(how, capture_output=True, text=True, check=True, env=os.environ | said).stdout
+    assert int(found) > 1_000

@@ -92,3 +92,85 @@ def test_what_does_not_fit_is_told(only: Any, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parsed({"only": only})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "message"),
+    [
+        ({"only": ["dem"], "val": None, "train": BASE["data"]["train"][1:]}, {}, "data.train = [] must have 1 or more"),
+        ({"only": ["rgb"]}, {"encoder": {"name": "dinov2"}}, "model.encoder.checkpoint is missing"),
+    ],
+)
+def test_messages_are_about_the_recipe_that_is_left(data: dict[str, Any], model: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parsed(data, model=BASE["model"] | model)
+    assert message in str(caught.value)
+
+
+def test_what_named_only_those_that_are_gone_goes_too() -> None:
+    train = {"modality_dropout": {"dem": 0.2}, "distill": 0.5}
+    moved = BASE["model"] | {"fusion": {"name": "gated", "coregister": {"max_shift": 4, "modalities": ["dem"]}}}
+    by_hand = parsed({"only": ["rgb", "sar"]}, model=BASE["model"] | {"fusion": {"name": "gated"}}, train={})
+    assert parsed({"only": ["rgb", "sar"]}, model=moved, train=train) == by_hand
+
+
+def test_the_first_that_is_left_is_not_moved_onto_itself() -> None:
+    kept = BASE["model"] | {"fusion": {"name": "gated", "coregister": {"max_shift": 4, "modalities": ["dem"]}}}
+    files = {"val": None, "only": ["sar", "dem"]}
+    assert parsed(files) == parsed(files, model=kept)
+
+
+def test_a_source_is_left_out_for_what_is_gone_and_never_for_a_misspelt_name() -> None:
+    with pytest.raises(RecipeError, match=r"train\.1\.rbg is not one of data.modalities"):
+        parsed({"only": ["rgb"], "train": [{"rgb": "a", "labels": "l"}, {"rbg": "b", "labels": "m"}]})
+
+
+def test_the_weight_of_the_only_one_left_that_has_one_goes_too() -> None:
+    pairs = [{"rgb": "a", "labels": "l"}, {"rgb": "b", "labels": "m"}]
+    weighed = [pairs[0] | {"weight": 2}, pairs[1], {"sar": "c", "labels": "n", "weight": 1}]
+    assert parsed({"only": ["rgb"], "train": weighed}) == parsed({"only": ["rgb"], "train": pairs})
+    with pytest.raises(RecipeError, match=r"train.0.weight is not used"):  # as without data.only
+        parsed({"only": ["rgb"], "train": [weighed[0], pairs[1]]})
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "learns"),
+    [("full", {}, "none"), ("mm_lora", {}, "none"), ("lora", {}, "lora"), ("none", {"adapter": None}, "none")],
+)
+def test_an_own_encoder_learns_alone_what_it_learned_among_others(
+    shared: str, own: dict[str, Any], learns: str
+) -> None:
+    section = {"encoder": {"name": "clip", "checkpoint": "a/clip"}} | own
+    model = BASE["model"] | {"adapter": {"name": shared}, "modalities": {"sar": section}}
+    train = [{"rgb": "a", "dem": "d", "sar": "s", "labels": "l"}]
+    data = BASE["data"] | {"train": train}
+    among = parse_recipe(BASE | {"data": data, "model": model}, Path("/"), "r.yaml")
+    alone = parse_recipe(BASE | {"data": data | {"only": ["sar"]}, "model": model}, Path("/"), "r.yaml")
+    assert among.model.adapter_of("sar").name == alone.model.adapter.name == learns
+
+
+@pytest.mark.parametrize(
+    ("adapter", "alone"),
+    [
+        ({"name": "mm_lora"}, {"name": "lora", "rank": 4, "alpha": 4, "targets": ["q", "v", "mlp"]}),
+        (
+            {"name": "mm_lora", "rank": 2, "alpha": 6, "mix": False},
+            {"name": "lora", "rank": 2, "alpha": 6, "targets": ["q", "v", "mlp"]},
+        ),
+        ({"name": "mm_adapter", "ratio": 0.5}, {"name": "adapter"}),
+        ({"name": "lora", "rank": 3}, {"name": "lora", "rank": 3}),
+    ],
+)
+def test_an_adapter_of_several_becomes_that_of_one(adapter: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Where one modality goes through the encoder, alone or beside one with an encoder of its own."""
+    model = BASE["model"] | {"adapter": adapter, "fusion": {"name": "gated"}}
+    whole = {"only": ["rgb"], "val": None}
+    assert parsed(whole, model=model) == parsed(whole, model=model | {"adapter": alone})
+    beside = {"only": ["rgb", "sar"], "val": None}
+    assert parsed(beside, model=model) == parsed(beside, model=model | {"adapter": alone})
+
+
+def test_alone_a_modality_with_a_small_encoder_goes_through_that_of_all() -> None:
+    model = BASE["model"] | {"modalities": {"dem": {"encoder": {"name": "conv"}}}, "fusion": {"name": "gated"}}
+    plain = {key: value for key, value in model.items() if key != "modalities"}
+    assert parsed({"only": ["dem"], "val": None}, model=model) == parsed({"only": ["dem"], "val": None}, model=plain)

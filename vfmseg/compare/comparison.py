@@ -45,11 +45,11 @@ def compare(
             "compare trains in one process; start it without a launcher, or train single recipes by accelerate launch "
             "vfmseg/finetune.py RECIPE"
         )
-    test = test or missing
     cells = cells_of(path, changes, singles)
     if missing and not any(cell.recipe.model.joins for cell in cells):
         raise RecipeError(f"--missing: no cell of {path} answers without a modality; add one with a fusion of several")
-    _require_measurable(path, cells, seeds, test)
+    _require_measurable(path, cells, seeds, "--missing" if missing else "--test" if test else None)
+    test = test or missing
     folder = _place(cells, output)
     quiet_libraries()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler complains where there is no GPU
@@ -77,14 +77,14 @@ def compare(
     return content
 
 
-def _require_measurable(path: Path, cells: Sequence[Cell], seeds: int, test: bool) -> None:
-    """RecipeError for a cell that cannot be compared: without validation, or test where that is asked for."""
+def _require_measurable(path: Path, cells: Sequence[Cell], seeds: int, asks: str | None) -> None:
+    """RecipeError for a cell that cannot be compared: without validation, or test where the flag `asks` for it."""
     for cell in cells:
         data = cell.recipe.data
         if data.val is None:
             raise RecipeError(f"{path}: data.val is not in the recipe, and cells are compared by it; add it")
-        if test and data.test is None:
-            raise RecipeError(f"{path}: data.test is not in the recipe; add it, or leave --test out")
+        if asks and data.test is None:
+            raise RecipeError(f"{path}: data.test is not in the recipe; add it, or leave {asks} out")
         if cell.recipe.seed + seeds > 2**32:
             raise RecipeError(f"{path}: seed = {cell.recipe.seed} and {seeds - 1} more; expected seeds below 2**32")
 

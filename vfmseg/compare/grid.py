@@ -73,22 +73,32 @@ def cells_of(path: Path, changes: Sequence[str], singles: bool = False) -> list[
             raise RecipeError(f"{key}=... is given twice; write all its alternatives with commas between them")
     grid = list(product(*listed))
     several = [number for number, options in enumerate(listed) if len(options) > 1]
-    names = _names([[row[number] for number in several] for row in grid]) if keys else ["all"]
-    cells = [
-        Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in zip(names, grid, strict=True)
-    ]
+    rows = [[row[number] for number in several] for row in grid]
+    cells = _cells(path, _names(rows) if keys else ["all"], grid, keys)
     if singles:
-        cells = [*_singles(path, [options[0] for options in listed if len(options) == 1], keys), *cells]
+        plain = tuple(options[0] for options in listed if len(options) == 1)
+        single = _singles(path, cells, keys)
+        names = _names([*([one] for one in single), *rows])  # those of the grid too: no two alike
+        grid = [*((*plain, one) for one in single), *grid]
+        cells = _cells(path, names if keys else [*names[: len(single)], "all"], grid, keys)
     require_different(cells)
     return cells
 
 
-def _singles(path: Path, plain: Sequence[str], keys: Sequence[str]) -> list[Cell]:
-    modalities = list(load_recipe(path, plain).data.modalities)
+def _cells(path: Path, names: Sequence[str], rows: Sequence[tuple[str, ...]], keys: Sequence[str]) -> list[Cell]:
+    return [
+        Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in zip(names, rows, strict=True)
+    ]
+
+
+def _singles(path: Path, cells: Sequence[Cell], keys: Sequence[str]) -> list[str]:
+    """The change that leaves one modality, for each that some cell has."""
+    if "data.only" in keys:
+        raise RecipeError("--singles: data.only is compared already; name the single ones there, and leave it out")
+    modalities = list(dict.fromkeys(name for cell in cells for name in cell.recipe.data.modalities))
     if len(modalities) == 1:
         raise RecipeError(f"--singles: {path} has one modality, {modalities[0]}; leave it out")
-    rows = {f"only-{name}": (*plain, f"data.only=[{name}]") for name in modalities}
-    return [Cell(name, row, tuple(keys), _checked(path, name, row, keys)) for name, row in rows.items()]
+    return [f'data.only=["{name}"]' for name in modalities]
 
 
 def _listed(change: str, place: str) -> list[str]:

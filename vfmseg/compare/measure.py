@@ -45,7 +45,7 @@ def measured(run: Run, cost: bool, test: bool, missing: bool = False) -> dict[st
     Of a finished run; `missing`: on the test split without each modality, which a stack cannot answer for.
 
     What was measured before is read from the file beside the run, if it was of the same segmenter, machine and
-    question; the rest is measured and added there. The test split is opened for `test` alone.
+    question; the rest is measured and added there. The test split is opened for `test` and `missing` alone.
     """
     path = run.folder / KEPT
     known = _known(path, fingerprint_of(run.best))

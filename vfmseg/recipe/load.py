@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from vfmseg.disk.paths import require_file
 from vfmseg.errors import RecipeError, show
 from vfmseg.recipe.base import Section
 from vfmseg.recipe.messages import lines
+from vfmseg.recipe.only import with_only
 from vfmseg.recipe.overrides import KeyPath, override, parse_override
 from vfmseg.recipe.pretrain import PretrainRecipe
 from vfmseg.recipe.root import Recipe
@@ -91,8 +93,16 @@ def _check(
     try:
         return root.model_validate(dict(mapping), context={"base": base.absolute()})
     except ValidationError as error:
-        found = lines(error.errors(include_url=False), root, mapping, place, set_paths)
+        found = lines(error.errors(include_url=False), root, _reduced(mapping), place, set_paths)
         raise RecipeError("\n".join(found)) from None
+
+
+def _reduced(mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The mapping that was checked: without what `data.only` leaves out, or whole where that key itself is wrong."""
+    try:
+        return with_only(mapping)
+    except PydanticCustomError:
+        return mapping
 
 
 def _plain(value: Any) -> Any:

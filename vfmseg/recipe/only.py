@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
 from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Problem
 from vfmseg.recipe.data import SPLITS
+from vfmseg.recipe.fusion import SideEncoderSection
+from vfmseg.recipe.model import MmLoraAdapter
 
 Mapped = Mapping[Any, Any]
 
@@ -18,8 +20,9 @@ def with_only(recipe: Mapped) -> Mapped:
     """The recipe, as it was read, without the modalities that `data.only` leaves out, and without that key.
 
     What speaks of them goes too: their files in each split, encoders, radiometry and chances to be hidden; with one
-    modality left also the fusion and all about missing ones, and an encoder of its own becomes the encoder. What does
-    not fit together then is left for the checks of the sections.
+    modality left also the fusion and all about missing ones. Alone, a modality with a published encoder of its own has
+    that one, and one with a small encoder that of all; mm_lora is lora, mm_adapter is adapter. What does not fit
+    together then is left for the checks of the sections.
     """
     data = recipe.get("data")
     if not isinstance(data, Mapping) or data.get("only") is None or not isinstance(data.get("modalities"), Mapping):
@@ -32,7 +35,8 @@ def with_only(recipe: Mapped) -> Mapped:
             raise _refused(f"= {show(name)} is not one of data.modalities; {nearest(name, data['modalities'])}")
     gone = [name for name in data["modalities"] if name not in names]
     found = {**recipe, "data": _data(data, gone)}
-    found = _changed(found, "model", lambda model: _model(model, gone, names))
+    left = [name for name in data["modalities"] if name in names]
+    found = _changed(found, "model", lambda model: _model(model, gone, left))
     return _changed(found, "train", lambda train: _train(train, gone, names))
 
 
@@ -45,10 +49,7 @@ def _data(data: Mapped, gone: list[str]) -> Mapped:
     for split in SPLITS:
         source = found.get(split)
         if isinstance(source, list | tuple):
-            images = set(found["modalities"])
-            # a source of other sensors has nothing to give
-            parts = [_without(one, gone) for one in source if not isinstance(one, Mapping) or images & set(one)]
-            found = {**found, split: parts}
+            found = {**found, split: _sources(source, list(found["modalities"]), gone)}
         else:
             found = _changed(found, split, lambda source: _without(source, gone))
     if len(found["modalities"]) == 1:
@@ -57,27 +58,71 @@ def _data(data: Mapped, gone: list[str]) -> Mapped:
     return found
 
 
+def _sources(sources: Sequence[Any], names: list[str], gone: list[str]) -> list[Any]:
+    """Those of a list that have more to give than images of other sensors; a weight against none of them goes."""
+
+    def weighed(some: Sequence[Any]) -> int:
+        return sum(isinstance(one, Mapping) and one.get("weight") is not None for one in some)
+
+    def foreign(one: Any) -> bool:
+        return isinstance(one, Mapping) and bool(set(gone) & set(one)) and not set(names) & set(one)
+
+    left = [one for one in sources if not foreign(one)]
+    drop = [*gone, *(["weight"] if weighed(left) == 1 < weighed(sources) else [])]
+    return [_without(one, drop) if isinstance(one, Mapping) else one for one in left]
+
+
 def _model(model: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
     found = _changed(model, "modalities", lambda own: _without(own, gone))
-    if len(set(names)) > 1:
-        return _changed(found, "fusion", lambda fusion: _changed(fusion, "coregister", lambda how: _listed(how, gone)))
     own = found.get("modalities")
+    if len([name for name in names if not isinstance(own, Mapping) or name not in own]) <= 1:
+        found = _changed(found, "adapter", _of_one)
+    if len(names) > 1:
+        return _changed(found, "fusion", lambda fusion: _fusion(fusion, [*gone, names[0]]))
     sections = own.get(names[0]) if isinstance(own, Mapping) else None
-    if isinstance(sections, Mapping):
-        found = {**_without(found, ["modalities"]), **sections}
-    return _without(found, ["fusion", *(["modalities"] if not own else [])])
+    if isinstance(sections, Mapping) and not _is_small(sections.get("encoder")):
+        found = {**_without(found, ["modalities"]), **{key: one for key, one in sections.items() if one is not None}}
+        shared = model.get("adapter")
+        passed = not isinstance(shared, Mapping) or shared.get("name") in ("none", "lora", "adapter")
+        if sections.get("adapter") is None and not passed:  # as ModelSection.adapter_of
+            found = {**found, "adapter": {"name": "none"}}
+    return _without(found, ["fusion", "modalities"])
+
+
+def _is_small(encoder: Any) -> bool:
+    """Whether it is one that learns from nothing, which needs a published one beside it."""
+    return isinstance(encoder, Mapping) and encoder.get("name") in get_args(
+        SideEncoderSection.model_fields["name"].annotation
+    )
+
+
+def _of_one(adapter: Mapped) -> Mapped:
+    """What an adapter of several modalities is where one of them goes through the encoder."""
+    if adapter.get("name") == "mm_lora":
+        said = {key: value for key, value in adapter.items() if value is not None and key != "mix"}
+        rank = said.get("rank", MmLoraAdapter.model_fields["rank"].default)
+        targets = list(MmLoraAdapter.model_fields["targets"].default)
+        return {"rank": rank, "alpha": rank, "targets": targets, **said, "name": "lora"}
+    return {"name": "adapter"} if adapter.get("name") == "mm_adapter" else adapter
 
 
 def _train(train: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
     found = _changed(train, "augment", lambda how: _changed(how, "radiometry", lambda some: _without(some, gone)))
     if len(set(names)) == 1:
         return _without(found, ["modality_dropout", "distill"])
-    return _changed(found, "modality_dropout", lambda chances: _without(chances, gone))
+    found = _changed(found, "modality_dropout", lambda chances: _without(chances, gone))
+    emptied = found.get("modality_dropout") == {} != train.get("modality_dropout")
+    return _without(found, ["modality_dropout", "distill"]) if emptied else found
 
 
-def _listed(moved: Mapped, gone: list[str]) -> Mapped:
-    names = moved.get("modalities")
-    return {**moved, "modalities": [n for n in names if n not in gone]} if isinstance(names, list) else moved
+def _fusion(fusion: Mapped, unmoved: list[str]) -> Mapped:
+    """The same, of which `coregister` moves none of these, and is left out where it would move nothing."""
+    moved = fusion.get("coregister")
+    names = moved.get("modalities") if isinstance(moved, Mapping) else None
+    if not isinstance(moved, Mapping) or not isinstance(names, list) or not set(unmoved) & set(map(str, names)):
+        return fusion
+    left = [name for name in names if name not in unmoved]
+    return {**fusion, "coregister": {**moved, "modalities": left}} if left else _without(fusion, ["coregister"])
 
 
 def _changed(mapping: Mapped, key: str, change: Callable[[Mapped], Mapped]) -> dict[Any, Any]:

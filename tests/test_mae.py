@@ -185,6 +185,16 @@ def test_a_perfect_prediction_costs_nothing_and_one_in_another_order_does(
     assert cost(true.flip(2)) > 0.1  # patches
     wrong = true + torch.where(hidden_of(batch), 0.0, 7.0)
     assert cost(wrong) < 1e-9, "visible patches are in the loss"
+    if incomplete:
+        wrong = true + torch.where(inside(batch, model.backbone.patch), 0.0, 7.0)
+        assert cost(wrong) < 1e-9, "visible pixels of hidden patches are in the loss"
+
+
+def inside(batch: Batch, patch: int) -> Tensor:
+    """Bool (B, rows, columns, patch, patch, 1): pixels that are hidden."""
+    assert batch.mask is not None
+    assert batch.pixel_mask is not None
+    return to_patches(batch.pixel_mask[:, None], patch).unflatten(1, batch.mask.shape[1:]).unflatten(3, (patch, patch))
 
 
 def hidden_of(batch: Batch) -> Tensor:

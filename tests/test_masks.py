@@ -66,8 +66,10 @@ def alike(mask: np.ndarray) -> float:
 
 def test_hidden_patches_of_blocks_lie_together() -> None:
     draws = np.random.default_rng(0)
-    blocks = [alike(block_mask(14, 14, 98, draws)) for _ in range(50)]
-    single = [alike(random_mask(14, 14, 98, draws)) for _ in range(50)]
+    blocks, single = (
+        [alike(Masking(kind, 0.5, 8)(sample_of(112, 112), draws).mask.numpy()) for _ in range(50)]
+        for kind in ("block", "random")
+    )
     assert min(blocks) > max(single)
     assert np.mean(blocks) > 0.75
 

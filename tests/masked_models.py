@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -54,3 +56,25 @@ def random_batch(
     if incomplete:
         batch.pixel_mask = torch.stack([sample.pixel_mask for sample in masked if sample.pixel_mask is not None])
     return batch
+
+
+def seen_by_blocks(model: Encoder, call: Callable[[], Any]) -> list[Tensor]:
+    """What each block is given during a call."""
+    found: list[Tensor] = []
+    with ExitStack() as hooks:
+        for _, block in model.backbone.blocks:
+            hooks.enter_context(block.register_forward_pre_hook(lambda _, given: found.append(given[0])))
+        call()
+    return found
+
+
+class Oracle(nn.Module):
+    """Answers what it was told, of the patches that are asked for."""
+
+    def __init__(self, answers: Tensor) -> None:
+        """`answers` (B, N, numbers of a patch)."""
+        super().__init__()
+        self.answers = answers
+
+    def forward(self, tokens: Tensor, kept: Any, asked: Tensor, grid: Any, rows: Any) -> dict[str, Tensor]:
+        return {"image": torch.stack([self.answers[i, asked[i]] for i in range(len(asked))])}

@@ -120,7 +120,7 @@ def test_a_step_in_parts_is_the_step_in_one() -> None:
 @pytest.mark.pitfall("P64")
 def test_the_student_does_not_see_what_is_hidden_and_learns_it() -> None:
     student = encoder(0)
-    objective = Distillation(student, encoder(1), masked=True)
+    objective = Distillation(student, encoder(1), hides="patches")
     one = batch()
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[:, 1, 2] = True
@@ -132,7 +132,7 @@ def test_the_student_does_not_see_what_is_hidden_and_learns_it() -> None:
     objective._teacher[0] = _Deaf(objective.teacher)  # type: ignore[assignment]
     seen = [loss_of(objective, student, Batch(images, None, mask=mask)) for images in (one.images, other)]
     assert torch.equal(*seen)
-    objective.masked = False
+    objective.hides = None
     open_ = [loss_of(objective, student, Batch(images, None)) for images in (one.images, other)]
     assert not torch.equal(*open_)
 

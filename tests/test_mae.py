@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encoder_models import DEPTH, SETTINGS, Encoder, family, upstream
-from masked_models import loss_of, objective_of, random_batch, tiny
+from encoder_models import DEPTH, SETTINGS, family, upstream
+from masked_models import Oracle, loss_of, objective_of, random_batch, seen_by_blocks, tiny
 from torch import Tensor, nn
 
 from vfmseg.adapters.attach import ADAPTERS
@@ -46,16 +44,6 @@ def changed(batch: Batch, where: Tensor, pixels: float | None = None) -> Batch:
     return replace(batch, images=images)
 
 
-def seen_by_blocks(model: Encoder, call: Callable[[], Any]) -> list[Tensor]:
-    """What each block is given during a call."""
-    found: list[Tensor] = []
-    with ExitStack() as hooks:
-        for _, block in model.backbone.blocks:
-            hooks.enter_context(block.register_forward_pre_hook(lambda _, given: found.append(given[0])))
-        call()
-    return found
-
-
 WAYS = [(kind, False) for kind in TOWERS] + [("dinov2", True), ("sam-vision", True)]
 """Encoders, and whether some pixels of a hidden patch stay visible."""
 
@@ -65,14 +53,14 @@ WAYS = [(kind, False) for kind in TOWERS] + [("dinov2", True), ("sam-vision", Tr
 @pytest.mark.pitfall("P64")
 def test_hidden_pixels_reach_neither_encoder_nor_prediction(kind: str, incomplete: bool, bands: int) -> None:
     model = tiny(kind, bands)
-    objective = objective_of(model, normalise=None, incomplete=incomplete)
+    objective = objective_of(model, normalise=None, hides="pixels" if incomplete else "patches")
     one = random_batch(model, incomplete=incomplete)
     hidden = hidden_pixels(one, model.backbone.patch)
     two, three = changed(one, hidden), changed(one, ~hidden)
     given = [seen_by_blocks(model, partial(objective.rebuilt, model, batch)) for batch in (one, two)]
     assert all(torch.equal(a, b) for a, b in zip(*given, strict=True))
-    patches = hidden_patches(one, model.backbone.patch)
-    told = [objective.rebuilt(model, batch)["image"][patches] for batch in (one, two, three)]
+    where = hidden[:, None].expand(-1, bands, -1, -1)
+    told = [objective.rebuilt(model, batch)["image"][where] for batch in (one, two, three)]
     assert torch.equal(told[0], told[1])
     # and what is predicted comes from what is visible
     assert not torch.allclose(told[0], told[2], atol=1e-4)
@@ -81,7 +69,10 @@ def test_hidden_pixels_reach_neither_encoder_nor_prediction(kind: str, incomplet
 @pytest.mark.parametrize(("kind", "incomplete"), WAYS)
 def test_only_visible_patches_go_through_blocks_that_take_any(kind: str, incomplete: bool) -> None:
     model = tiny(kind)
-    objective, batch = objective_of(model, incomplete=incomplete), random_batch(model, incomplete=incomplete)
+    objective, batch = (
+        objective_of(model, hides="pixels" if incomplete else "patches"),
+        random_batch(model, incomplete=incomplete),
+    )
     rows, columns = batch.mask.shape[1:]  # type: ignore[union-attr]
     (given, *_) = seen_by_blocks(model, lambda: objective.terms(model, batch))
     if kind == "sam-vision":
@@ -89,12 +80,6 @@ def test_only_visible_patches_go_through_blocks_that_take_any(kind: str, incompl
     else:
         patches = rows * columns if incomplete else rows * columns - round(0.5 * rows * columns)
         assert given.shape[1] == model.backbone.prefix + patches
-
-
-def hidden_patches(batch: Batch, patch: int) -> Tensor:
-    """Bool (B, C, h, w): all pixels of hidden patches."""
-    bands = len(batch.images)
-    return hidden_pixels(replace(batch, pixel_mask=None), patch)[:, None].expand(-1, bands, -1, -1)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip-vision"])
@@ -133,18 +118,6 @@ def test_the_encoder_tells_places_apart(kind: str) -> None:
     assert abs(loss_of(objective, model, batch).item() - before) > 1e-4
 
 
-class Oracle(nn.Module):
-    """Answers what it was told, of the patches that are asked for."""
-
-    def __init__(self, answers: Tensor) -> None:
-        """`answers` (B, N, numbers of a patch)."""
-        super().__init__()
-        self.answers = answers
-
-    def forward(self, tokens: Tensor, kept: Any, asked: Tensor, grid: Any, rows: Any) -> dict[str, Tensor]:
-        return {"image": torch.stack([self.answers[i, asked[i]] for i in range(len(asked))])}
-
-
 def targets_of(batch: Batch, patch: int, normalise: str | None) -> np.ndarray:
     """(B, rows, columns, patch, patch, C), cut and normalised one by one."""
     images = np.concatenate([((image.pixels - 100) / 50).numpy() for image in batch.images.values()], axis=1)
@@ -170,7 +143,7 @@ def test_a_perfect_prediction_costs_nothing_and_one_in_another_order_does(
 ) -> None:
     model = tiny(kind, bands=5)
     objective, batch = (
-        objective_of(model, normalise=normalise, incomplete=incomplete),
+        objective_of(model, normalise=normalise, hides="pixels" if incomplete else "patches"),
         random_batch(model, incomplete=incomplete),
     )
     true = torch.from_numpy(targets_of(batch, model.backbone.patch, normalise)).float()
@@ -185,6 +158,16 @@ def test_a_perfect_prediction_costs_nothing_and_one_in_another_order_does(
     assert cost(true.flip(2)) > 0.1  # patches
     wrong = true + torch.where(hidden_of(batch), 0.0, 7.0)
     assert cost(wrong) < 1e-9, "visible patches are in the loss"
+    if incomplete:
+        wrong = true + torch.where(inside(batch, model.backbone.patch), 0.0, 7.0)
+        assert cost(wrong) < 1e-9, "visible pixels of hidden patches are in the loss"
+
+
+def inside(batch: Batch, patch: int) -> Tensor:
+    """Bool (B, rows, columns, patch, patch, 1): pixels that are hidden."""
+    assert batch.mask is not None
+    assert batch.pixel_mask is not None
+    return to_patches(batch.pixel_mask[:, None], patch).unflatten(1, batch.mask.shape[1:]).unflatten(3, (patch, patch))
 
 
 def hidden_of(batch: Batch) -> Tensor:
@@ -406,7 +389,7 @@ def test_what_cannot_be_is_said_in_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"hide \[1, 0\] patches"):
         objective.terms(model, replace(batch, mask=uneven))
     with pytest.raises(DataError, match="no masks of hidden pixels"):
-        objective_of(model, incomplete=True).terms(model, batch)
+        objective_of(model, hides="pixels").terms(model, batch)
     with pytest.raises(DataError, match=r"expected those of b0 \+ b1 \+ b2"):
         objective.terms(model, replace(batch, images={"b0": batch.images["b0"]}))
     model.image_stem.upscale = 2.0

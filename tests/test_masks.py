@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from vfmseg.data.sample import Sample, collate
 from vfmseg.data.windows import Purpose, rng
 from vfmseg.errors import DataError, RecipeError
 
-KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
+KINDS: tuple[MaskKind, ...] = ("random", "block", "incomplete")
 
 
 def sample_of(height: int, width: int) -> Sample:
@@ -66,8 +65,10 @@ def alike(mask: np.ndarray) -> float:
 
 def test_hidden_patches_of_blocks_lie_together() -> None:
     draws = np.random.default_rng(0)
-    blocks = [alike(block_mask(14, 14, 98, draws)) for _ in range(50)]
-    single = [alike(random_mask(14, 14, 98, draws)) for _ in range(50)]
+    blocks, single = (
+        [alike(Masking(kind, 0.5, 8)(sample_of(112, 112), draws).mask.numpy()) for _ in range(50)]
+        for kind in ("block", "random")
+    )
     assert min(blocks) > max(single)
     assert np.mean(blocks) > 0.75
 
@@ -121,8 +122,8 @@ def test_patches_reach_beyond_sides_that_are_no_multiple_of_them() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99, 0.01, -0.5, 1.5, math.nan, math.inf])
 def test_a_ratio_that_hides_or_leaves_nothing_is_refused(ratio: float) -> None:
-    with pytest.raises(RecipeError, match=r"mask ratio of .* hides \d+ of the 16 patches.*try 0.75"):
-        hidden_count(ratio, 16)
+    with pytest.raises(RecipeError, match=r"mask ratio of .* hides \d+ of the 16 patches; .*try 0.75"):
+        hidden_count(ratio, 16, "patches")
 
 
 @pytest.mark.parametrize("inside", [0.0, -1.0, 1.1])
@@ -147,3 +148,24 @@ def test_masks_are_stacked_moved_and_asked_of_every_sample() -> None:
     odd = Masking("random", 0.5, 16)(sample_of(112, 96), np.random.default_rng(0))
     with pytest.raises(DataError, match="all of one size"):
         collate([drawn("random", 0, 0), odd])
+
+
+@pytest.mark.pitfall("C26")
+def test_a_spectral_mask_hides_whole_bands_of_each_modality_and_no_patches() -> None:
+    valid = torch.ones(16, 16, dtype=torch.bool)
+    cube = Sample({n: Image(torch.zeros(c, 16, 16), valid) for n, c in (("cube", 40), ("rgb", 3))}, None)
+    drawn = [Masking("spectral", 0.7, 8)(cube, rng(Purpose.MASK, 1, 0, index)) for index in range(20)]
+    again = Masking("spectral", 0.7, 8)(cube, rng(Purpose.MASK, 1, 0, 3))
+    assert all(sample.mask is None and sample.pixel_mask is None for sample in drawn)
+    assert {(int(s.band_mask["cube"].sum()), int(s.band_mask["rgb"].sum())) for s in drawn} == {(28, 2)}
+    assert len({sample.band_mask["cube"].numpy().tobytes() for sample in drawn}) == 20
+    assert torch.equal(again.band_mask["cube"], drawn[3].band_mask["cube"])
+    batch = collate(drawn).to("meta")
+    assert {name: (tuple(m.shape), m.device.type) for name, m in batch.band_mask.items()} == {
+        "cube": ((20, 40), "meta"),
+        "rgb": ((20, 3), "meta"),
+    }
+    with pytest.raises(DataError, match="19 of 20 samples"):
+        collate([*drawn[:19], cube])
+    with pytest.raises(RecipeError, match="hides 0 of the 3 bands of rgb"):
+        Masking("spectral", 0.1, 8)(cube, np.random.default_rng(0))

@@ -17,6 +17,7 @@ from vfmseg.errors import RecipeError
 from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.recipe.model import NewEncoder, PublishedEncoder
+from vfmseg.training.objectives.hidden import Hides
 from vfmseg.training.objectives.distill import Distillation
 from vfmseg.training.objectives.mae import MaskedAutoencoder
 from vfmseg.training.step import Objective
@@ -81,16 +82,21 @@ def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dic
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         mae, distill = recipe.objectives.mae, recipe.objectives.distill
+        hides = None if mae is None else HIDES[mae.mask]
         if mae is not None:
             normalise = None if mae.normalise == "none" else mae.normalise
             found["mae"] = MaskedAutoencoder(
-                model, mae.decoder.width, mae.decoder.depth, mae.decoder.heads, normalise, mae.mask == "incomplete",
+                model, mae.decoder.width, mae.decoder.depth, mae.decoder.heads, normalise, HIDES[mae.mask],
                 weight=mae.weight,
             )  # fmt: skip
         if distill is not None:
             teacher = _teacher(distill.teacher, inputs)
-            found["distill"] = Distillation(model, teacher, distill.weight, distill.masked)
+            found["distill"] = Distillation(model, teacher, distill.weight, hides if distill.masked else None)
     return found
+
+
+HIDES: dict[str, Hides] = {"random": "patches", "block": "patches", "incomplete": "pixels", "spectral": "bands"}
+"""{how masks are drawn: what they hide}."""
 
 
 def masking_of(recipe: PretrainRecipe, patch: int) -> Masking | None:

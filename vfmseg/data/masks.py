@@ -12,15 +12,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from vfmseg.data.image import Image, Images
-from vfmseg.data.sample import Batch, Sample
-from vfmseg.errors import DataError, RecipeError
+from vfmseg.data.image import Image
+from vfmseg.data.sample import Sample
+from vfmseg.errors import RecipeError
 
-MaskKind = Literal["random", "block", "incomplete"]
+MaskKind = Literal["random", "block", "incomplete", "spectral"]
 """random: each patch alone (MAE). block: rectangles of patches (BEiT). incomplete: as random, but of a hidden patch
-some pixels stay visible (RingMo), so that an object smaller than a patch does not vanish."""
+some pixels stay visible (RingMo), so that an object smaller than a patch does not vanish. spectral: whole bands, of
+each modality, and no patches."""
 
 SMALLEST_BLOCK = 16 / 196
 """Patches of a block are at least this share of the grid: BEiT's 16 of 14 x 14."""
@@ -34,8 +34,8 @@ _TRIES = 10
 class Masking:
     """How masks are drawn: put into samples, one after another, each with a generator of its own.
 
-    ratio: share of the patches that is hidden, 0 to 1. patch: pixels of their sides. inside: share of a hidden patch's
-    pixels that is hidden, for `incomplete`.
+    ratio: share of the patches, or of the bands, that is hidden, 0 to 1. patch: pixels of their sides. inside: share of
+    a hidden patch's pixels that is hidden, for `incomplete`.
     """
 
     kind: MaskKind
@@ -44,49 +44,44 @@ class Masking:
     inside: float = 0.6
 
     def __call__(self, sample: Sample, draws: np.random.Generator) -> Sample:
-        """The sample with `mask` filled, and for `incomplete` with `pixel_mask`; RecipeError if it has no patches left.
+        """The sample with `mask` filled, for `incomplete` with `pixel_mask` too, for `spectral` with `band_mask` alone.
+
+        RecipeError if that would leave nothing visible, or hide nothing.
 
         Patches reach beyond the right and bottom edge where the size is no multiple of them, as in a `Stem`.
         """
+        if self.kind == "spectral":
+            return replace(
+                sample, band_mask={name: self._bands(name, image, draws) for name, image in sample.images.items()}
+            )
         height, width = next(iter(sample.images.values())).valid.shape
         rows, columns = -(-height // self.patch), -(-width // self.patch)
-        count = hidden_count(self.ratio, rows * columns)
+        count = hidden_count(self.ratio, rows * columns, "patches of a window")
         mask = (block_mask if self.kind == "block" else random_mask)(rows, columns, count, draws)
         if self.kind != "incomplete":
             return replace(sample, mask=torch.from_numpy(mask))
         pixels = incomplete_mask(mask, self.patch, self.inside, draws)[:height, :width]
         return replace(sample, mask=torch.from_numpy(mask), pixel_mask=torch.from_numpy(np.ascontiguousarray(pixels)))
 
+    def _bands(self, name: str, image: Image, draws: np.random.Generator) -> torch.Tensor:
+        """Bool (C,), of a modality."""
+        bands = len(image.pixels)
+        count = hidden_count(self.ratio, bands, f"bands of {name}")
+        return torch.from_numpy(random_mask(1, bands, count, draws)[0])
 
-def hidden_count(ratio: float, patches: int) -> int:
-    """round(ratio * patches), half to even, as Python does; RecipeError where that hides nothing or leaves nothing."""
-    count = round(ratio * patches) if math.isfinite(ratio) else -1
-    if not 0 < count < patches:
+
+def hidden_count(ratio: float, total: int, what: str) -> int:
+    """round(ratio * total), half to even, as Python does; RecipeError where that hides nothing or leaves nothing.
+
+    `what` there is a total of, as messages say it.
+    """
+    count = round(ratio * total) if math.isfinite(ratio) else -1
+    if not 0 < count < total:
         raise RecipeError(
-            f"a mask ratio of {ratio} hides {max(count, 0)} of the {patches} patches of a window; expected at least "
-            "one hidden and one visible: try 0.75, and windows of several patches"
+            f"a mask ratio of {ratio} hides {min(max(count, 0), total)} of the {total} {what}; expected at least one "
+            "hidden and one visible: try 0.75 where there are several"
         )
     return count
-
-
-def covered(images: Images, batch: Batch, patch: int) -> dict[str, Image]:
-    """The images of a batch, in which hidden pixels are not valid, so that stems make zeros of them.
-
-    `patch`: pixels a side of those that the batch's mask hides. DataError for a batch without masks.
-    """
-    height, width = next(iter(images.values())).valid.shape[-2:]
-    hidden = batch.pixel_mask
-    if hidden is None:
-        hidden = hidden_patches(batch).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-    seen = ~hidden[:, :height, :width]
-    return {name: Image(image.pixels, image.valid & seen) for name, image in images.items()}
-
-
-def hidden_patches(batch: Batch) -> Tensor:
-    """Bool (B, rows, columns); DataError for a batch without masks."""
-    if batch.mask is None:
-        raise DataError("this batch has no masks of hidden patches; expected a source that draws them (data/masks.py)")
-    return batch.mask
 
 
 def random_mask(rows: int, columns: int, count: int, draws: np.random.Generator) -> np.ndarray:

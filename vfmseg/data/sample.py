@@ -22,7 +22,8 @@ class Sample:
     everything needs them. frame (2, 2): how augmentation has turned the window; a way of (rows, columns) pixels in the
     scene is frame @ way here. Of a window mirrored left-right it is [[1, 0], [0, -1]]. mask bool (rows, columns) of
     patches, for masked pretraining: those that the encoder does not see, in any modality. pixel_mask bool (h, w): the
-    pixels that it does not see, where some of a hidden patch stay visible; None: all of the hidden patches.
+    pixels that it does not see, where some of a hidden patch stay visible; None: all of the hidden patches. band_mask
+    {modality: bool (C,)}: the bands that it does not see, where bands are hidden instead of patches.
     """
 
     images: dict[str, Image]
@@ -31,6 +32,7 @@ class Sample:
     frame: Tensor = field(default_factory=lambda: torch.eye(2))
     mask: Tensor | None = None
     pixel_mask: Tensor | None = None
+    band_mask: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Batch:
 
     hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any. frames (B, 2, 2): how
     each sample was turned; None: none of them was. absent: modalities of which no sample shows a single valid pixel, as
-    far as is known without asking the device. mask (B, rows, columns), pixel_mask (B, h, w): as in `Sample`; every
-    sample hides the same number of patches, so that the visible ones stack.
+    far as is known without asking the device. mask (B, rows, columns), pixel_mask (B, h, w), band_mask {modality:
+    (B, C)}: as in `Sample`; every sample hides the same number of patches, so that the visible ones stack.
     """
 
     images: dict[str, Image]
@@ -50,6 +52,7 @@ class Batch:
     absent: frozenset[str] = frozenset()
     mask: Tensor | None = None
     pixel_mask: Tensor | None = None
+    band_mask: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())).valid)
@@ -89,7 +92,8 @@ class Batch:
         labels, frames, mask, pixel_mask = (
             None if one is None else change(one) for one in (self.labels, self.frames, self.mask, self.pixel_mask)
         )
-        return Batch(images, labels, hidden, frames, self.absent, mask, pixel_mask)
+        bands = {name: change(rows) for name, rows in self.band_mask.items()}
+        return Batch(images, labels, hidden, frames, self.absent, mask, pixel_mask, bands)
 
 
 def _without(image: Image, rows: Tensor) -> Image:
@@ -131,6 +135,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ),
         mask=_masks([sample.mask for sample in samples]),
         pixel_mask=_masks([sample.pixel_mask for sample in samples]),
+        band_mask={
+            name: mask
+            for name in samples[0].images
+            if (mask := _masks([sample.band_mask.get(name) for sample in samples])) is not None
+        },
     )
 
 

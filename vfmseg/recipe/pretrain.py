@@ -48,10 +48,10 @@ class MaeSection(Section):
     """The pixels of hidden patches are told from the visible ones (He et al. 2022)."""
 
     weight: Weight = 1.0
-    mask: Literal["random", "block", "incomplete"] = "random"
-    """Patches drawn one by one, in rectangles, or with some pixels of each left visible."""
+    mask: Literal["random", "block", "incomplete", "spectral"] = "random"
+    """Patches drawn one by one, in rectangles, or with some pixels of each left visible; spectral: whole bands."""
     ratio: Annotated[Number, Field(gt=0, lt=1)] = 0.75
-    """Share of the patches that is hidden."""
+    """Share of the patches that is hidden, or of the bands."""
     inside: Annotated[Number | None, Field(gt=0, lt=1)] = None
     """With mask incomplete: share of a hidden patch's pixels that is hidden; left out: 0.6."""
     normalise: Literal["patch", "band", "none"] = "patch"

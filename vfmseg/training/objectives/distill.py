@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.data.image import Images, known
-from vfmseg.data.masks import covered
 from vfmseg.data.sample import Batch
 from vfmseg.encoders.backbone import plain_norm
 from vfmseg.encoders.tokens import Features
 from vfmseg.errors import RecipeError
+from vfmseg.training.objectives.hidden import Hides, hidden_in
 from vfmseg.training.step import Term
 
 if TYPE_CHECKING:
+    from vfmseg.encoders.stem import Stem
     from vfmseg.model import Encoder
 
 SMOOTH = 0.5
@@ -33,10 +34,10 @@ class Distillation(nn.Module):
 
     source = "unlabelled"
 
-    def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0, masked: bool = False) -> None:
+    def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0, hides: Hides | None = None) -> None:
         """`teacher` has the same streams, and as many layers. It is neither trained nor saved with the run.
 
-        `weight` of the loss; `masked`: the student does not see the hidden patches of a batch.
+        `weight` of the loss; `hides`: what of a batch's masks the student does not see.
 
         RecipeError if its cells are not the student's.
         """
@@ -58,7 +59,7 @@ class Distillation(nn.Module):
         # in a list: what is not registered is neither saved with the run nor counted among what learns
         self._teacher = [teacher]
         self.weight = weight
-        self.masked = masked
+        self.hides = hides
         self.projections = nn.ModuleList(
             nn.Linear(ours, theirs)
             for ours, theirs in zip(student.backbone.channels, teacher.backbone.channels, strict=True)
@@ -79,12 +80,20 @@ class Distillation(nn.Module):
         student, images = cast("Encoder", model), batch.present()
         with torch.no_grad():
             targets = self._on(batch).encode(images)
-        found = student.encode(covered(images, batch, round(student.strides[0])) if self.masked else images)
+        found = student.encode(self._shown(student, images, batch))
         each = [self._loss(found[name], target, self._whole(name, images)) for name, target in targets.items()]
         return {"features": Term(torch.stack(each).sum(), self.weight, "cells")}
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Nothing: the teacher stays as it is."""
+
+    def _shown(self, student: Encoder, images: Images, batch: Batch) -> Images:
+        """What of the images the student sees."""
+        if self.hides is None:
+            return images
+        hidden = hidden_in(batch, self.hides, round(student.strides[0]))
+        stems = [cast("Stem", student.stem(name)) for name in self._streams(images)]
+        return {name: image for stem in stems for name, image in hidden.covered(images, stem).items()}
 
     def _loss(self, found: Features, target: Features, whole: Tensor) -> Tensor:
         losses = []

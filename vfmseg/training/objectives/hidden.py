@@ -1,0 +1,93 @@
+"""What of a batch the encoder of masked pretraining does not see: patches, pixels of patches, or bands."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vfmseg.data.image import Image, Images
+from vfmseg.data.sample import Batch
+from vfmseg.encoders.stem import Stem
+from vfmseg.errors import DataError
+from vfmseg.training.objectives.patches import chosen, split, to_patches
+
+Hides = Literal["patches", "pixels", "bands"]
+"""patches: all of each patch of `Batch.mask`. pixels: of these patches the pixels of `Batch.pixel_mask`. bands: of all
+patches the bands of `Batch.band_mask`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """Which patches the encoder may leave out, which are asked for, and what of them is hidden."""
+
+    kept: Tensor  # int64 (B, N - H), numbers of the patches that are wholly visible
+    asked: Tensor  # int64 (B, H), numbers of the patches of which something is hidden
+    pixels: Tensor | None  # bool (B, h, w), hidden in all bands
+    whole: bool  # of a patch that is asked for all is hidden
+    bands: dict[str, Tensor]  # {modality: bool (B, C)}, hidden everywhere
+
+    def covered(self, images: Images, stem: Stem) -> dict[str, Image]:
+        """The images that a stem takes, such that it makes zeros of what is hidden, whatever is there.
+
+        Pixels because they count as invalid, bands because they are of the value that a stem normalises to zero.
+        """
+        means = dict(zip(stem.modalities, stem.mean.split(list(stem.modalities.values())), strict=True))
+        found = {name: images[name] for name in stem.modalities}
+        if self.pixels is not None:
+            found = {name: Image(image.pixels, image.valid & ~self.pixels) for name, image in found.items()}
+        for name in set(found) & set(self.bands):
+            hidden, mean = self.bands[name][..., None, None], means[name].to(found[name].pixels.dtype)[:, None, None]
+            found[name] = Image(torch.where(hidden, mean, found[name].pixels), found[name].valid)
+        return found
+
+    def inside(self, modalities: Collection[str], patch: int) -> Tensor | None:
+        """Bool (B, H or 1, patch * patch or 1, C or 1): what is hidden of the patches asked for; None: all of them."""
+        if self.whole:
+            return None
+        if self.pixels is not None:
+            return chosen(to_patches(self.pixels[:, None], patch), self.asked)
+        return torch.cat([self.bands[name] for name in modalities], dim=1)[:, None, None]
+
+
+def hidden_in(batch: Batch, hides: Hides, patch: int) -> Hidden:
+    """What is hidden in a batch; DataError if its masks are not such, ValueError if samples hide different numbers."""
+    kept, asked = split(hidden_patches(batch, hides, patch))
+    if hides == "bands":
+        return Hidden(kept, asked, None, False, batch.band_mask)
+    if hides == "pixels":
+        if batch.pixel_mask is None:
+            raise DataError("this batch has no masks of hidden pixels; expected a source of incomplete masks")
+        return Hidden(kept, asked, batch.pixel_mask, False, {})
+    assert batch.mask is not None
+    height, width = _size(batch)
+    pixels = batch.mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :height, :width]
+    return Hidden(kept, asked, pixels, True, {})
+
+
+def hidden_patches(batch: Batch, hides: Hides, patch: int) -> Tensor:
+    """Bool (B, N): patches of which something is hidden; DataError if the batch has no masks, or of other patches."""
+    height, width = _size(batch)
+    grid = (-(-height // patch), -(-width // patch))
+    if hides == "bands":
+        if set(batch.band_mask) != set(batch.images):
+            raise DataError("this batch has no masks of hidden bands; expected a source of spectral masks")
+        return torch.ones(
+            len(batch), grid[0] * grid[1], dtype=torch.bool, device=next(iter(batch.band_mask.values())).device
+        )
+    if batch.mask is None:
+        raise DataError("this batch has no masks of hidden patches; expected a source that draws them (data/masks.py)")
+    if batch.mask.shape[1:] != grid:
+        raise DataError(
+            f"masks of {batch.mask.shape[1]} x {batch.mask.shape[2]} patches for images of {height} x {width} pixels; "
+            f"expected {grid[0]} x {grid[1]}, as patches of this encoder have {patch} pixels a side"
+        )
+    return batch.mask.flatten(1)
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    height, width = next(iter(batch.images.values())).valid.shape[-2:]
+    return height, width

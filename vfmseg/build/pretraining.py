@@ -17,8 +17,8 @@ from vfmseg.errors import RecipeError
 from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.recipe.model import NewEncoder, PublishedEncoder
-from vfmseg.training.objectives.hidden import Hides
 from vfmseg.training.objectives.distill import Distillation
+from vfmseg.training.objectives.hidden import Hides
 from vfmseg.training.objectives.mae import MaskedAutoencoder
 from vfmseg.training.step import Objective
 

@@ -19,6 +19,7 @@ from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.encoders.backbone import Backbone, BaseRecord
 from vfmseg.encoders.build import ENCODERS, build_stem
 from vfmseg.errors import DataError
+from vfmseg.training.objectives.hidden import hidden_in
 from vfmseg.training.objectives.mae import MaskedAutoencoder
 from vfmseg.training.objectives.patches import to_patches
 
@@ -69,6 +70,26 @@ def test_hidden_bands_are_unseen_and_alone_in_the_loss(kind: str) -> None:
         assert cost == pytest.approx(49.0 if costs else 0.0, abs=1e-4)
     with pytest.raises(DataError, match="no masks of hidden bands"):
         objective.counts(Batch(batch.images, None))
+
+
+def test_what_is_hidden_is_exactly_zero_and_all_else_as_the_stem_normalises_it() -> None:
+    stem, draws = cube_model("dinov2").image_stem, np.random.default_rng(0)
+    images = cubes(2, 50)
+    normal = stem.normalised({"cube": Image(images, torch.ones(2, 50, 50, dtype=torch.bool))})
+    for kind, hides in (("random", "patches"), ("incomplete", "pixels"), ("spectral", "bands")):
+        masking = Masking(kind, 0.5, 14)  # type: ignore[arg-type]
+        valid = torch.ones(50, 50, dtype=torch.bool)
+        batch = collate([masking(Sample({"cube": Image(image, valid)}, None), draws) for image in images])
+        given = stem.normalised(hidden_in(batch, hides, 14).covered(batch.images, stem))  # type: ignore[arg-type]
+        if hides == "bands":
+            hidden = batch.band_mask["cube"][..., None, None]
+        elif hides == "pixels":
+            hidden = batch.pixel_mask[:, None]  # type: ignore[index]
+        else:
+            assert batch.mask is not None
+            hidden = batch.mask.repeat_interleave(14, 1).repeat_interleave(14, 2)[:, None, :50, :50]
+        assert 0 < hidden.float().mean() < 1
+        assert torch.equal(given, torch.where(hidden, 0.0, normal))
 
 
 @pytest.mark.pitfall("P53", "C8")

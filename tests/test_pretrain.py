@@ -74,6 +74,7 @@ KINDS: dict[str, Any] = {
     "incomplete": lambda place: {
         "objectives": {"mae": {"mask": "incomplete", "normalise": "none", "decoder": DECODER}}
     },
+    "spectral": lambda place: {"objectives": {"mae": {"mask": "spectral", "ratio": 0.4, "decoder": DECODER}}},
     "distill": lambda place: {
         "objectives": {"distill": {"teacher": published(place, "dinov2", layers=[1, 3], upscale=1.75)}},
     },

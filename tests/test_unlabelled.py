@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pydantic import ValidationError
 from test_data_windows import ArrayScene
 from torch.utils.data import DataLoader
 
-from vfmseg.build.unlabelled import Unlabelled, open_scenes, open_unlabelled, plain_augment, windows_of
+from vfmseg.build.training import augment_of
+from vfmseg.build.unlabelled import Unlabelled, open_scenes, open_unlabelled, windows_of
 from vfmseg.data.augment import Augment, Radiometry
 from vfmseg.data.image import Image
 from vfmseg.data.sample import Sample, collate
@@ -29,6 +31,7 @@ from vfmseg.errors import DataError
 from vfmseg.geo.grid import Window
 from vfmseg.recipe.base import Section
 from vfmseg.recipe.messages import lines
+from vfmseg.recipe.train import AugmentSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
 from vfmseg.training.resume import changed_data
 
@@ -62,9 +65,9 @@ def same(one: Sample, two: Sample) -> bool:
     ) and (torch.equal(*masks) if masks[0] is not None else masks == [None, None])
 
 
-def half(draws: np.random.Generator) -> torch.Tensor:
-    """A mask of 16 patches, half of which are hidden."""
-    return torch.from_numpy(draws.permutation(16) < 8).reshape(4, 4)
+def half(sample: Sample, draws: np.random.Generator) -> Sample:
+    """With a mask of 16 patches, half of which are hidden."""
+    return replace(sample, mask=torch.from_numpy(draws.permutation(16) < 8).reshape(4, 4))
 
 
 def section(scenes: Any, modalities: Any = None, **more: Any) -> UnlabelledSection:
@@ -275,7 +278,7 @@ def test_masks_do_not_depend_on_what_else_is_drawn() -> None:
 def test_workers_and_pickles_give_the_same_samples(place: Path) -> None:
     chosen = section({"rgb": f"{place}/rgb"}, samples_per_epoch=12, scale=[0.5, 2.0])
     data = open_unlabelled(chosen, lambda name: NOBODYS)
-    windows = windows_of(chosen, data, 3, plain_augment(data.inputs), half)
+    windows = windows_of(chosen, data, 3, augment_of(AugmentSection(), data.inputs), half)
     draws = epoch_draws(12, 12, 3, 0)
     alone = [windows[draw] for draw in draws]
     again = pickle.loads(pickle.dumps(windows))

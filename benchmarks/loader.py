@@ -28,9 +28,11 @@ import torch
 from rasterio.transform import from_origin
 from torch.utils.data import DataLoader
 
-from vfmseg.build.unlabelled import Unlabelled, open_unlabelled, plain_augment, windows_of
+from vfmseg.build.training import augment_of
+from vfmseg.build.unlabelled import Unlabelled, open_unlabelled, windows_of
 from vfmseg.data.sample import Batch, collate
 from vfmseg.data.windows import Draw, epoch_draws, rank_batches
+from vfmseg.recipe.train import AugmentSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
 
 SIDE = 4096  # pixels of a scene that is made
@@ -67,7 +69,7 @@ def opened(images: str, tile: int, scale: tuple[float, float], samples: int) -> 
 
 def batches(section: UnlabelledSection, data: Unlabelled, workers: int) -> Iterator[Batch]:
     """Batches as the loop takes them."""
-    windows = windows_of(section, data, 0, plain_augment(data.inputs))
+    windows = windows_of(section, data, 0, augment_of(AugmentSection(), data.inputs))
     draws: list[Draw] = epoch_draws(len(windows), len(windows), 0, 0)
     yield from DataLoader(
         windows,

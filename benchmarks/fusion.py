@@ -63,7 +63,11 @@ FUSED: dict[str, Change] = {
 """Sections `model.fusion`, by the name of the row."""
 
 LINEAR_SUM = {"name": "linear", "op": "sum"}
-ADAPTERS: list[Change] = [{"name": "lora", "rank": 8}, {"name": "mm_lora", "rank": 4}, {"name": "mm_adapter"}]
+ADAPTERS: list[Change] = [
+    {"name": "lora", "rank": 8},
+    {"name": "mm_lora", "rank": 4},
+    {"name": "mm_adapter", "ratio": 0.0625},
+]
 
 Grid = dict[str, list[Any]]
 """{key of the recipe: its alternatives}."""

@@ -35,7 +35,7 @@ class Distillation(nn.Module):
     source = "unlabelled"
 
     def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0, hides: Hides | None = None) -> None:
-        """`teacher` has the same streams, and as many layers. It is neither trained nor saved with the run.
+        """`teacher` has the same streams, as many layers, and nothing that learns. It is neither trained nor saved with the run.
 
         `weight` of the loss; `hides`: what of a batch's masks the student does not see.
 
@@ -55,7 +55,6 @@ class Distillation(nn.Module):
                 f"{student.strides[0]:g} px; set objectives.distill.teacher.upscale = {ratio:g}, or take a student "
                 f"of patch {teacher.backbone.patch}"
             )
-        teacher.requires_grad_(False)
         # in a list: what is not registered is neither saved with the run nor counted among what learns
         self._teacher = [teacher]
         self.weight = weight

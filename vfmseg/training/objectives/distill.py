@@ -35,7 +35,7 @@ class Distillation(nn.Module):
     source = "unlabelled"
 
     def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0, hides: Hides | None = None) -> None:
-        """`teacher` has the same streams, as many layers, and nothing that learns. It is neither trained nor saved with the run.
+        """`teacher` has the same streams, as many layers, and nothing that learns. It is not saved with the run.
 
         `weight` of the loss; `hides`: what of a batch's masks the student does not see.
 

@@ -60,9 +60,9 @@ def cells_of(
         chosen = rng(Purpose.PROBE, 0, 0).permutation(total)[:most]
         taken = torch.zeros(total, dtype=torch.bool).scatter(0, torch.from_numpy(chosen), True)
     kept = taken.split([len(numbers) for _, numbers, _ in found])
-    numbers = {tile: mine[keep] for (tile, mine, _), keep in zip(found, kept, strict=True) if bool(keep.any())}
-    labels = torch.cat([mine for _, _, mine in found] or [torch.empty(0, dtype=torch.int64)])
-    return Cells(windows, numbers, labels[taken])
+    chosen_of = {tile: mine[keep] for (tile, mine, _), keep in zip(found, kept, strict=True) if bool(keep.any())}
+    all_labels = torch.cat([mine for _, _, mine in found] or [torch.empty(0, dtype=torch.int64)])
+    return Cells(windows, chosen_of, all_labels[taken])
 
 
 def cell_labels(labels: Tensor, grid: tuple[int, int], side: float) -> Tensor:

@@ -266,6 +266,7 @@ def test_a_run_with_another_probe_is_another_run(place: Path, tmp_path: Path) ->
     in_two_sittings(recipe_of(place, tmp_path / "run", **probed(place), pictures=1), run=pretrain)
     with pytest.raises(CheckpointError, match="neighbours"):
         pretrain(recipe_of(place, tmp_path / "run", **probed(place, neighbours=3)), resume=True)
+    pretrain(recipe_of(place, tmp_path / "run", **probed(place)), resume=True)  # pictures decide nothing
 
 
 @pytest.mark.parametrize("mask", ["random", "incomplete", "spectral"])

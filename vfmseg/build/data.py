@@ -81,8 +81,9 @@ def open_split(
     sources = recipe.data.sources(split)
     if not sources:
         raise RecipeError(f"{recipe.name}: data.{split} is not in the recipe; add it, or choose another split")
-    bands = bands_of(recipe, trained)
-    scenes = Scenes([_opened(recipe, source, f"data.{place}", bands) for place, source in sources.items()])
+    bands, labels = bands_of(recipe, trained), label_map_of(recipe)
+    optional = [name for name, modality in recipe.data.modalities.items() if modality.optional]
+    scenes = Scenes([opened(source, f"data.{place}", bands, labels, optional) for place, source in sources.items()])
     said = said_by(scenes) if like is None else like
     for scene in scenes:
         scene.follow(said)
@@ -93,10 +94,10 @@ def open_split(
     return scenes
 
 
-def _opened(recipe: Recipe, source: AnySource, place: str, bands: Mapping[str, Bands]) -> list[Scene]:
-    """The scenes of one source; `place`: its key in the recipe, for messages."""
-    labels = label_map_of(recipe)
-    optional = [name for name, modality in recipe.data.modalities.items() if modality.optional]
+def opened(
+    source: AnySource, place: str, bands: Mapping[str, Bands], labels: LabelMap, optional: Collection[str] = ()
+) -> list[Scene]:
+    """The scenes of one labelled source; `place`: its key in the recipe. `optional`: what a scene may lack."""
     if isinstance(source, FileSource):
         return scenes_from_files(source.images, source.labels, bands, labels, place, optional)
     if isinstance(source, TableSource):

@@ -142,4 +142,6 @@ def what_decides(recipe: Recipe | PretrainRecipe) -> str:
     update: dict[str, Any] = {"train": train, "data": data, "output_dir": Path()}
     if isinstance(recipe, Recipe):
         update["predict"] = PredictSection()
+    else:
+        update["pictures"] = 0
     return dump_recipe(recipe.model_copy(update=update))

@@ -41,12 +41,12 @@ class Traces:
         """Class indexes of scene `number` of a split, window by window."""
         self._labels.setdefault(number, _hash()).update(np.ascontiguousarray(indexes, dtype=np.int32).data)
 
-    def split(self, name: str, scenes: Sequence[Scene]) -> None:
-        """All scenes of a split, whose labels were shown before."""
+    def split(self, name: str, scenes: Sequence[Scene], below: str = "data.") -> None:
+        """All scenes of a split, whose labels were shown before. `below`: where the split is in the recipe."""
         for number, scene in enumerate(scenes):
             labels = self._labels.pop(number, _hash()).hexdigest()
             for role, (place, digest) in scene.traces().items():
-                what = f"{os.path.basename(place)} ({role} of data.{name}, scene {scene.name})"
+                what = f"{os.path.basename(place)} ({role} of {below}{name}, scene {scene.name})"
                 self._twins[what] = twins = self._twins.get(what, 0) + 1  # of one name in several folders
                 self.found[what if twins == 1 else f"{what} #{twins}"] = labels if role == "labels" else digest
 

@@ -79,7 +79,7 @@ def _train(
     model = build_encoder(recipe, inputs)
     say(parameter_lines(model))
     step = Step(model, objectives_of(recipe, inputs, model))
-    augment, masking = augment_of(recipe.train.augment, inputs), masking_of(recipe, model.backbone.patch)
+    augment, masking = augment_of(recipe.train.augment, inputs), masking_of(recipe.objectives.mae, model.backbone.patch)
     sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking)}
     loop = Loop(accelerator, step, sources, schedule_of(recipe), lambda _: Score(None, {}))
     origin = Origin(what_decides(recipe), model.base_hash, noted(inputs), accelerator.num_processes, traces.found)

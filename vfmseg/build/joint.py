@@ -63,10 +63,7 @@ def joint_of(
     )
     hides = None if masking is None else HIDES[masking.kind]
     objectives = objectives_from(mae, distill, hides, mine, model, recipe.seed, PLACE)
-    say(
-        f"{PLACE}: {' and '.join(objectives)} learn beside segmentation from {len(windows)} windows of "
-        f"{len(scenes)} scenes without labels, as many of them in an epoch as there are with labels"
-    )
+    say(f"{PLACE}: {' and '.join(objectives)} beside segmentation, on windows of {len(scenes)} scenes without labels")
     return {STREAM: windows}, objectives
 
 

@@ -66,8 +66,8 @@ def joint_problems(
             elif name in own:
                 yield Problem(
                     key,
-                    f"is not used: {name} has an encoder of its own (model.modalities), which learns from labels alone; "
-                    "drop it",
+                    f"is not used: {name} has an encoder of its own (model.modalities), which learns from labels "
+                    "alone; drop it",
                 )
         for name in modalities if stacked else ():
             if name not in source.images:

@@ -138,15 +138,19 @@ def test_what_segmentation_draws_does_not_move(place: Path, tmp_path: Path) -> N
         assert torch.equal(a.labels, b.labels)
 
 
-def test_the_windows_of_both_are_drawn_apart(place: Path, tmp_path: Path) -> None:
-    """Of the training scenes themselves, windows without labels are not those with labels again."""
-    recipe = recipe_of(place, tmp_path / "run", {"mae": MAE, "scale": [1.0, 1.0]})
-    _, sources = parts_of(recipe)
+def test_windows_with_and_without_labels_are_drawn_apart(place: Path, tmp_path: Path) -> None:
+    """Of one number in an epoch they are not turned alike."""
+    _, sources = parts_of(recipe_of(place, tmp_path / "run", {"mae": MAE}))
     equal = [
-        torch.equal(*(sources[name][Draw(0, index)].images["rgb"].pixels for name in ("train", "unlabelled")))
+        torch.equal(*(sources[name][Draw(0, index)].frame for name in ("train", "unlabelled")))
         for index in range(len(sources["train"]))
     ]
-    assert not any(equal)
+    assert not all(equal)
+
+
+def test_an_epoch_stays_as_long_as_the_scenes_with_labels_make_it(plain: Path, joint: Recipe) -> None:
+    steps = [json.loads((folder / "metrics.json").read_text())["steps"] for folder in (plain, joint.output_dir)]
+    assert steps == [8, 8]  # of 16 windows with labels and 27 without
 
 
 def batches_of(sources: dict[str, Any], count: int = 4) -> dict[str, Batch]:

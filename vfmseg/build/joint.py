@@ -52,7 +52,7 @@ def joint_of(
     windows = UnlabelledWindows(
         scenes,
         recipe.data.tile,
-        ~recipe.seed,  # a recipe's seed is never negative, so that no window is where one with labels is
+        ~recipe.seed,  # no recipe's, so that windows are not turned as those with labels are
         augment_of(recipe.train.augment, inputs),
         section.scale,
         None,

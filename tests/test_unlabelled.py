@@ -31,7 +31,7 @@ from vfmseg.errors import DataError
 from vfmseg.geo.grid import Window
 from vfmseg.recipe.base import Section
 from vfmseg.recipe.messages import lines
-from vfmseg.recipe.train import AugmentSection
+from vfmseg.recipe.run import AugmentSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
 from vfmseg.training.resume import changed_data
 

@@ -87,7 +87,7 @@ def open_split(
     said = said_by(scenes) if like is None else like
     for scene in scenes:
         scene.follow(said)
-    require_alike(scenes, split)
+    require_alike(scenes, f"data.{split}")
     tell_notes(scenes)
     if not any(scene.grid.georeferenced for scene in scenes):
         say_once("the scenes carry no CRS: labels will have none either, pixels are matched by position")
@@ -131,7 +131,7 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, Sce
     for name, scenes in splits.items():
         tell_missing(recipe, name, scenes)
         if name != "train":
-            require_alike([*splits["train"], *scenes], name)
+            require_alike([*splits["train"], *scenes], f"data.{name}")
     training: dict[str, Scenes] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
@@ -283,10 +283,10 @@ def value_ranges(inputs: Inputs) -> dict[str, float]:
     return {one.name: 255.0 if one.dtype == "uint8" and one.plain else 0.0 for one in inputs}
 
 
-def require_alike(scenes: Sequence[Scene], split: str) -> None:
+def require_alike(scenes: Sequence[Scene], place: str) -> None:
     """DataError unless a modality has the same bands and types in all scenes that have it.
 
-    `split`: the key of the scenes below `data`.
+    `place`: the key of the scenes in the recipe.
     """
     first = speakers(scenes)
     for scene in scenes:
@@ -298,6 +298,6 @@ def require_alike(scenes: Sequence[Scene], split: str) -> None:
             ):
                 if found[name] != expected[name]:
                     raise DataError(
-                        f"data.{split}: {scene.name} has {what} {found}, but {other.name} has {expected}; choose the "
+                        f"{place}: {scene.name} has {what} {found}, but {other.name} has {expected}; choose the "
                         "same bands with data.modalities.NAME.bands, or convert the files to one type"
                     )

@@ -21,7 +21,7 @@ from vfmseg.model import Network
 from vfmseg.recipe import PretrainRecipe, Recipe, dump_recipe
 from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
 from vfmseg.recipe.predict import PredictSection
-from vfmseg.recipe.train import AugmentSection
+from vfmseg.recipe.run import AugmentSection
 from vfmseg.terminal import say
 from vfmseg.training.loop import Stream
 from vfmseg.training.losses import LOSSES, Loss

@@ -11,7 +11,7 @@ from vfmseg.errors import nearest
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Flag, Name, Number, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.model import FullAdapter, LoraAdapter, PretrainedEncoder, PublishedSection
 from vfmseg.recipe.probe import ProbeSection
-from vfmseg.recipe.train import RunSection
+from vfmseg.recipe.run import RunSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
 
 Weight = Annotated[Number, Field(ge=0)]

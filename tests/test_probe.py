@@ -16,15 +16,11 @@ from makers import in_two_sittings, toy_scene, write_raster, write_recipe
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
-from vfmseg.data.labelled_cells import cell_labels
 from vfmseg.errors import CheckpointError, DataError, RecipeError
-from vfmseg.geo.classes import IGNORE
-from vfmseg.metrics import Confusion
 from vfmseg.pretrain import pretrain
 from vfmseg.recipe import PretrainRecipe, load_pretrain_recipe
 from vfmseg.training.loop import Score
 from vfmseg.training.probe import Probe, due, in_words
-from vfmseg.training.readout import effective_rank, linear, nearest_neighbours
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW = {"name": "new", "patch": 8, "width": 16, "depth": 2, "heads": 2}
@@ -86,83 +82,6 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(folder / "state.pt", weights_only=True)["tensors"])
 
 
-def miou(guess: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
-    confusion = Confusion(classes)
-    confusion.update(guess, labels)
-    return float(confusion.scores([str(i) for i in range(classes)])["miou"])
-
-
-def planted(seed: int, cells: int, said: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise of 12 channels, and classes that three of them say, among loud others, or that nothing says."""
-    draws = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (cells,), generator=draws)
-    features = torch.randn(cells, 12, generator=draws)
-    if said:
-        features[:, :3] += 12 * torch.eye(3)[labels]
-    return features, labels
-
-
-@pytest.mark.parametrize("kind", ["linear", "knn"])
-def test_a_planted_signal_is_found_and_one_that_is_not_there_is_not(kind: str) -> None:
-    def score(said: bool) -> float:
-        (train, labels), (val, truth) = planted(0, 600, said), planted(1, 600, said)
-        if kind == "linear":
-            return miou(linear(train, labels, val, 3), truth, 3)
-        return miou(nearest_neighbours(train, labels, val, 3, 20), truth, 3)
-
-    assert score(True) > 0.97
-    assert 0.1 < score(False) < 0.3  # a third of the guesses is right: 1/3 / (1/3 + 2/3 + ...) = 0.2
-
-
-def test_the_linear_score_is_that_of_a_converged_fit_whatever_the_scale_of_a_channel() -> None:
-    from sklearn.linear_model import LogisticRegression
-
-    (train, labels), (val, truth) = planted(0, 400, True), planted(1, 400, True)
-    for features, classes in ((train, labels), (val, truth)):
-        features[:, :3] -= 11 * torch.eye(3)[classes]  # one standard deviation is left between them
-    mean, std = train.mean(0), train.std(0, correction=0)
-    other = LogisticRegression(C=1 / (1e-3 * len(train)), max_iter=1000).fit((train - mean) / std, labels)
-    expected = torch.from_numpy(other.predict((val - mean) / std))
-    scales = torch.tensor([1e-4, 1e-3, *[1.0] * 9, 1e4])
-    assert (linear(train * scales, labels, val * scales, 3) == expected).float().mean() > 0.99
-
-
-def test_neighbours_vote_with_their_cosine() -> None:
-    train = torch.tensor([[1.0, 0.0], [3.0, 10.0], [0.35, 1.0], [-1.0, -1.0]])
-    labels = torch.tensor([0, 1, 1, 2])
-    assert nearest_neighbours(train, labels, torch.tensor([[5.0, 0.0]]), 3, 1).tolist() == [0]
-    assert nearest_neighbours(train, labels, torch.tensor([[5.0, 0.0]]), 3, 3).tolist() == [
-        0
-    ]  # 1.00 against 0.29 + 0.33
-    assert nearest_neighbours(train, labels, torch.tensor([[1.0, 1.0]]), 3, 3).tolist() == [1]
-
-
-def test_rank_and_scores_tell_an_encoder_that_has_collapsed() -> None:
-    draws = torch.Generator().manual_seed(0)
-    assert effective_rank(torch.randn(4000, 16, generator=draws)) == pytest.approx(16, abs=0.1)
-    flat = torch.randn(4000, 3, generator=draws) @ torch.linalg.qr(torch.randn(16, 16, generator=draws))[0][:3]
-    assert effective_rank(flat) == pytest.approx(3, abs=0.05)
-    constant = torch.randn(1, 16, generator=draws).expand(300, -1)
-    assert effective_rank(constant) == pytest.approx(1, abs=1e-3)
-    labels = torch.arange(300) % 3
-    assert miou(linear(constant, labels, constant, 3), labels, 3) <= 0.34
-    assert miou(nearest_neighbours(constant, labels, constant, 3, 20), labels, 3) <= 0.34
-    # singular values 2 and 1: shares 2/3 and 1/3
-    known = 3 / 2 ** (2 / 3)
-    assert effective_rank(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])) == pytest.approx(known)
-
-
-def test_a_cell_is_of_the_class_of_most_of_its_labelled_pixels() -> None:
-    labels = torch.zeros(8, 10, dtype=torch.int64)
-    labels[:4, :4] = torch.tensor([1, 1, 1, 0])  # 12 of 16 pixels
-    labels[:4, 4:8] = torch.tensor([0, 0, 1, 1])  # as many of both
-    labels[4:, :4] = torch.tensor([[1], [1], [IGNORE], [IGNORE]])  # all of the labelled half
-    labels[4:, 4:8] = IGNORE
-    labels[4:6, 4:7] = 2  # 6 of 16 are labelled
-    # the third column reaches beyond the image by half
-    assert cell_labels(labels, (2, 3), 4).tolist() == [[1, IGNORE, 0], [1, IGNORE, 0]]
-
-
 def test_a_run_with_a_probe_learns_the_same_bits_and_its_best_is_that_of_the_best_score(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +111,48 @@ def test_the_score_is_of_the_cells_of_val_and_is_noted(place: Path, tmp_path: Pa
         assert 1 < one["rank"] < 16
     values = {"linear": 0.6, "knn": 0.5, "sets": {"towns": {"linear": 0.612, "knn": 0.5833, "rank": 44.8}}}
     assert in_words(values) == "probe towns 0.612 linear, 0.583 kNN, rank 45"
+
+
+@pytest.mark.parametrize("names", [("ms",), ("ms", "rgb")])
+def test_a_set_may_have_some_of_the_modalities(
+    place: Path, tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of several are put side by side; each is read and normalised as its own modality."""
+    for split in ("train", "val"):
+        for number, file in enumerate(sorted((place / split / "images").iterdir())):
+            image = toy_scene({"train": 20, "val": 30}[split] + number, 72, 64)[0]
+            four = np.concatenate([image, image[:1]]).astype(np.float32) * 10
+            origin = (700000 + 5000 * ({"train": 20, "val": 30}[split] + number), 5000000)
+            write_raster(tmp_path / split / "ms" / file.name, four, origin=origin)
+    folders = {"rgb": lambda split: place / split / "images", "ms": lambda split: tmp_path / split / "ms"}
+    splits = {
+        split: {"labels": str(place / split / "labels")} | {name: str(folders[name](split)) for name in names}
+        for split in ("train", "val")
+    }
+    data = {
+        "modalities": {"rgb": {}, "ms": {}},
+        "scenes": [{"rgb": f"{place}/rgb"}, {"ms": f"{tmp_path}/train/ms"}],
+        "tile": 32,
+        "samples_per_epoch": 8,
+    }
+    from vfmseg.training import probe
+
+    seen = []
+    original = probe.features_of
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(probe, "features_of", noted)
+    recipe = recipe_of(
+        place, tmp_path / "run", data=data, pictures=3, probe={"sets": {"discs": sources(place, **splits)}}
+    )
+    pretrain(recipe)
+    assert {one.shape[1] for one in seen} == {16 * len(names)}
+    assert epochs(recipe.output_dir)[-1]["validation"]["linear"] > 0.8
+    drawn = np.asarray(Picture.open(recipe.output_dir / "pictures" / "epoch-0003.png"))
+    assert drawn.shape == (3 * 32 + 2 * 4, 3 * 32 + 2 * 4, 3)
 
 
 def test_a_stopped_run_goes_on_with_its_scores(place: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def joint(place: Path) -> Recipe:
     return recipe
 
 
-@pytest.mark.pitfall("P65")
+@pytest.mark.pitfall("K24")
 def test_a_weight_of_zero_is_the_plain_run_bit_for_bit(place: Path, plain: Path, tmp_path: Path) -> None:
     nothing = {"scenes": {"rgb": f"{place}/nowhere/*.tif"}, "mae": MAE | {"weight": 0.0}}  # not even opened
     finetune(recipe_of(place, tmp_path / "zero", nothing))
@@ -120,7 +120,7 @@ def parts_of(recipe: Recipe) -> tuple[Step, dict[str, Any]]:
     return step, {**sources_of(recipe, scenes["train"], inputs), **stream}
 
 
-@pytest.mark.pitfall("P65")
+@pytest.mark.pitfall("K24")
 def test_what_segmentation_draws_does_not_move(place: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     (one, first), (two, second) = (
@@ -230,7 +230,7 @@ def test_what_is_saved_holds_nothing_of_it(plain: Path, joint: Recipe) -> None:
     assert counted[0] == counted[1]
 
 
-@pytest.mark.pitfall("P65")
+@pytest.mark.pitfall("K24")
 def test_no_score_and_no_label_loss_is_of_masked_windows(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

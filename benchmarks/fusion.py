@@ -209,9 +209,10 @@ def lines_of_scores(name: str, part: str) -> Iterator[str]:
             f"{' (not equal)' if cell['equal'] is False else ''} |"
         )
     yield ""
+    words = found["verdict"]["words"]
     yield (
         f"Seeds {', '.join(map(str, found['seeds']))}; {found['machine']}, torch {found['torch']}; all train as many "
-        f"parameters as {found['equal']} where they can. On validation: {found['verdict']['words']}."
+        f"parameters as {found['equal']} where they can. {words[:1].upper()}{words[1:]}."
     )
 
 

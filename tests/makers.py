@@ -200,7 +200,17 @@ def in_two_sittings(recipe: Any, after: int = 1, run: Callable[..., Any] | None 
         patched.setattr(Keeper, "epoch", stop)
         with pytest.raises(Stopped):
             (run or finetune)(recipe)
-    (run or finetune)(recipe, resume=True)
+    later: list[int] = []
+
+    def noted(self: Keeper, state: RunState, improved: bool) -> None:
+        original(self, state, improved)
+        later.append(state.epoch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Keeper, "epoch", noted)
+        (run or finetune)(recipe, resume=True)
+    # a run that began anew would end alike
+    assert later == list(range(after + 1, recipe.train.epochs + 1))
 
 
 def image_and_heights(folder: Path) -> Path:

@@ -64,6 +64,7 @@ def _train(
         stack.enter_context(folder.with_the_others())
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
     from vfmseg.build.data import inputs_of, metres_of, open_training
+    from vfmseg.build.joint import joint_of
     from vfmseg.build.model import build_model
     from vfmseg.build.training import objectives_of, schedule_of, sources_of, validation_of, what_decides
     from vfmseg.data.traces import Traces
@@ -82,7 +83,9 @@ def _train(
         inputs = as_then(inputs, folder.state)
     model = build_model(recipe, inputs, metres_of(scenes["train"]))
     say(parameter_lines(model))
-    step, sources = Step(model, objectives_of(recipe, inputs, model)), sources_of(recipe, scenes["train"], inputs)
+    beside, more = joint_of(recipe, scenes["train"], inputs, model, traces)
+    step = Step(model, {**objectives_of(recipe, inputs, model), **more})
+    sources = {**sources_of(recipe, scenes["train"], inputs), **beside}
     validation = validation_of(recipe, model, scenes.get("val"), inputs)
     loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
     origin = Origin(what_decides(recipe), model.base_hash, noted(inputs), accelerator.num_processes, traces.found)

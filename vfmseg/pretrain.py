@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vfmseg.data.inputs import Inputs
     from vfmseg.model import Encoder
     from vfmseg.training.keeper import Product
+    from vfmseg.training.loop import Loop, RunState
+    from vfmseg.training.pictures import Pictures
 
 
 def pretrain(
@@ -61,12 +63,14 @@ def _train(
         stack.enter_context(folder.with_the_others())
     # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
     from vfmseg.build.pretraining import build_encoder, masking_of, objectives_of, statistics_of
+    from vfmseg.build.probe import probe_of
     from vfmseg.build.training import augment_of, schedule_of, what_decides
     from vfmseg.build.unlabelled import open_unlabelled, windows_of
     from vfmseg.data.traces import Traces
     from vfmseg.model import parameter_lines
     from vfmseg.training.keeper import Keeper
-    from vfmseg.training.loop import Loop, Score
+    from vfmseg.training.loop import Loop
+    from vfmseg.training.probe import as_curves, in_words, validation_of
     from vfmseg.training.resume import Origin, as_then, load_run, noted
     from vfmseg.training.step import Step
 
@@ -79,24 +83,29 @@ def _train(
     model = build_encoder(recipe, inputs)
     say(parameter_lines(model))
     step = Step(model, objectives_of(recipe, inputs, model))
-    augment, masking = augment_of(recipe.train.augment, inputs), masking_of(recipe, model.backbone.patch)
+    augment, masking = augment_of(recipe.train.augment, inputs), masking_of(recipe.objectives.mae, model.backbone.patch)
     sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking)}
-    loop = Loop(accelerator, step, sources, schedule_of(recipe), lambda _: Score(None, {}))
+    probe = probe_of(recipe, model, inputs, opened.scenes, traces)
+    # asked after the epoch, before it is counted
+    validation = validation_of(probe, lambda: loop.state.epoch + 1)
+    loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
     origin = Origin(what_decides(recipe), model.base_hash, noted(inputs), accelerator.num_processes, traces.found)
     if known:
         load_run(folder.state, loop, origin, accept_changed_data)
     if loop.state.epoch:
         say(f"resuming after epoch {loop.state.epoch} of {recipe.train.epochs}")
-    curves = Curves(folder.curves, lambda values: {}) if recipe.train.track == "tensorboard" else None
-    keeper = Keeper(loop, folder, _encoder(recipe, model, inputs), origin, dump_recipe(recipe), curves)
+    curves = Curves(folder.curves, as_curves) if recipe.train.track == "tensorboard" else None
+    pictures = _pictures(recipe, loop, model, folder)
+    keeper = Keeper(loop, folder, _encoder(recipe, model, inputs), origin, dump_recipe(recipe), curves, pictures)
     if is_main_process():
         keeper.begin(known)
     state = keeper.run(known)
-    result = {"name": recipe.name, "seed": recipe.seed, "best_epoch": state.best_epoch, "steps": state.step}
-    result["minutes"] = round(state.seconds / 60, 2)
+    result = _result(recipe, state)
     if is_main_process():
         keeper.finish(result)
-        say(f"done: encoder in {folder.path / BEST}; use it as model.encoder.checkpoint of a recipe")
+        found = result["validation"]
+        reached = f"best epoch {state.best_epoch} ({in_words(found)}), " if found else ""
+        say(f"done: {reached}encoder in {folder.path / BEST}; use it as model.encoder.checkpoint of a recipe")
     accelerator.end_training()
     return result
 
@@ -105,11 +114,40 @@ def _encoder(recipe: PretrainRecipe, model: Encoder, inputs: Inputs) -> Product:
     """What this verb makes: the folder of an encoder."""
     from vfmseg.checkpoint.encoder import encoder_epoch, save_encoder
     from vfmseg.training.keeper import Product
+    from vfmseg.training.probe import in_words
 
     def save(folder: Path, metrics: Mapping[str, Any]) -> None:
         save_encoder(folder, model, recipe, inputs, metrics)
 
-    return Product(save, encoder_epoch, lambda values: "")
+    return Product(save, encoder_epoch, in_words)
+
+
+def _pictures(recipe: PretrainRecipe, loop: Loop, model: Encoder, folder: RunFolder) -> Pictures | None:
+    """What draws the masked autoencoder, if the recipe asks for it."""
+    from vfmseg.training.objectives.mae import MaskedAutoencoder
+    from vfmseg.training.pictures import Pictures
+
+    if not recipe.pictures:
+        return None
+    objective = loop.step.objectives["mae"]
+    assert isinstance(objective, MaskedAutoencoder)
+    every = 1 if recipe.probe is None else recipe.probe.every
+    windows = loop.sources[objective.source]
+    return Pictures(
+        loop.accelerator, model, objective, windows, recipe.pictures, every, recipe.train.epochs, folder.pictures
+    )
+
+
+def _result(recipe: PretrainRecipe, state: RunState) -> dict[str, Any]:
+    scores = {one["epoch"]: one.get("validation") for one in state.records if one["kind"] == "epoch"}
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "best_epoch": state.best_epoch,
+        "validation": scores.get(state.best_epoch),
+        "steps": state.step,
+        "minutes": round(state.seconds / 60, 2),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -81,22 +81,23 @@ def open_split(
     sources = recipe.data.sources(split)
     if not sources:
         raise RecipeError(f"{recipe.name}: data.{split} is not in the recipe; add it, or choose another split")
-    bands = bands_of(recipe, trained)
-    scenes = Scenes([_opened(recipe, source, f"data.{place}", bands) for place, source in sources.items()])
+    bands, labels = bands_of(recipe, trained), label_map_of(recipe)
+    optional = [name for name, modality in recipe.data.modalities.items() if modality.optional]
+    scenes = Scenes([opened(source, f"data.{place}", bands, labels, optional) for place, source in sources.items()])
     said = said_by(scenes) if like is None else like
     for scene in scenes:
         scene.follow(said)
-    require_alike(scenes, split)
+    require_alike(scenes, f"data.{split}")
     tell_notes(scenes)
     if not any(scene.grid.georeferenced for scene in scenes):
         say_once("the scenes carry no CRS: labels will have none either, pixels are matched by position")
     return scenes
 
 
-def _opened(recipe: Recipe, source: AnySource, place: str, bands: Mapping[str, Bands]) -> list[Scene]:
-    """The scenes of one source; `place`: its key in the recipe, for messages."""
-    labels = label_map_of(recipe)
-    optional = [name for name, modality in recipe.data.modalities.items() if modality.optional]
+def opened(
+    source: AnySource, place: str, bands: Mapping[str, Bands], labels: LabelMap, optional: Collection[str] = ()
+) -> list[Scene]:
+    """The scenes of one labelled source; `place`: its key in the recipe. `optional`: what a scene may lack."""
     if isinstance(source, FileSource):
         return scenes_from_files(source.images, source.labels, bands, labels, place, optional)
     if isinstance(source, TableSource):
@@ -130,7 +131,7 @@ def open_training(recipe: Recipe, traces: Traces | None = None) -> dict[str, Sce
     for name, scenes in splits.items():
         tell_missing(recipe, name, scenes)
         if name != "train":
-            require_alike([*splits["train"], *scenes], name)
+            require_alike([*splits["train"], *scenes], f"data.{name}")
     training: dict[str, Scenes] = {name: splits[name] for name in ("train", "val") if name in splits}
     ids = sorted(recipe.data.classes)
     for name, scenes in training.items():
@@ -282,10 +283,10 @@ def value_ranges(inputs: Inputs) -> dict[str, float]:
     return {one.name: 255.0 if one.dtype == "uint8" and one.plain else 0.0 for one in inputs}
 
 
-def require_alike(scenes: Sequence[Scene], split: str) -> None:
+def require_alike(scenes: Sequence[Scene], place: str) -> None:
     """DataError unless a modality has the same bands and types in all scenes that have it.
 
-    `split`: the key of the scenes below `data`.
+    `place`: the key of the scenes in the recipe.
     """
     first = speakers(scenes)
     for scene in scenes:
@@ -297,6 +298,6 @@ def require_alike(scenes: Sequence[Scene], split: str) -> None:
             ):
                 if found[name] != expected[name]:
                     raise DataError(
-                        f"data.{split}: {scene.name} has {what} {found}, but {other.name} has {expected}; choose the "
+                        f"{place}: {scene.name} has {what} {found}, but {other.name} has {expected}; choose the "
                         "same bands with data.modalities.NAME.bands, or convert the files to one type"
                     )

@@ -17,6 +17,7 @@ from vfmseg.errors import RecipeError
 from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.recipe.model import NewEncoder, PublishedEncoder
+from vfmseg.recipe.pretrain import DistillSection, MaeSection
 from vfmseg.training.objectives.distill import Distillation
 from vfmseg.training.objectives.hidden import Hides
 from vfmseg.training.objectives.mae import MaskedAutoencoder
@@ -78,11 +79,26 @@ def statistics_of(recipe: PretrainRecipe) -> Callable[[str], BandStatistics]:
 
 def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dict[str, Objective]:
     """What is minimised, by name, each weighed as the recipe says."""
+    mae, distill = recipe.objectives.mae, recipe.objectives.distill
+    return objectives_from(mae, distill, None if mae is None else HIDES[mae.mask], inputs, model, recipe.seed)
+
+
+def objectives_from(
+    mae: MaeSection | None,
+    distill: DistillSection | None,
+    hides: Hides | None,
+    inputs: Inputs,
+    model: Encoder,
+    seed: int,
+    place: str = "objectives",
+) -> dict[str, Objective]:
+    """The same of sections; `hides`: what masks are of, if samples have some. `place`: of both in the recipe.
+
+    All that is random comes from the seed, and moves no other random numbers.
+    """
     found: dict[str, Objective] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        mae, distill = recipe.objectives.mae, recipe.objectives.distill
-        hides = None if mae is None else HIDES[mae.mask]
+        torch.manual_seed(seed)
         if mae is not None:
             normalise = None if mae.normalise == "none" else mae.normalise
             found["mae"] = MaskedAutoencoder(
@@ -90,8 +106,9 @@ def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dic
                 weight=mae.weight,
             )  # fmt: skip
         if distill is not None:
-            teacher = _teacher(distill.teacher, inputs)
-            found["distill"] = Distillation(model, teacher, distill.weight, hides if distill.masked else None)
+            at = f"{place}.distill.teacher"
+            teacher = _teacher(distill.teacher, inputs, at)
+            found["distill"] = Distillation(model, teacher, distill.weight, hides if distill.masked else None, at)
     return found
 
 
@@ -99,21 +116,19 @@ HIDES: dict[str, Hides] = {"random": "patches", "block": "patches", "incomplete"
 """{how masks are drawn: what they hide}."""
 
 
-def masking_of(recipe: PretrainRecipe, patch: int) -> Masking | None:
+def masking_of(mae: MaeSection | None, patch: int) -> Masking | None:
     """How patches of that many pixels a side are hidden; None if nothing is."""
-    mae = recipe.objectives.mae
     return None if mae is None else Masking(mae.mask, mae.ratio, patch, mae.inside or 0.6)
 
 
-def _teacher(section: PublishedEncoder, inputs: Inputs) -> Encoder:
-    place = "objectives.distill.teacher"
+def _teacher(section: PublishedEncoder, inputs: Inputs, place: str) -> Encoder:
     backbone = _published(section, place)
     stems = {}
     for one in inputs:
         if one.count != 3:
             raise RecipeError(
                 f"{place}: it knows red, green and blue, and {one.name} has {one.count} bands; name three of them "
-                f"(data.modalities.{one.name}.bands), or leave that modality to objectives.mae"
+                f"(data.modalities.{one.name}.bands), or leave that modality to {place.partition('.distill')[0]}.mae"
             )
         stems[one.name] = build_stem(backbone, {one.name: 3}, one.mean, one.std, section.upscale, None, place)
     return Encoder(backbone, stems, attach_none(backbone, tuple(stems)))

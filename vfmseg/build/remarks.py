@@ -108,10 +108,11 @@ def tell_implausible(statistics: Mapping[str, tuple[Sequence[float], Sequence[fl
                 )
 
 
-def tell_shared_ground(splits: Mapping[str, Sequence[Scene]]) -> None:
+def tell_shared_ground(splits: Mapping[str, Sequence[Scene]], below: str = "data.") -> None:
     """Say where a split lies on ground of one before it: its scores say little about other places then.
 
-    Not an error: the same place at another time, or a strip that neighbours share, may be meant.
+    Not an error: the same place at another time, or a strip that neighbours share, may be meant. `below`: where the
+    splits are in the recipe.
     """
     for split, scenes in splits.items():
         for other in splits:
@@ -122,7 +123,7 @@ def tell_shared_ground(splits: Mapping[str, Sequence[Scene]]) -> None:
             if found:
                 worst = int(np.argmax(shares))
                 say_once(
-                    f"data.{split}: {found} of {len(scenes)} scenes lie on ground of data.{other} (most of all "
+                    f"{below}{split}: {found} of {len(scenes)} scenes lie on ground of {below}{other} (most of all "
                     f"{scenes[worst].name}: {shares[worst]:.0%} is in {splits[other][which[worst]].name}); scores "
                     "there do not tell how well other places are labelled"
                 )

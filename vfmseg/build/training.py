@@ -21,7 +21,7 @@ from vfmseg.model import Network
 from vfmseg.recipe import PretrainRecipe, Recipe, dump_recipe
 from vfmseg.recipe.fusion import AlignmentFusion, ReconstructionFusion
 from vfmseg.recipe.predict import PredictSection
-from vfmseg.recipe.train import AugmentSection
+from vfmseg.recipe.run import AugmentSection
 from vfmseg.terminal import say
 from vfmseg.training.loop import Stream
 from vfmseg.training.losses import LOSSES, Loss
@@ -142,4 +142,6 @@ def what_decides(recipe: Recipe | PretrainRecipe) -> str:
     update: dict[str, Any] = {"train": train, "data": data, "output_dir": Path()}
     if isinstance(recipe, Recipe):
         update["predict"] = PredictSection()
+    else:
+        update["pictures"] = 0
     return dump_recipe(recipe.model_copy(update=update))

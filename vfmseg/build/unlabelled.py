@@ -60,26 +60,28 @@ def open_unlabelled(
     return Unlabelled(scenes, inputs, portions)
 
 
-def open_scenes(section: UnlabelledSection, like: Mapping[str, Sequence[BandSaid]] | None = None) -> Scenes:
+def open_scenes(
+    section: UnlabelledSection, like: Mapping[str, Sequence[BandSaid]] | None = None, at: str = "data"
+) -> Scenes:
     """The scenes of all sources; nothing of their pixels is read yet.
 
     `like` {modality: what other scenes say of their bands}: bands are found by it; left out, by what these say.
-    DataError that names all scenes that cannot be read.
+    `at`: the section of the scenes in the recipe, for messages. DataError that names all scenes that cannot be read.
     """
     bands = bands_from(section.modalities)
     optional = [name for name, modality in section.modalities.items() if modality.optional]
     found: list[list[Scene]] = []
     refused: list[str] = []
     for place, source in section.sources().items():
-        opened, why_not = unlabelled_from_files(source.images, bands, f"data.{place}", optional)
+        opened, why_not = unlabelled_from_files(source.images, bands, f"{at}.{place}", optional)
         found.append(opened)
         refused += why_not
-    _require_all(refused, sum(map(len, found)))
+    _require_all(refused, sum(map(len, found)), f"{at}.scenes")
     scenes = Scenes(found)
     said = said_by(scenes) if like is None else like
     for scene in scenes:
         scene.follow(said)
-    require_alike(scenes, "scenes")
+    require_alike(scenes, f"{at}.scenes")
     tell_notes(scenes)
     return scenes
 
@@ -104,7 +106,7 @@ def windows_of(
     return windows
 
 
-def _require_all(refused: Collection[str], opened: int) -> None:
+def _require_all(refused: Collection[str], opened: int, place: str) -> None:
     """DataError for scenes that cannot be read, the first of them by name."""
     if not refused:
         return
@@ -112,6 +114,6 @@ def _require_all(refused: Collection[str], opened: int) -> None:
     named = "; ".join(text.partition("; ")[0] for text in list(refused)[:TOLD])
     more = f"; and {len(refused) - TOLD} more" if len(refused) > TOLD else ""
     raise DataError(
-        f"data.scenes: {len(refused)} of {len(refused) + opened} scenes cannot be read: {named}{more}; leave them out "
+        f"{place}: {len(refused)} of {len(refused) + opened} scenes cannot be read: {named}{more}; leave them out "
         "of the patterns, or replace them"
     )

@@ -12,6 +12,7 @@ import torch
 
 from vfmseg.build.training import what_decides
 from vfmseg.compare.grid import Cell
+from vfmseg.data.traces import of_split
 from vfmseg.disk.jsonfile import read_json
 from vfmseg.errors import CheckpointError
 from vfmseg.finetune import finetune
@@ -81,6 +82,12 @@ def data_key(recipe: Recipe) -> str:
     return recipe.data.model_copy(update={"workers": 0}).model_dump_json()
 
 
+def _beside(recipe: Recipe) -> str:
+    """The scenes without labels that a recipe names, as text."""
+    section = recipe.train.unlabelled
+    return "" if section is None else section.model_dump_json(include={"scenes"})
+
+
 def require_same_data(runs: Iterable[Run], now: Mapping[str, Mapping[str, str]]) -> None:
     """CheckpointError if two runs that there are learned from other images or labels, though of the same names.
 
@@ -91,10 +98,16 @@ def require_same_data(runs: Iterable[Run], now: Mapping[str, Mapping[str, str]])
         state = segmenter_run(run.folder).state
         if not state.is_file():
             continue
-        found = data_of(state)
-        where, other = known.setdefault(data_key(run.recipe), (str(run.folder), found))
-        changed = changed_data(found, other)
-        if changed:
+        every, key = data_of(state), data_key(run.recipe)
+        beside = of_split(every, "unlabelled")  # which the data of now do not tell, nor runs without them
+        parts = {key: {what: digest for what, digest in every.items() if what not in beside}}
+        if beside:
+            parts[f"{key} {_beside(run.recipe)}"] = beside
+        for part, found in parts.items():
+            where, other = known.setdefault(part, (str(run.folder), found))
+            changed = changed_data(found, other)
+            if not changed:
+                continue
             raise CheckpointError(
                 f"{run.folder}: has learned from other data than {where} ({changed}), so their scores cannot be "
                 "compared; choose another --output, or move that folder away"

@@ -19,8 +19,11 @@ WINDOWS = 128
 """Windows of a scene that are looked at before all of it counts as invalid."""
 
 
-def disjoint(splits: Mapping[str, Sequence[Scene]]) -> None:
-    """Raise DataError if one file is used in two splits: scores on pixels that were learned mean nothing."""
+def disjoint(splits: Mapping[str, Sequence[Scene]], below: str = "data.") -> None:
+    """Raise DataError if one file is used in two splits: scores on pixels that were learned mean nothing.
+
+    `below`: where the splits are in the recipe, for messages.
+    """
     owner: dict[str, str] = {}
     for split, scenes in splits.items():
         for scene in scenes:
@@ -28,7 +31,7 @@ def disjoint(splits: Mapping[str, Sequence[Scene]]) -> None:
                 other = owner.setdefault(file, split)
                 if other != split:
                     raise DataError(
-                        f"{file} is in data.{other} and in data.{split}; expected every file in one split only: "
+                        f"{file} is in {below}{other} and in {below}{split}; expected every file in one split only: "
                         "remove it from one of them"
                     )
 

@@ -57,7 +57,9 @@ def unlabelled_from_files(
     for files in pair_images(found, base_place, optional):
         try:
             name = Path(next(iter(files.values()))).stem
-            scenes.append(RasterScene(name, {m: Raster(path, bands[m]) for m, path in files.items()}, many=True))
+            scenes.append(
+                RasterScene(name, {m: Raster(path, bands[m]) for m, path in files.items()}, many=True, keep=True)
+            )
         except DataError as error:
             refused.append(str(error))
     return scenes, refused

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vfmseg.data.kept import KEPT
 from vfmseg.data.opened import OPENED
 from vfmseg.data.traces import raster_trace
 from vfmseg.errors import DataError
@@ -36,16 +37,19 @@ class RasterScene:
         labels: LabelRaster | None = None,
         many: bool = False,
         compact: bool = False,
+        keep: bool = False,
     ) -> None:
         """`many`: one of many scenes of a split, whose files are closed while others were read more recently.
 
         `compact`: pixels keep the type of the file where that loses nothing, which takes less memory than float32.
+        `keep`: small images that are decoded whole for each window stay in memory while there is room, see `Kept`.
         """
         if not rasters:
             raise DataError(f"{name}: no image; expected at least one modality")
         self.name = name
         self._many = many
         self._compact = compact
+        self._keep = keep
         self._rasters = dict(rasters)
         self._labels = labels
         first = next(iter(rasters.values()))
@@ -103,7 +107,12 @@ class RasterScene:
 
     def read(self, window: Window) -> dict[str, Chip]:
         """{modality: pixels (C, h, w) and valid (h, w)}; beyond the edge everything is invalid."""
-        return {name: self._use(raster).read(window, self._compact) for name, raster in self._rasters.items()}
+        return {name: self._read(raster, window) for name, raster in self._rasters.items()}
+
+    def _read(self, raster: Raster, window: Window) -> Chip:
+        if self._keep and KEPT.worth(raster):
+            return KEPT.read(raster, window)
+        return self._use(raster).read(window, self._compact)
 
     def read_labels(self, window: Window) -> np.ndarray:
         """Class indexes int64 (h, w); IGNORE beyond the edge. DataError if the scene has no labels."""
@@ -125,6 +134,7 @@ class RasterScene:
         """Read the bands of which another scene says the same, in its order."""
         for name, raster in self._rasters.items():
             self._use(raster).follow(said[name])
+            KEPT.forget(raster)
         self._look()
 
     def notes(self) -> dict[tuple[str, str], str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -41,14 +41,19 @@ class Traces:
         """Class indexes of scene `number` of a split, window by window."""
         self._labels.setdefault(number, _hash()).update(np.ascontiguousarray(indexes, dtype=np.int32).data)
 
-    def split(self, name: str, scenes: Sequence[Scene]) -> None:
-        """All scenes of a split, whose labels were shown before."""
+    def split(self, name: str, scenes: Sequence[Scene], below: str = "data.") -> None:
+        """All scenes of a split, whose labels were shown before. `below`: where the split is in the recipe."""
         for number, scene in enumerate(scenes):
             labels = self._labels.pop(number, _hash()).hexdigest()
             for role, (place, digest) in scene.traces().items():
-                what = f"{os.path.basename(place)} ({role} of data.{name}, scene {scene.name})"
+                what = f"{os.path.basename(place)} ({role} of {below}{name}, scene {scene.name})"
                 self._twins[what] = twins = self._twins.get(what, 0) + 1  # of one name in several folders
                 self.found[what if twins == 1 else f"{what} #{twins}"] = labels if role == "labels" else digest
+
+
+def of_split(found: Mapping[str, str], name: str) -> dict[str, str]:
+    """Those of one split, of what `Traces` has found of several."""
+    return {what: digest for what, digest in found.items() if f" of data.{name}, scene " in what}
 
 
 def raster_trace(raster: Raster) -> str:

@@ -42,7 +42,8 @@ class UnlabelledWindows(RandomWindows):
     to scale[1], uniformly in its logarithm, and in a scene in which the largest windows do not fit only as far as they
     do. Scenes in which none fits are filled up with invalid pixels. A window that is mostly nodata is drawn again.
     `mask` draws from a generator of its own, so that masks are the same whatever else is drawn. Of a filler nothing
-    is valid. The other arguments are those of `RandomWindows`.
+    is valid. `place`: the section of scenes and scale in the recipe, for messages. The other arguments are those of
+    `RandomWindows`.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class UnlabelledWindows(RandomWindows):
         bands: Mapping[str, int] | None = None,
         portions: Sequence[Portion] = (),
         mask: Masker | None = None,
+        place: str = "data",
     ) -> None:
         bands = bands or {name: scene.bands()[name] for name, scene in speakers(scenes).items()}
-        super().__init__(scenes, tile, seed, samples_per_epoch, bands, portions, "data.scenes")
+        super().__init__(scenes, tile, seed, samples_per_epoch, bands, portions, f"{place}.scenes")
         self.augment = augment
         self.scale = scale
         self.mask = mask
+        self.place = place
         self._require_scale()
 
     def _require_scale(self) -> None:
@@ -70,9 +73,9 @@ class UnlabelledWindows(RandomWindows):
         if self.tile * high > 2 * self.widest:
             fits = math.floor(100 * self.widest / self.tile) / 100
             raise DataError(
-                f"data.scale = [{low:g}, {high:g}] of data.tile = {self.tile} makes windows of up to "
+                f"{self.place}.scale = [{low:g}, {high:g}] of data.tile = {self.tile} makes windows of up to "
                 f"{self.tile * high:g} px a side, but the longest side of a scene is {self.widest} px; expected at "
-                f"most twice that; try data.scale = [{min(low, fits):g}, {fits:g}], or a smaller data.tile"
+                f"most twice that; try {self.place}.scale = [{min(low, fits):g}, {fits:g}], or a smaller data.tile"
             )
 
     def __getitem__(self, draw: Draw) -> Sample:

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     MODALITY = 5
     SOURCE = 6
     MASK = 7
+    PROBE = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,11 +166,8 @@ def in_order_of(found: Any, order: Sequence[str]) -> Any:
     return found.in_order([name for name in order if name in found.images])
 
 
-class DataSection(Section):
-    """Classes, modalities and splits. Every split names the labels, and an entry for each modality.
-
-    The entry of an optional modality may be left out.
-    """
+class ClassesSection(Section):
+    """What label files hold: classes, and a value that means none."""
 
     classes: Annotated[
         dict[ClassId, ClassSpec],
@@ -184,6 +181,52 @@ class DataSection(Section):
     """Class id in the label files: name, or {name, color}."""
     ignore_index: ClassId = 255
     """Label value of pixels that belong to no class; they count in no loss and no metric."""
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _fill_classes(cls, value: Any) -> Any:
+        """`1: water` means {name: water}; classes without a colour take the palette's, in id order."""
+        if not isinstance(value, Mapping):
+            return value
+        places = {key: place for place, key in enumerate(sorted(key for key in value if isinstance(key, int)))}
+        filled = {}
+        for key, spec in value.items():
+            spec = {"name": spec} if isinstance(spec, str) else spec
+            if isinstance(spec, Mapping) and key in places:
+                spec = {"color": default_color(places[key]), **spec}
+            filled[key] = spec
+        return filled
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.ignore_index in self.classes:
+            ids = show(sorted(self.classes)).strip("[]")
+            yield Problem(
+                "ignore_index",
+                f"= {self.ignore_index} must not be a class id ({ids}); "
+                f"try {255 if 255 not in self.classes else max(self.classes) + 1}, or drop the class",
+            )
+        if not any(spec.in_mean for spec in self.classes.values()):
+            yield Problem("classes", "has no class in the mean IoU; leave in_mean out of some")
+        names: dict[str, int] = {}
+        for number, spec in self.classes.items():
+            if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in spec.name):  # no map file could carry it
+                yield Problem(
+                    f"classes.{number}", f"= {spec.name!r} holds a control character; write the name without it"
+                )
+            if spec.name in names:
+                yield Problem(
+                    f"classes.{number}",
+                    f"= '{spec.name}' is already the name of class {names[spec.name]}; give every class its own name",
+                )
+            names.setdefault(spec.name, number)
+
+
+class DataSection(ClassesSection):
+    """Classes, modalities and splits. Every split names the labels, and an entry for each modality.
+
+    The entry of an optional modality may be left out.
+    """
+
     modalities: Annotated[
         dict[str, ModalitySection], Field(min_length=1, max_length=64, examples=[{"rgb": {"bands": [1, 2, 3]}}])
     ]
@@ -202,21 +245,6 @@ class DataSection(Section):
     """Windows drawn per epoch; left out: as many as cover the training scenes once."""
     workers: Annotated[Whole, Field(ge=0, le=256)] = 0
     """Processes that read beside the training; 0 reads in the training process."""
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _fill_classes(cls, value: Any) -> Any:
-        """`1: water` means {name: water}; classes without a colour take the palette's, in id order."""
-        if not isinstance(value, Mapping):
-            return value
-        places = {key: place for place, key in enumerate(sorted(key for key in value if isinstance(key, int)))}
-        filled = {}
-        for key, spec in value.items():
-            spec = {"name": spec} if isinstance(spec, str) else spec
-            if isinstance(spec, Mapping) and key in places:
-                spec = {"color": default_color(places[key]), **spec}
-            filled[key] = spec
-        return filled
 
     @field_validator("val", "test", mode="before")
     @classmethod
@@ -241,33 +269,10 @@ class DataSection(Section):
         return {} if found is None else {split: found}
 
     def _problems(self) -> Iterator[Problem]:
-        yield from self._class_problems()
+        yield from super()._problems()
         yield from self._modality_problems()
         yield from self._weight_problems()
         yield from self._leaks()
-
-    def _class_problems(self) -> Iterator[Problem]:
-        if self.ignore_index in self.classes:
-            ids = show(sorted(self.classes)).strip("[]")
-            yield Problem(
-                "ignore_index",
-                f"= {self.ignore_index} must not be a class id ({ids}); "
-                f"try {255 if 255 not in self.classes else max(self.classes) + 1}, or drop the class",
-            )
-        if not any(spec.in_mean for spec in self.classes.values()):
-            yield Problem("classes", "has no class in the mean IoU; leave in_mean out of some")
-        names: dict[str, int] = {}
-        for number, spec in self.classes.items():
-            if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in spec.name):  # no map file could carry it
-                yield Problem(
-                    f"classes.{number}", f"= {spec.name!r} holds a control character; write the name without it"
-                )
-            if spec.name in names:
-                yield Problem(
-                    f"classes.{number}",
-                    f"= '{spec.name}' is already the name of class {names[spec.name]}; give every class its own name",
-                )
-            names.setdefault(spec.name, number)
 
     def _modality_problems(self) -> Iterator[Problem]:
         yield from name_problems(self.modalities)

@@ -107,12 +107,26 @@ def _of_one(adapter: Mapped) -> Mapped:
 
 
 def _train(train: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
-    found = _changed(train, "augment", lambda how: _changed(how, "radiometry", lambda some: _without(some, gone)))
+    found = _unlabelled(train, gone, names)
+    found = _changed(found, "augment", lambda how: _changed(how, "radiometry", lambda some: _without(some, gone)))
     if len(set(names)) == 1:
         return _without(found, ["modality_dropout", "distill"])
     found = _changed(found, "modality_dropout", lambda chances: _without(chances, gone))
     emptied = found.get("modality_dropout") == {} != train.get("modality_dropout")
     return _without(found, ["modality_dropout", "distill"]) if emptied else found
+
+
+def _unlabelled(train: Mapped, gone: list[str], names: Sequence[str]) -> Mapped:
+    """The same without scenes of what is left out, and without that section where no other scenes are named."""
+    section = train.get("unlabelled")
+    scenes = section.get("scenes") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or scenes is None:
+        return train
+    several = isinstance(scenes, list | tuple)
+    left = _sources(scenes if several else [scenes], list(names), gone)
+    if not left:
+        return _without(train, ["unlabelled"])
+    return {**train, "unlabelled": {**section, "scenes": left if several else left[0]}}
 
 
 def _fusion(fusion: Mapped, unmoved: list[str]) -> Mapped:

@@ -12,7 +12,7 @@ from vfmseg.errors import RecipeError
 from vfmseg.recipe.base import Number, Section, Whole
 from vfmseg.recipe.data import TileSide
 from vfmseg.recipe.messages import lines
-from vfmseg.recipe.train import LARGEST_BATCH
+from vfmseg.recipe.run import LARGEST_BATCH
 
 LARGEST_SCALE = 8.0  # of a tile at prediction: it then takes 64 times the memory
 MOST_SCALES = 16  # of one prediction; each is another run of the model

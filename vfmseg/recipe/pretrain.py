@@ -10,7 +10,8 @@ from pydantic import Field
 from vfmseg.errors import nearest
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Flag, Name, Number, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.model import FullAdapter, LoraAdapter, PretrainedEncoder, PublishedSection
-from vfmseg.recipe.train import RunSection
+from vfmseg.recipe.probe import ProbeSection
+from vfmseg.recipe.run import RunSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
 
 Weight = Annotated[Number, Field(ge=0)]
@@ -96,6 +97,10 @@ class PretrainRecipe(Section):
     model: PretrainedSection
     objectives: ObjectivesSection
     train: RunSection = RunSection()
+    probe: ProbeSection | None = None
+    """Labelled sets by which the best encoder is chosen; left out: the newest is the best."""
+    pictures: Annotated[Whole, Field(ge=0, le=64, examples=[4])] = 0
+    """Windows of which `objectives.mae` is drawn after each scored epoch: as they are, masked, rebuilt."""
     output_dir: Annotated[RecipePath, Field(examples=["runs/aerial-vit"])]
     """Folder of the run: encoders, metrics, the resolved recipe."""
 
@@ -104,3 +109,7 @@ class PretrainRecipe(Section):
             if name not in self.data.modalities:
                 place = f"train.augment.radiometry.{name}"
                 yield Problem(place, f"is not one of data.modalities; {nearest(name, self.data.modalities)}")
+        if self.pictures and self.objectives.mae is None:
+            yield Problem("pictures", f"= {self.pictures} are of what objectives.mae rebuilds; add it, or drop them")
+        if self.probe is not None:
+            yield from self.probe.unknown(self.data.modalities)

@@ -11,6 +11,7 @@ from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Name, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import DataSection
 from vfmseg.recipe.fusion import AttentionFusion, DecisionFusion
+from vfmseg.recipe.joint import joint_problems
 from vfmseg.recipe.model import ModelSection
 from vfmseg.recipe.only import with_only
 from vfmseg.recipe.predict import PredictSection
@@ -78,6 +79,15 @@ class Recipe(Section):
                 yield Problem(f"train.class_weights.{number}", f"is not a class id; data.classes has {ids}")
         yield from self._radiometry_problems()
         yield from self._absence_problems()
+        if self.train.unlabelled is not None:
+            yield from joint_problems(
+                self.train.unlabelled,
+                tuple(modalities),
+                tuple(self.model.modalities),
+                self.model.joins is None,
+                self.data.tile,
+                self.model.encoder.upscale,
+            )
 
     def _absence_problems(self) -> Iterator[Problem]:
         """Modalities that may be missing or are hidden at random need a fusion that answers without them."""

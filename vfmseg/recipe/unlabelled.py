@@ -93,15 +93,17 @@ class UnlabelledSection(Section):
                     f"modalities.{name}", "is in no source of data.scenes; say where its images are, or drop it"
                 )
         yield from weight_problems({place: source.weight for place, source in sources.items()})
-        yield from self._scale_problems()
+        yield from scale_problems(self.scale, self.tile)
 
-    def _scale_problems(self) -> Iterator[Problem]:
-        low, high = self.scale
-        if low > high:
-            yield Problem("scale", f"= {show(list(self.scale))} must be [smallest, largest]; try {[high, low]}")
-        elif self.tile * high > LARGEST_TILE or self.tile * low < 1:
-            yield Problem(
-                "scale",
-                f"= {show(list(self.scale))} of data.tile = {self.tile} makes windows of {self.tile * low:g} to "
-                f"{self.tile * high:g} px a side; expected 1 to {LARGEST_TILE}",
-            )
+
+def scale_problems(scale: tuple[float, float], tile: int) -> Iterator[Problem]:
+    """Of `scale`: it does not rise, or makes windows of a tile of so many pixels that cannot be read."""
+    low, high = scale
+    if low > high:
+        yield Problem("scale", f"= {show(list(scale))} must be [smallest, largest]; try {[high, low]}")
+    elif tile * high > LARGEST_TILE or tile * low < 1:
+        yield Problem(
+            "scale",
+            f"= {show(list(scale))} of data.tile = {tile} makes windows of {tile * low:g} to {tile * high:g} px a "
+            f"side; expected 1 to {LARGEST_TILE}",
+        )

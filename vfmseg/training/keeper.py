@@ -30,7 +30,10 @@ class Product:
 
 @dataclass
 class Keeper:
-    """The watcher of a run. Every process has one; the first writes, and all wait until it has."""
+    """The watcher of a run. Every process has one; the first writes, and all wait until it has.
+
+    pictures(epoch): called on the first process when an epoch is kept, to draw what there is to see.
+    """
 
     loop: Loop
     folder: RunFolder
@@ -38,6 +41,7 @@ class Keeper:
     origin: Origin
     recipe: str  # as text
     curves: Curves | None
+    pictures: Callable[[int], None] | None = None
 
     def begin(self, known: bool) -> None:
         """Before the first step: clear away what a killed run has left, and make again what is missing.
@@ -92,12 +96,15 @@ class Keeper:
             if state.epoch == 1:  # of an earlier run, whose product is replaced now
                 self.folder.forget_result()
                 remove_curves(self.folder.curves)
+                self.folder.forget_pictures()
             self._keep(state)
             save_run(self.folder.state, self.loop, self.origin)
             if improved:  # after the state, from which it can be made again if the run is stopped in between
                 self._save(BEST, state)
             if self.curves:  # not before there is a run to go on with: until then the folder may hold another one's
                 self.curves.update(state.records)
+            if self.pictures:
+                self.pictures(state.epoch)
         self.loop.accelerator.wait_for_everyone()
 
     def _keep(self, state: RunState) -> None:

@@ -50,7 +50,8 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """What a validation found. best: what epochs are compared by, higher is better; None: nothing to compare by.
+    """What a validation found. best: what epochs are compared by, higher is better; None: nothing to compare by. An
+    epoch that is not scored where others are has minus infinity.
 
     values: everything there is to note, ready for JSON; empty without a validation.
     """

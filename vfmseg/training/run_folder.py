@@ -6,6 +6,7 @@ metrics.jsonl    a line per step and epoch
 metrics.json     what was reached in the end
 recipe.yaml      the recipe, complete
 tensorboard/     curves, if the recipe asks for them
+pictures/        what masked pretraining rebuilds, after each scored epoch, if the recipe asks for it
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class RunFolder:
     def curves(self) -> Path:
         """The folder of the curves."""
         return self.path / "tensorboard"
+
+    @property
+    def pictures(self) -> Path:
+        """The folder of the pictures."""
+        return self.path / "pictures"
 
     def require_place(self, resume: bool, overwrite: bool) -> None:
         """RecipeError for a folder that cannot be made, before anything is."""
@@ -115,6 +121,11 @@ class RunFolder:
         """Remove what an earlier run had reached."""
         (self.path / RESULT).unlink(missing_ok=True)
 
+    def forget_pictures(self) -> None:
+        """Remove what an earlier run has drawn, and nothing else."""
+        for path in self.pictures.glob("epoch-*.png"):
+            path.unlink()
+
     def require_best(self, found: int | None, best: int, last: int) -> None:
         """CheckpointError if `best/` is not of the best epoch. found: of which it is, None if not there or not whole.
 
@@ -148,7 +159,8 @@ class RunFolder:
     def _leftovers(self) -> list[Path]:
         """What a killed run was just writing beside its files."""
         names = (STATE, LOG, RESULT, RECIPE, BEST, LAST)
-        return [path for name in names for kind in ("partial", "old") for path in self.path.glob(f".{name}.*.{kind}")]
+        found = [path for name in names for kind in ("partial", "old") for path in self.path.glob(f".{name}.*.{kind}")]
+        return [*found, *self.pictures.glob(".epoch-*.png.*.partial")]
 
 
 def encoder_run(path: Path, name: str = "") -> RunFolder:

@@ -34,10 +34,18 @@ class Distillation(nn.Module):
 
     source = "unlabelled"
 
-    def __init__(self, student: Encoder, teacher: Encoder, weight: float = 1.0, hides: Hides | None = None) -> None:
-        """`teacher` has the same streams, and as many layers. It is neither trained nor saved with the run.
+    def __init__(
+        self,
+        student: Encoder,
+        teacher: Encoder,
+        weight: float = 1.0,
+        hides: Hides | None = None,
+        place: str = "objectives.distill.teacher",
+    ) -> None:
+        """`teacher` has the same streams, as many layers, and nothing that learns. It is not saved with the run.
 
-        `weight` of the loss; `hides`: what of a batch's masks the student does not see.
+        `weight` of the loss; `hides`: what of a batch's masks the student does not see; `place` of the teacher in the
+        recipe, for messages.
 
         RecipeError if its cells are not the student's.
         """
@@ -45,17 +53,16 @@ class Distillation(nn.Module):
         pairs = len(student.backbone.layers), len(teacher.backbone.layers)
         if pairs[0] != pairs[1]:
             raise RecipeError(
-                f"objectives.distill.teacher.layers: {pairs[1]} layers for {pairs[0]} of the student "
+                f"{place}.layers: {pairs[1]} layers for {pairs[0]} of the student "
                 f"({list(student.backbone.layers)}); name as many"
             )
         if student.strides[0] != teacher.strides[0]:
             ratio = student.reference.upscale * teacher.backbone.patch / student.backbone.patch
             raise RecipeError(
-                f"objectives.distill.teacher: its cells are {teacher.strides[0]:g} px wide, those of the student "
-                f"{student.strides[0]:g} px; set objectives.distill.teacher.upscale = {ratio:g}, or take a student "
+                f"{place}: its cells are {teacher.strides[0]:g} px wide, those of the student "
+                f"{student.strides[0]:g} px; set {place}.upscale = {ratio:g}, or take a student "
                 f"of patch {teacher.backbone.patch}"
             )
-        teacher.requires_grad_(False)
         # in a list: what is not registered is neither saved with the run nor counted among what learns
         self._teacher = [teacher]
         self.weight = weight

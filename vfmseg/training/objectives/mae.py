@@ -92,7 +92,7 @@ class MaskedAutoencoder(nn.Module):
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """`pixels`: the mean squared errors of the patches, each over what is hidden of it, added up."""
-        network, images = cast(Pretrained, model), batch.present()
+        network, images = cast(Pretrained, model), self._images(batch)
         hidden = hidden_in(batch, self.hides, self.patch)
         sums = []
         for name, predicted in self._predicted(network, images, hidden).items():
@@ -118,7 +118,7 @@ class MaskedAutoencoder(nn.Module):
         A prediction of normalised targets gets the mean and spread of what it stands for, which nobody predicts: this
         is for pictures, not for scores.
         """
-        network, images = cast(Pretrained, model), batch.present()
+        network, images = cast(Pretrained, model), self._images(batch)
         hidden = hidden_in(batch, self.hides, self.patch)
         height, width = next(iter(images.values())).valid.shape[-2:]
         found = {}
@@ -131,6 +131,12 @@ class MaskedAutoencoder(nn.Module):
             patches = patches.scatter(1, hidden.asked[..., None, None].expand_as(told), told)
             found[name] = from_patches(patches, height, width)
         return found
+
+    def _images(self, batch: Batch) -> Images:
+        """What is there of the batch; all of it where no stream is whole in that, whose patches then count nowhere."""
+        present = batch.present()
+        whole = any(set(bands) <= set(present) for bands in self.modalities.values())
+        return present if whole else batch.shown()
 
     def _predicted(self, network: Pretrained, images: Images, hidden: Hidden) -> dict[str, Tensor]:
         """{stream: float32 (B, H, patch * patch, C)}: the patches that are asked for."""

@@ -219,7 +219,7 @@ def test_the_command_ends_with_a_line_that_says_how_to_use_it(place: Path, tmp_p
     recipe_of(place, tmp_path / "run")
     found = CliRunner().invoke(app, ["pretrain", str(tmp_path / "run.yaml"), "train.epochs=1"])
     assert found.exit_code == 0
-    assert "use it as model.encoder.checkpoint" in found.stderr
+    assert "use it as model.encoder.checkpoint of a recipe: " in found.stderr
     wrong = CliRunner().invoke(app, ["pretrain", str(tmp_path / "run.yaml"), "train.epoch=1", "--overwrite"])
     assert wrong.exit_code == 2
     assert "did you mean 'epochs'" in wrong.stderr

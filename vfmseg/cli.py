@@ -57,7 +57,7 @@ def finetune(
     _end(verb, again)
 
 
-@app.command(epilog="Example: vfmseg pretrain recipes/builtin.yaml train.epochs=5 --overwrite")
+@app.command(epilog="Example: vfmseg pretrain my-encoder.yaml train.epochs=5 --overwrite")
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key.path=value.")] = None,

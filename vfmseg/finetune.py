@@ -10,25 +10,21 @@ if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(_
     sys.path.pop(0)
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from vfmseg.errors import RecipeError
 from vfmseg.geo.trust import close_services
 from vfmseg.heap import keep_freed
-from vfmseg.launch import several
 from vfmseg.recipe import Recipe, dump_recipe, load_recipe
-from vfmseg.terminal import is_main_process, keep_displays, quiet_libraries, say
-from vfmseg.training.curves import Curves, require_tensorboard
-from vfmseg.training.processes import connect
-from vfmseg.training.run_folder import BEST, RunFolder, segmenter_run
+from vfmseg.terminal import keep_displays, say
+from vfmseg.training.curves import Curves
+from vfmseg.training.run_folder import segmenter_run
 from vfmseg.training.script import run_script
+from vfmseg.training.sitting import Sitting
 
 if TYPE_CHECKING:
     from vfmseg.data.inputs import Inputs
     from vfmseg.model import Network
     from vfmseg.training.keeper import Product
-    from vfmseg.training.loop import RunState
 
 
 def finetune(
@@ -42,71 +38,41 @@ def finetune(
     this; rank 0 writes. With `resume`, images and labels must be those that the run was started with, unless
     `accept_changed_data`.
     """
-    quiet_libraries()
-    folder = segmenter_run(recipe.output_dir, recipe.name)
-    folder.require_place(resume, overwrite)
-    if accept_changed_data and not resume:
-        raise RecipeError("--accept-changed-data is about going on with a run: add --resume, or leave it out")
-    with ExitStack() as stack:
-        if is_main_process():
-            stack.enter_context(folder.alone(several()))
-        folder.require_own(resume, overwrite)
-        if recipe.train.track == "tensorboard":
-            require_tensorboard()
-        return _train(recipe, folder, resume, accept_changed_data, stack)
+    sitting = Sitting(segmenter_run(recipe.output_dir, recipe.name), resume, overwrite, accept_changed_data)
+    return _train(recipe, sitting)
 
 
-def _train(
-    recipe: Recipe, folder: RunFolder, resume: bool, accept_changed_data: bool, stack: ExitStack
-) -> dict[str, Any]:
-    accelerator = connect(recipe.train.precision)
-    if not is_main_process():  # which has come as far, and so has the folder
-        stack.enter_context(folder.with_the_others())
-    # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-    from vfmseg.build.data import inputs_of, metres_of, open_training
-    from vfmseg.build.joint import joint_of
-    from vfmseg.build.model import build_model
-    from vfmseg.build.training import objectives_of, schedule_of, sources_of, validation_of, what_decides
-    from vfmseg.data.traces import Traces
-    from vfmseg.model import parameter_lines
-    from vfmseg.training.keeper import Keeper
-    from vfmseg.training.loop import Loop
-    from vfmseg.training.objectives.segmentation import as_curves, in_words
-    from vfmseg.training.resume import Origin, as_then, load_run, noted
-    from vfmseg.training.step import Step
+def _train(recipe: Recipe, sitting: Sitting) -> dict[str, Any]:
+    with sitting.begun(recipe.train.precision, recipe.train.track) as accelerator:
+        # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
+        from vfmseg.build.data import inputs_of, metres_of, open_training
+        from vfmseg.build.joint import joint_of
+        from vfmseg.build.model import build_model
+        from vfmseg.build.training import objectives_of, schedule_of, sources_of, validation_of, what_decides
+        from vfmseg.data.traces import Traces
+        from vfmseg.model import parameter_lines
+        from vfmseg.training.keeper import Keeper
+        from vfmseg.training.loop import Loop
+        from vfmseg.training.objectives.segmentation import as_curves
+        from vfmseg.training.resume import Origin, as_then, noted
+        from vfmseg.training.step import Step
 
-    known = resume and folder.state.is_file()
-    traces = Traces()
-    scenes = open_training(recipe, traces)
-    inputs = inputs_of(recipe, scenes["train"])
-    if known and accept_changed_data:
-        inputs = as_then(inputs, folder.state)
-    model = build_model(recipe, inputs, metres_of(scenes["train"]))
-    say(parameter_lines(model))
-    beside, more = joint_of(recipe, scenes["train"], inputs, model, traces)
-    step = Step(model, {**objectives_of(recipe, inputs, model), **more})
-    sources = {**sources_of(recipe, scenes["train"], inputs), **beside}
-    validation = validation_of(recipe, model, scenes.get("val"), inputs)
-    loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
-    origin = Origin(what_decides(recipe), model.base_hash, noted(inputs), accelerator.num_processes, traces.found)
-    if known:
-        load_run(folder.state, loop, origin, accept_changed_data)
-    if loop.state.epoch:
-        say(f"resuming after epoch {loop.state.epoch} of {recipe.train.epochs}")
-    elif resume:
-        say(f"{folder.path}: no epoch was finished there, so the run starts with the first one")
-    curves = Curves(folder.curves, as_curves) if recipe.train.track == "tensorboard" else None
-    keeper = Keeper(loop, folder, _segmenter(recipe, model, inputs), origin, dump_recipe(recipe), curves)
-    if is_main_process():
-        keeper.begin(known)
-    state = keeper.run(known)
-    result = _result(recipe, model, state)
-    if is_main_process():
-        keeper.finish(result)
-        reached = f" ({in_words(result['validation'])})" if result["validation"] else ""
-        say(f"done: best epoch {state.best_epoch}{reached}, segmenter in {folder.path / BEST}")
-    accelerator.end_training()
-    return result
+        traces, folder = Traces(), sitting.folder
+        scenes = open_training(recipe, traces)
+        inputs = inputs_of(recipe, scenes["train"])
+        if sitting.known and sitting.accept_changed_data:
+            inputs = as_then(inputs, folder.state)
+        model = build_model(recipe, inputs, metres_of(scenes["train"]))
+        say(parameter_lines(model))
+        beside, more = joint_of(recipe, scenes["train"], inputs, model, traces)
+        step = Step(model, {**objectives_of(recipe, inputs, model), **more})
+        sources = {**sources_of(recipe, scenes["train"], inputs), **beside}
+        validation = validation_of(recipe, model, scenes.get("val"), inputs)
+        loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)
+        origin = Origin(what_decides(recipe), model.base_hash, noted(inputs), accelerator.num_processes, traces.found)
+        curves = Curves(folder.curves, as_curves) if recipe.train.track == "tensorboard" else None
+        keeper = Keeper(loop, folder, _segmenter(recipe, model, inputs), origin, dump_recipe(recipe), curves)
+        return keeper.carry_out(sitting, _about(recipe, model))
 
 
 def _segmenter(recipe: Recipe, model: Network, inputs: Inputs) -> Product:
@@ -122,17 +88,13 @@ def _segmenter(recipe: Recipe, model: Network, inputs: Inputs) -> Product:
     return Product(save, saved_epoch, in_words)
 
 
-def _result(recipe: Recipe, model: Network, state: RunState) -> dict[str, Any]:
+def _about(recipe: Recipe, model: Network) -> dict[str, Any]:
+    """What the result says of the run beside how far it came."""
     from vfmseg.checkpoint.writing import versions
 
-    epochs = {r["epoch"]: r.get("validation") for r in state.records if r["kind"] == "epoch"}
     return {
         "name": recipe.name,
         "seed": recipe.seed,
-        "best_epoch": state.best_epoch,
-        "validation": epochs.get(state.best_epoch),
-        "steps": state.step,
-        "minutes": round(state.seconds / 60, 2),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "versions": versions(),

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vfmseg.progress import TrainingProgress
-from vfmseg.terminal import is_main_process
+from vfmseg.terminal import is_main_process, say
 from vfmseg.training.curves import Curves, remove_curves
 from vfmseg.training.loop import Loop, RunState, StepReport
-from vfmseg.training.resume import Origin, save_run
+from vfmseg.training.resume import Origin, load_run, save_run
 from vfmseg.training.run_folder import BEST, LAST, RunFolder
+from vfmseg.training.sitting import Sitting
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class Product:
     save: Callable[[Path, Mapping[str, Any]], None]
     epoch_of: Callable[[Path], int | None]
     in_words: Callable[[Mapping[str, Any]], str]
+
+
+def reached(state: RunState) -> dict[str, Any]:
+    """What a run has reached: its best epoch and the validation of it, its steps and minutes."""
+    epochs = {one["epoch"]: one.get("validation") for one in state.records if one["kind"] == "epoch"}
+    return {
+        "best_epoch": state.best_epoch,
+        "validation": epochs.get(state.best_epoch),
+        "steps": state.step,
+        "minutes": round(state.seconds / 60, 2),
+    }
 
 
 @dataclass
@@ -42,6 +54,28 @@ class Keeper:
     recipe: str  # as text
     curves: Curves | None
     pictures: Callable[[int], None] | None = None
+
+    def carry_out(self, sitting: Sitting, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Go on from what there is, if the sitting says so, train to the end, and return what `metrics.json` holds.
+
+        about: what it says beside how far training came.
+        """
+        known = sitting.known
+        if known:
+            load_run(self.folder.state, self.loop, self.origin, sitting.accept_changed_data)
+        if self.loop.state.epoch:
+            say(f"resuming after epoch {self.loop.state.epoch} of {self.loop.schedule.epochs}")
+        elif sitting.resume:
+            say(f"{self.folder.path}: no epoch was finished there, so the run starts with the first one")
+        if is_main_process():
+            self.begin(known)
+        result = {**about, **reached(self.run(known))}
+        if is_main_process():
+            self.finish(result)
+            found = result["validation"]
+            scores = f" ({self.product.in_words(found)})" if found else ""
+            say(f"done: best epoch {result['best_epoch']}{scores}, {self.folder.product} in {self.folder.path / BEST}")
+        return result
 
     def begin(self, known: bool) -> None:
         """Before the first step: clear away what a killed run has left, and make again what is missing.

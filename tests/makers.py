@@ -27,11 +27,10 @@ from vfmseg.disk.digests import signed
 from vfmseg.geo.bands import Bands
 from vfmseg.geo.grid import Window
 from vfmseg.inference.contracts import Area, Tiles
+from vfmseg.recipe import PretrainRecipe, Recipe, load_pretrain_recipe, load_recipe
 
 if TYPE_CHECKING:
-    from vfmseg.recipe import Recipe
     from vfmseg.training.loop import RunState
-from vfmseg.recipe import Recipe
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -164,8 +163,6 @@ def sensor_content(place: Path, **changes: object) -> dict:  # type: ignore[type
 
 def sensor_recipe(place: Path, **changes: object) -> Recipe:
     """The recipe of `sensor_content`, checked."""
-    from vfmseg.recipe import load_recipe
-
     return load_recipe(write_recipe(place / "recipe.yaml", sensor_content(place, **changes)))
 
 
@@ -179,6 +176,30 @@ def finished_run(folder: Path) -> Path:
     recipe = recipe_dict(folder / "data", folder / "encoder", folder / "run")
     finetune(load_recipe(write_recipe(folder / "r.yaml", recipe)))
     return folder
+
+
+NEW_ENCODER = {"name": "new", "patch": 8, "width": 16, "depth": 2, "heads": 2}
+MAE_DECODER = {"width": 16, "depth": 1, "heads": 2}
+
+
+def pretrain_recipe(place: Path, output: Path, epochs: int = 2, samples: int = 6, **changes: Any) -> PretrainRecipe:
+    """A recipe of masked pretraining on place/rgb; changes such as model={...} replace a section."""
+    content: dict[str, Any] = {
+        "name": "toy",
+        "data": {
+            "modalities": {"rgb": {}},
+            "scenes": {"rgb": f"{place}/rgb/*.tif"},
+            "tile": 32,
+            "samples_per_epoch": samples,
+        },
+        "model": {"encoder": NEW_ENCODER},
+        "objectives": {"mae": {"decoder": MAE_DECODER}},
+        "train": {"epochs": epochs, "batch_size": 2, "optimizer": {"lr": 0.003}},
+        "output_dir": str(output),
+    }
+    file = output.parent / f"{output.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return load_pretrain_recipe(write_recipe(file, content | changes))
 
 
 def in_two_sittings(recipe: Any, after: int = 1, run: Callable[..., Any] | None = None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_models import DEPTH, Encoder, family, upstream
-from masked_models import Oracle, loss_of, objective_of, seen_by_blocks
+from masked_models import Oracle, as_fresh, loss_of, objective_of, seen_by_blocks
 from torch import Tensor, nn
 
 from vfmseg.adapters.attach import attach_full
@@ -103,14 +103,7 @@ def test_all_that_learns_gets_a_gradient() -> None:
 
 def learned(draws: np.random.Generator) -> tuple[Encoder, MaskedAutoencoder]:
     model = cube_model("dinov2", image_size=8, patch_size=4, hidden_size=64, num_attention_heads=4)
-    with torch.no_grad():
-        for name, tensor in model.backbone.network.named_parameters():
-            if tensor.ndim > 1 and "position" not in name:
-                torch.nn.init.trunc_normal_(tensor, std=0.05)
-            elif name.endswith("bias"):
-                tensor.zero_()
-            elif "lambda" in name:
-                tensor.fill_(1.0)
+    as_fresh(model)
     objective = objective_of(model, normalise=None, width=64, depth=1, heads=4, hides="bands")
     optimizer = torch.optim.AdamW([*model.parameters(), *objective.parameters()], weight_decay=0.01)
     for step in range(STEPS):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 from encoder_models import Encoder
-from masked_models import batch_of, loss_of, objective_of, tiny
+from masked_models import as_fresh, batch_of, loss_of, objective_of, tiny
 from torch import Tensor
 
 from vfmseg.data.masks import random_mask
@@ -30,14 +30,7 @@ def masked(images: Tensor, draws: np.random.Generator) -> Batch:
 
 def learned(draws: np.random.Generator) -> tuple[Encoder, MaskedAutoencoder]:
     model = tiny("dinov2", bands=1, image_size=32, patch_size=8, hidden_size=64, num_attention_heads=4).train()
-    with torch.no_grad():  # as fresh ones are, and not as far from zero as other tests need them
-        for name, tensor in model.backbone.network.named_parameters():
-            if tensor.ndim > 1 and "position" not in name:
-                torch.nn.init.trunc_normal_(tensor, std=0.05)
-            elif name.endswith("bias"):
-                tensor.zero_()
-            elif "lambda" in name:
-                tensor.fill_(1.0)
+    as_fresh(model)
     objective = objective_of(model, normalise=None, width=64, depth=1, heads=4)
     optimizer = torch.optim.AdamW([*model.backbone.parameters(), *objective.parameters()], weight_decay=0.01)
     for step in range(STEPS):

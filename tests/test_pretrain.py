@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import in_two_sittings, recipe_dict, save_encoder, toy_folder, toy_scene, write_raster, write_recipe
+from makers import (
+    MAE_DECODER,
+    NEW_ENCODER,
+    in_two_sittings,
+    pretrain_recipe,
+    recipe_dict,
+    save_encoder,
+    toy_folder,
+    toy_scene,
+    write_raster,
+    write_recipe,
+)
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -21,10 +32,7 @@ from vfmseg.encoders.build import build_backbone
 from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.pretrain import pretrain
-from vfmseg.recipe import PretrainRecipe, load_pretrain_recipe, load_recipe
-
-NEW = {"name": "new", "patch": 8, "width": 16, "depth": 2, "heads": 2}
-DECODER = {"width": 16, "depth": 1, "heads": 2}
+from vfmseg.recipe import PretrainRecipe, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -44,43 +52,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(place: Path, output: Path, **changes: Any) -> PretrainRecipe:
-    """A recipe of two epochs; changes such as model={...} replace a section."""
-    content: dict[str, Any] = {
-        "name": "toy",
-        "data": {
-            "modalities": {"rgb": {}},
-            "scenes": {"rgb": f"{place}/rgb/*.tif"},
-            "tile": 32,
-            "samples_per_epoch": 6,
-        },
-        "model": {"encoder": NEW},
-        "objectives": {"mae": {"decoder": DECODER}},
-        "train": {"epochs": 2, "batch_size": 2, "optimizer": {"lr": 0.003}},
-        "output_dir": str(output),
-    }
-    file = output.parent / f"{output.name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return load_pretrain_recipe(write_recipe(file, content | changes))
-
-
 def published(place: Path, family: str, **more: Any) -> dict[str, Any]:
     return {"name": family, "checkpoint": str(place / family), **more}
 
 
 KINDS: dict[str, Any] = {
     "mae": lambda place: {},
-    "block": lambda place: {"objectives": {"mae": {"mask": "block", "decoder": DECODER}}},
+    "block": lambda place: {"objectives": {"mae": {"mask": "block", "decoder": MAE_DECODER}}},
     "incomplete": lambda place: {
-        "objectives": {"mae": {"mask": "incomplete", "normalise": "none", "decoder": DECODER}}
+        "objectives": {"mae": {"mask": "incomplete", "normalise": "none", "decoder": MAE_DECODER}}
     },
-    "spectral": lambda place: {"objectives": {"mae": {"mask": "spectral", "ratio": 0.4, "decoder": DECODER}}},
+    "spectral": lambda place: {"objectives": {"mae": {"mask": "spectral", "ratio": 0.4, "decoder": MAE_DECODER}}},
     "distill": lambda place: {
         "objectives": {"distill": {"teacher": published(place, "dinov2", layers=[1, 3], upscale=1.75)}},
     },
     "both": lambda place: {
         "objectives": {
-            "mae": {"weight": 0.5, "decoder": DECODER},
+            "mae": {"weight": 0.5, "decoder": MAE_DECODER},
             "distill": {"masked": True, "teacher": published(place, "clip", layers=[1, 3], upscale=2)},
         },
     },
@@ -99,7 +87,7 @@ KINDS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request: pytest.FixtureRequest, place: Path) -> tuple[str, PretrainRecipe]:
-    recipe = recipe_of(place, place / "runs" / request.param.replace(" ", "_"), **KINDS[request.param](place))
+    recipe = pretrain_recipe(place, place / "runs" / request.param.replace(" ", "_"), **KINDS[request.param](place))
     pretrain(recipe)
     return request.param, recipe
 
@@ -141,7 +129,7 @@ def test_what_is_written_answers_as_what_was_trained(trained: tuple[str, Pretrai
 
 
 def test_with_lora_the_published_weights_stay(place: Path) -> None:
-    recipe = recipe_of(place, place / "lora", **KINDS["continual"](place))
+    recipe = pretrain_recipe(place, place / "lora", **KINDS["continual"](place))
     pretrain(recipe)
     learned = {name for name in tensors(recipe.output_dir) if name.startswith("model.")}
     assert learned
@@ -149,7 +137,7 @@ def test_with_lora_the_published_weights_stay(place: Path) -> None:
 
 
 def test_a_recipe_takes_it_as_its_encoder(place: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(place, tmp_path / "pretrained")
+    recipe = pretrain_recipe(place, tmp_path / "pretrained")
     pretrain(recipe)
     content = recipe_dict(place / "data", tmp_path / "pretrained" / "best", tmp_path / "tuned")
     content["train"]["epochs"] = 1
@@ -164,7 +152,7 @@ def test_a_recipe_takes_it_as_its_encoder(place: Path, tmp_path: Path) -> None:
 
 def test_the_loss_falls_and_random_masks_are_another_each_epoch(place: Path, tmp_path: Path) -> None:
     train = {"epochs": 12, "batch_size": 6, "optimizer": {"lr": 0.005, "warmup": 0.0}}
-    recipe = recipe_of(place, tmp_path / "run", train=train)
+    recipe = pretrain_recipe(place, tmp_path / "run", train=train)
     pretrain(recipe)
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [one["loss"] for one in log if one["kind"] == "step"]
@@ -179,8 +167,8 @@ def test_the_loss_falls_and_random_masks_are_another_each_epoch(place: Path, tmp
         ({"objectives": {"mae": {"ratio": 1.0}}}, "objectives.mae.ratio = 1.0 must be below 1"),
         ({"objectives": {"mae": {"inside": 0.5}}}, "is for mask: incomplete"),
         ({"objectives": {"mae": {"ratio": 0.01}}}, "hides 0 of the 16 patches"),
-        ({"model": {"encoder": NEW, "adapter": {"name": "lora"}}}, "random ones learn as a whole"),
-        ({"model": {"encoder": NEW | {"width": 18, "heads": 4}}}, "width = 18 must be a multiple of heads = 4"),
+        ({"model": {"encoder": NEW_ENCODER, "adapter": {"name": "lora"}}}, "random ones learn as a whole"),
+        ({"model": {"encoder": NEW_ENCODER | {"width": 18, "heads": 4}}}, "width = 18 must be a multiple of heads = 4"),
         ({"model": {"encoder": {"name": "clip", "checkpoint": "CLIP", "layers": [1, 2]}}}, "must end with block 3"),
         (
             {"objectives": {"distill": {"teacher": {"name": "clip", "checkpoint": "CLIP", "layers": [3]}}}},
@@ -197,7 +185,7 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
 ) -> None:
     text = json.dumps(changes).replace("CLIP", str(place / "clip"))
     with pytest.raises((RecipeError, CheckpointError)) as caught:
-        pretrain(recipe_of(place, tmp_path / "run", **json.loads(text)))
+        pretrain(pretrain_recipe(place, tmp_path / "run", **json.loads(text)))
     assert message in str(caught.value)
     assert [path.name for path in (tmp_path / "run").rglob("*") if path.name != ".lock"] == []
 
@@ -206,7 +194,7 @@ def test_other_scenes_than_it_was_started_with_are_refused(place: Path, tmp_path
     for number in range(2):
         image, _ = toy_scene(number, 64, 64)
         write_raster(tmp_path / "rgb" / f"{number}.tif", image)
-    recipe = recipe_of(tmp_path, tmp_path / "run")
+    recipe = pretrain_recipe(tmp_path, tmp_path / "run")
     in_two_sittings(recipe, run=pretrain)
     longer = recipe.model_copy(update={"output_dir": tmp_path / "other"})
     pretrain(longer)
@@ -216,7 +204,7 @@ def test_other_scenes_than_it_was_started_with_are_refused(place: Path, tmp_path
 
 
 def test_the_command_ends_with_a_line_that_says_how_to_use_it(place: Path, tmp_path: Path) -> None:
-    recipe_of(place, tmp_path / "run")
+    pretrain_recipe(place, tmp_path / "run")
     found = CliRunner().invoke(app, ["pretrain", str(tmp_path / "run.yaml"), "train.epochs=1"])
     assert found.exit_code == 0
     assert "use it as model.encoder.checkpoint of a recipe: " in found.stderr

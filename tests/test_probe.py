@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import in_two_sittings, toy_scene, write_raster, write_recipe
+from makers import MAE_DECODER, in_two_sittings, pretrain_recipe, toy_scene, write_raster
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
 from vfmseg.errors import CheckpointError, DataError, RecipeError
 from vfmseg.pretrain import pretrain
-from vfmseg.recipe import PretrainRecipe, load_pretrain_recipe
+from vfmseg.recipe import PretrainRecipe
 from vfmseg.training.loop import Score
 from vfmseg.training.probe import Probe, due, in_words
 
 ROOT = Path(__file__).resolve().parents[1]
-NEW = {"name": "new", "patch": 8, "width": 16, "depth": 2, "heads": 2}
-MAE = {"decoder": {"width": 16, "depth": 1, "heads": 2}}
+MAE = {"decoder": MAE_DECODER}
 CLASSES = {0: "ground", 1: "disc"}
 
 
@@ -50,23 +49,8 @@ def sources(place: Path, **more: Any) -> dict[str, Any]:
 
 
 def recipe_of(place: Path, output: Path, **changes: Any) -> PretrainRecipe:
-    """A recipe of three epochs; changes such as probe={...} replace a section."""
-    content: dict[str, Any] = {
-        "name": "toy",
-        "data": {
-            "modalities": {"rgb": {}},
-            "scenes": {"rgb": f"{place}/rgb/*.tif"},
-            "tile": 32,
-            "samples_per_epoch": 4,
-        },
-        "model": {"encoder": NEW},
-        "objectives": {"mae": MAE},
-        "train": {"epochs": 3, "batch_size": 2, "optimizer": {"lr": 0.003}},
-        "output_dir": str(output),
-    }
-    file = output.parent / f"{output.name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return load_pretrain_recipe(write_recipe(file, content | changes))
+    """A recipe of three epochs of four windows; changes such as probe={...} replace a section."""
+    return pretrain_recipe(place, output, epochs=3, samples=4, **changes)
 
 
 def probed(place: Path, **more: Any) -> dict[str, Any]:

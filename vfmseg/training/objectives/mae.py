@@ -46,6 +46,8 @@ class MaskedAutoencoder(nn.Module):
     The masks come with the batch. Those of patches and pixels hide the same of all its modalities.
     """
 
+    source = "unlabelled"
+
     def __init__(
         self,
         model: Pretrained,
@@ -54,7 +56,6 @@ class MaskedAutoencoder(nn.Module):
         heads: int,
         normalise: Normalise | None = "patch",
         hides: Hides = "patches",
-        source: str = "unlabelled",
         weight: float = 1.0,
     ) -> None:
         """`width`, `depth`, `heads` of the decoder. `normalise`: None compares with what the stem normalises.
@@ -74,7 +75,6 @@ class MaskedAutoencoder(nn.Module):
         self.patch = model.backbone.patch
         self.normalise = normalise
         self.hides: Hides = hides
-        self.source = source
         self.weight = weight
         self.visible_only = hides == "patches" and model.backbone.family.any_patches
         outputs = {name: self.patch**2 * sum(bands.values()) for name, bands in self.modalities.items()}

@@ -178,7 +178,10 @@ def run(options: argparse.Namespace) -> None:
             found = compare(
                 file, changes, options.seeds, equal=True, missing=True, singles=singles, output=folder / part
             )
-        kept = [{key: cell[key] for key in KEPT} for cell in found["cells"]]
+        kept = [
+            {key: cell[key] for key in KEPT} | {"recall": recall_of(Path(cell["folder"]), found["seeds"])}
+            for cell in found["cells"]
+        ]
         content = {key: found[key] for key in ("seeds", "equal", "machine", "torch", "verdict")} | {"cells": kept}
         result = RESULTS / f"fusion.{options.set}.{part}.json"
         result.write_text(json.dumps(content, indent=1) + "\n")
@@ -186,6 +189,20 @@ def run(options: argparse.Namespace) -> None:
 
 KEPT = ("name", "trainable_parameters", "equal", "validation", "test", "missing")
 """Of a cell; its time is that of an encoder that remembers, and its folder one of this machine."""
+
+
+def recall_of(cell: Path, seeds: list[int]) -> dict[str, dict[str, float]]:
+    """{split: {class: recall}} of a cell, the mean over its seeds: which of two sensors sees the flood at all?"""
+    found: dict[str, dict[str, float]] = {}
+    for split in ("validation", "test"):
+        each = []
+        for seed in seeds:
+            run = cell / f"seed-{seed}"
+            result = json.loads((run / ("metrics.json" if split == "validation" else "measured.json")).read_text())
+            scores = result["validation"] if split == "validation" else result["test"]["scores"]
+            each.append({name: one["recall"] or 0.0 for name, one in scores["classes"].items()})
+        found[split] = {name: round(sum(one[name] for one in each) / len(each), 4) for name in each[0]}
+    return found
 
 
 def _flow(value: Any) -> str:
@@ -209,6 +226,15 @@ def lines_of_scores(name: str, part: str) -> Iterator[str]:
             f"{' (not equal)' if cell['equal'] is False else ''} |"
         )
     yield ""
+    for cell in found["cells"]:
+        if cell["name"].startswith("only-"):
+            told = "; ".join(
+                f"{split} {', '.join(f'{name} {value:.2f}' for name, value in one.items())}"
+                for split, one in cell["recall"].items()
+            )
+            yield f"- Share of the pixels of each class that {cell['name'].split('_')[0]} finds: {told}."
+    if PARTS[part][1]:
+        yield ""
     words = found["verdict"]["words"]
     yield (
         f"Seeds {', '.join(map(str, found['seeds']))}; {found['machine']}, torch {found['torch']}; all train as many "

@@ -23,7 +23,8 @@ def keep_freed() -> None:
     """Let this process keep up to 512 MiB of freed memory for its next tile; called by programs, not by the library.
 
     Two tiles of 448 px in a ViT-S/14 take 1.9 times the time of one with it and 2.1 times without: `python
-    benchmarks/fusion.py cost`, and the same with MALLOC_ARENA_MAX=1 set. What somebody has set by glibc's own variables stays.
+    benchmarks/fusion.py cost`, and the same with MALLOC_ARENA_MAX=1 set. What somebody has set by glibc's own variables
+    stays.
     """
     if any(key.startswith("MALLOC_") for key in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return

@@ -15,6 +15,7 @@ from vfmseg.build.remarks import (
     tell_survey,
 )
 from vfmseg.data.checks import disjoint, require_labels
+from vfmseg.data.fraction import some_of
 from vfmseg.data.from_datasets import scenes_from_dataset
 from vfmseg.data.from_files import scenes_from_files
 from vfmseg.data.from_table import scenes_from_table
@@ -75,6 +76,8 @@ def open_split(
 ) -> Scenes:
     """Open the scenes of `train`, `val` or `test`, source by source; nothing of their pixels is read yet.
 
+    Of `train` the tiles that `data.fraction` draws.
+
     `like` {modality: what the training files say of their bands}: bands are found by it; left out, by what these say.
     `trained`: as in `bands_of`.
     """
@@ -89,6 +92,9 @@ def open_split(
         scene.follow(said)
     require_alike(scenes, f"data.{split}")
     tell_notes(scenes)
+    if split == "train" and recipe.data.fraction < 1:
+        scenes, drawn, tiles = some_of(scenes, recipe.data.fraction, recipe.data.tile, recipe.seed)
+        say_once(f"data.fraction: {drawn} of {tiles} tiles of data.train, drawn by the seed {recipe.seed}")
     if not any(scene.grid.georeferenced for scene in scenes):
         say_once("the scenes carry no CRS: labels will have none either, pixels are matched by position")
     return scenes

@@ -235,6 +235,8 @@ class DataSection(ClassesSection):
     """Train with these modalities alone, as if the recipe named no others; left out: with all."""
     train: Annotated[Sources, Field(examples=[{"rgb": "train/*.tif", "labels": "train_labels/*.tif"}])]
     """Scenes to learn from: files, a table (CSV) or a data set, or a list of such sources, which may have weights."""
+    fraction: Annotated[Number, Field(gt=0, le=1, examples=[0.25])] = 1.0
+    """Share of the tiles of data.train that are learned from, drawn once by the seed: how much do labels matter?"""
     val: Source | None = None
     """Scenes that choose the best checkpoint."""
     test: Source | None = None

@@ -351,6 +351,20 @@ def test_a_validation_without_a_score_is_shown_as_none(capsys: pytest.CaptureFix
     assert re.findall(r"val mIoU [^,]+", capsys.readouterr().err) == ["val mIoU 0.500", "val mIoU none"]
 
 
+def test_the_shares_of_several_objectives_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from vfmseg.progress import TrainingProgress
+
+    progress = TrainingProgress(2, 1)
+    progress.step(1, 1, 0.5, 4, {"mae": 0.4, "distill": 0.1})
+    progress.step(2, 1, 0.7, 4, {"mae": 0.6, "distill": 0.1})
+    progress.epoch(2, 1, "")
+    assert "loss 0.510 (mae 0.410, distill 0.100), " in capsys.readouterr().err
+    alone = TrainingProgress(1, 1)
+    alone.step(1, 1, 0.5, 4)
+    alone.epoch(1, 1, "")
+    assert "loss 0.500, " in capsys.readouterr().err
+
+
 @pytest.mark.pitfall("P62")
 def test_out_of_memory_is_no_traceback_and_a_bug_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     import torch

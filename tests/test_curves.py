@@ -104,3 +104,12 @@ def test_nothing_is_written_before_the_first_record(tmp_path: Path) -> None:
     written = Curves(tmp_path / "tensorboard", as_curves)
     written.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_of_several_objectives_has_a_curve(tmp_path: Path) -> None:
+    drawn = Curves(tmp_path / "curves", as_curves)
+    drawn.update([{"kind": "step", "step": 1, "loss": 0.5, "losses": {"mae": 0.4, "distill": 0.1}, "lr": 0.1}])
+    drawn.close()
+    found = {name: values[0][1] for name, values in shown(tmp_path / "curves").items()}
+    expected = {"train/loss": 0.5, "train/loss/mae": 0.4, "train/loss/distill": 0.1, "train/lr": 0.1}
+    assert found == pytest.approx(expected, rel=1e-6)

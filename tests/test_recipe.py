@@ -85,7 +85,9 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
 
 def test_adapter_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     lora = small(tmp_path, "model.adapter={name: lora}").model.adapter
-    assert lora.model_dump() == {"name": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("q", "v")}
+    settings = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("q", "v")}
+    assert lora.model_dump() == {"name": "lora", **settings, "start": None}
+    assert lora.settings() == settings
     bottleneck = small(tmp_path, "model.adapter={name: adapter}").model.adapter
     assert bottleneck.model_dump() == {"name": "adapter", "hidden": 64, "scale": 0.1}
     streams = ("data.modalities.dem={}", "data.train.dem=dem/*.tif", "model.fusion={name: gated}")

@@ -69,7 +69,7 @@ def _train(recipe: PretrainRecipe, sitting: Sitting) -> dict[str, Any]:
         step = Step(model, objectives_of(recipe, inputs, model))
         augment, masking = (
             augment_of(recipe.train.augment, inputs),
-            masking_of(recipe.objectives.mae, model.backbone.patch),
+            masking_of(recipe.objectives.mae, model),
         )
         sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking)}
         probe = probe_of(recipe, model, inputs, opened.scenes, traces)

@@ -42,8 +42,8 @@ class Batch:
 
     hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any. frames (B, 2, 2): how
     each sample was turned; None: none of them was. absent: modalities of which no sample shows a single valid pixel, as
-    far as is known without asking the device. mask (B, [groups,] rows, columns), pixel_mask (B, h, w), band_mask {modality:
-    (B, C)}: as in `Sample`; every sample hides the same number of patches, so that the visible ones stack.
+    far as is known without asking the device. mask (B, [groups,] rows, columns), pixel_mask (B, h, w), band_mask
+    {modality: (B, C)}: as in `Sample`; every sample hides the same number of patches, so that the visible ones stack.
     """
 
     images: dict[str, Image]

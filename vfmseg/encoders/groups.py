@@ -1,4 +1,4 @@
-"""Groups of bands as a way in (Cong et al. 2022, SatMAE): each has a patch kernel of its own, and a token of each patch.
+"""Groups of bands as a way in (Cong et al. 2022, SatMAE): each has a patch kernel, and a token of each patch.
 
 The tokens of all groups attend to each other as one sequence. A token is what the kernel of its group makes of its
 patch, and the position of the patch, and the code of the group. Codes learn, from small random numbers: published
@@ -57,8 +57,8 @@ def group_kernels(
     """
     if not backbone.family.any_patches:
         raise RecipeError(
-            f"{place}: blocks of {backbone.family.name} attend in windows of one grid of patches, and groups are several; "
-            "take dinov2 or clip, or leave groups out"
+            f"{place}: blocks of {backbone.family.name} attend in windows of one grid of patches, and each group "
+            "makes one; take dinov2 or clip, or leave groups out"
         )
     if sorted(chain.from_iterable(groups)) != list(range(1, bands + 1)):
         raise RecipeError(

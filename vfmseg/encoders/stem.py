@@ -51,8 +51,8 @@ class Stem(NormalisedBands):
     """Images of one stream -> pixels for the published patch kernel, (B, 3, H', W').
 
     With them come (B, N, D) to add to the patch tokens, or None, and the valid share (B, H', W') of each pixel. Several
-    modalities are stacked as channels. Of G groups of bands they are (B, G, N, D), and the pixels (1, 3, H', W') zero. H' and W' are multiples of `patch`; what is added at the right and bottom is
-    zero, so every pixel keeps its place.
+    modalities are stacked as channels. Of G groups of bands they are (B, G, N, D), and the pixels (1, 3, H', W') zero.
+    H' and W' are multiples of `patch`; what is added at the right and bottom is zero, so every pixel keeps its place.
     """
 
     def __init__(

@@ -100,9 +100,10 @@ def hidden_patches(batch: Batch, hides: Hides, patch: int, groups: int = 1) -> T
         )
     if batch.mask is None:
         raise DataError("this batch has no masks of hidden patches; expected a source that draws them (data/masks.py)")
-    if batch.mask.shape[-2:] != grid:
+    rows, columns = batch.mask.shape[-2:]
+    if (rows, columns) != grid:
         raise DataError(
-            f"masks of {batch.mask.shape[-2]} x {batch.mask.shape[-1]} patches for images of {height} x {width} pixels; "
+            f"masks of {rows} x {columns} patches for images of {height} x {width} pixels; "
             f"expected {grid[0]} x {grid[1]}, as patches of this encoder have {patch} pixels a side"
         )
     if batch.mask.ndim == 3:

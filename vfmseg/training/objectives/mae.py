@@ -3,7 +3,7 @@
 Where blocks take any patches (DINOv2, CLIP), only the visible ones go through the encoder. SAM's windows need the whole
 grid: there a learned token stands for each hidden patch. With masks that leave something of a hidden patch visible,
 some pixels (RingMo) or some bands, all patches go through, what is hidden is zero, and no token stands for anything.
-Where a stem makes of each patch tokens of several groups of bands (SatMAE), each of them is hidden or visible by itself.
+Where a stem makes tokens of several groups of bands of each patch (SatMAE), each of them is hidden or visible.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class MaskedAutoencoder(nn.Module):
                     "patches; expected model.encoder.upscale = 1, as the pixels themselves are to be told"
                 )
         groups = {name: stem.groups for name, stem in stems.items()}
-        self.bands = {
+        self.bands: dict[str, list[slice | list[int]]] = {
             name: [slice(None)] if len(of) == 1 else [list(group) for group in of] for name, of in groups.items()
         }
         self.groups = _number_of(groups, hides)

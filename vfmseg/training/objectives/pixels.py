@@ -70,9 +70,9 @@ class PixelDecoder(nn.Module):
     ) -> dict[str, list[Tensor]]:
         """{stream: [(B, H, numbers of a patch)]} of the H patches `asked`, int64 (rows of the batch, H).
 
-        Of G groups these are G tensors (B, H / G, numbers of a patch's bands of the group), and the numbers `asked`
-        are of the first N patches for the first group, of the next N for the next, as many of each. `tokens` (rows of the batch, P + M, D); `kept` int64 (rows of the batch, M), which patches of the grid the
-        last M are, None: all of them in order. `rows`: whose rows are whose.
+        `tokens` (rows of the batch, P + M, D); `kept` int64 (rows of the batch, M), which patches of the grid the
+        last M are, None: all of them in order. `rows`: whose rows are whose. Of G groups of bands `asked` holds as many
+        numbers of each, one group after another, and there is a tensor (B, H / G, numbers of the group) for each.
         """
         count = grid[0] * grid[1] * (1 if self.codes is None else len(self.codes))
         x = self.embed(tokens)

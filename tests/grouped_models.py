@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vfmseg.adapters.attach import attach_full
 from vfmseg.data.image import Image
-from vfmseg.data.masks import MaskKind, Masking
+from vfmseg.data.masks import Masking, MaskKind
 from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.encoders.backbone import Backbone, BaseRecord
 from vfmseg.encoders.build import ENCODERS, build_stem

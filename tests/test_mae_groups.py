@@ -239,6 +239,15 @@ def test_patches_with_nodata_count_for_no_group() -> None:
         "patches": int((batch.mask & whole[:, None]).sum())  # type: ignore[operator]
     }
     assert told[0] == told[1]
+    one = Batch({"cube": Image(image.pixels, valid)}, None, mask=batch.mask)
+    seen = torch.where(valid[:, None], (image.pixels - 100) / 50, 0.0)
+    away = to_patches((objective.rebuilt(model, one)["image"] - seen).square(), 14).mean(dim=2).unflatten(1, (4, 5))
+    errors = [
+        float(away[b, r, c, [band - 1 for band in GROUPS[g]]].mean())
+        for b, g, r, c in np.ndindex(2, 3, 4, 5)
+        if batch.mask[b, g, r, c] and whole[b, r, c]  # type: ignore[index]
+    ]
+    assert told[0] == pytest.approx(np.mean(errors), rel=1e-5)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

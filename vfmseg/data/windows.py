@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     SOURCE = 6
     MASK = 7
     PROBE = 8
+    BANDS = 9
 
 
 @dataclass(frozen=True, slots=True)

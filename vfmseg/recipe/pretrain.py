@@ -116,6 +116,13 @@ class PretrainRecipe(Section):
             yield Problem("pictures", f"= {self.pictures} are of what objectives.mae rebuilds; add it, or drop them")
         if self.probe is not None:
             yield from self.probe.unknown(self.data.modalities)
+            for title, one in self.probe.sets.items():
+                for name in sorted(one.modalities() & set(self.data.draw)):
+                    yield Problem(
+                        f"probe.sets.{title}",
+                        f"has {name}, of which the encoder takes {self.data.draw[name]} drawn bands (data.draw) "
+                        "and not those of the set; give it a modality of that many bands, or drop it",
+                    )
         yield from grouping_problems(self.data.modalities, self.objectives.mae, "objectives.mae")
 
 

@@ -118,7 +118,7 @@ def test_a_run_on_drawn_bands_goes_on_with_the_same_ones(place: Path, tmp_path: 
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     record = json.loads((tmp_path / "one" / "best" / "encoder.json").read_text())
-    assert len(record["input"]["cube"]["mean"]) == BANDS
+    assert record["input"]["cube"]["bands"] == BANDS
 
 
 @pytest.mark.parametrize(

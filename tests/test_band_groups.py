@@ -14,6 +14,7 @@ from makers import MAE_DECODER, pretrain_recipe, recipe_dict, save_encoder, toy_
 
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.adapters.attached import Attached
+from vfmseg.build.groups import tell_groups
 from vfmseg.build.pretraining import masking_of
 from vfmseg.data.image import Image
 from vfmseg.encoders.backbone import Backbone, BaseRecord
@@ -128,8 +129,16 @@ def test_streams_of_other_numbers_of_groups_are_refused() -> None:
     two = build_stem(backbone, {"b": 3}, [0.0] * 3, [1.0] * 3)
     model = Plain(backbone, {"a": one, "b": two}, ADAPTERS["none"].attach(backbone, ("a", "b")))
     valid = torch.ones(1, 28, 28, dtype=torch.bool)
-    with pytest.raises(ValueError, match="expected the same of all"):
+    with pytest.raises(ValueError, match="expected one grid of all"):
         model.encode({name: Image(pictures(1, 3, 28, 28), valid) for name in "ab"})
+
+
+def test_the_price_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    stem = build_stem(backbone_of("dinov2"), {"dear": 3}, [0.0] * 3, [1.0] * 3, groups=((1, 2), (3,)))
+    tell_groups([stem, build_stem(backbone_of("dinov2"), {"cheap": 3}, [0.0] * 3, [1.0] * 3)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "data.modalities.dear.groups: the encoder gets 2 tokens of each patch instead of one" in said
+    assert "cheap" not in said
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +195,15 @@ def tuned(place: Path, output: Path, checkpoint: Path, **changes: Any) -> Any:
     return content
 
 
+@pytest.mark.parametrize("adapter", [{"name": "lora", "rank": 2}, {"name": "full"}])
 @pytest.mark.pitfall("P12")
 def test_a_segmenter_with_groups_is_read_as_it_was_written(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
     content = tuned(place, tmp_path / "run", place / "dinov2")
     content["train"]["unlabelled"] = {"mae": {"groups": "same", "decoder": MAE_DECODER}}
-    content["model"]["adapter"] = {"name": "lora", "rank": 2}
+    content["model"]["adapter"] = adapter
     finetune(load_recipe(write_recipe(tmp_path / "r.yaml", content)))
-    assert "data.modalities.ms.groups: the encoder gets 3 tokens of each patch" in " ".join(
-        capsys.readouterr().err.split()
-    )
     found = Segmenter.from_pretrained(tmp_path / "run" / "best")
     stem = found.model.reference
     assert stem.groups == ((4, 0), (1, 3), (2,))
@@ -204,6 +211,11 @@ def test_a_segmenter_with_groups_is_read_as_it_was_written(
     assert sorted(state) == [
         "stems.of_ms.mix.codes", *(f"stems.of_ms.mix.kernels.{number}.weight" for number in range(3))
     ]  # fmt: skip
+    trained = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["tensors"]
+    there = dict(found.model.named_parameters())
+    shared = {n: t for n, t in trained.items() if n.removeprefix("model.") in there}
+    assert len(shared) > (30 if adapter["name"] == "full" else 3)
+    assert all(torch.equal(there[n.removeprefix("model.")], t) for n, t in shared.items())
     fresh = build_stem(found.model.backbone, {"ms": 5}, [0.0] * 5, [1.0] * 5, groups=FIVE, seed=0)
     assert all(not torch.equal(fresh.state_dict()[n.removeprefix("stems.of_ms.")], t) for n, t in state.items())
 

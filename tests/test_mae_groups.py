@@ -13,13 +13,17 @@ from grouped_models import GROUPS, group_of, grouped, hidden_values, masked, pic
 from masked_models import as_fresh, loss_of, objective_of, seen_by_blocks
 from torch import Tensor
 
+from vfmseg.adapters.attach import attach_full
 from vfmseg.data.image import Image
 from vfmseg.data.masks import Masking
 from vfmseg.data.sample import Batch, Sample
+from vfmseg.encoders.build import build_stem
 from vfmseg.errors import DataError, RecipeError
+from vfmseg.model import Encoder as Plain
 from vfmseg.training.objectives.hidden import hidden_patches
 from vfmseg.training.objectives.mae import MaskedAutoencoder
 from vfmseg.training.objectives.patches import to_patches
+from vfmseg.training.step import total
 
 KINDS = ("dinov2", "registers", "clip-vision")
 STEPS = 400
@@ -248,6 +252,35 @@ def test_patches_with_nodata_count_for_no_group() -> None:
         if batch.mask[b, g, r, c] and whole[b, r, c]  # type: ignore[index]
     ]
     assert told[0] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+@pytest.mark.pitfall("C32", "P15")
+def test_two_sensors_of_as_many_groups_learn_as_each_alone() -> None:
+    """Of six bands and of three: in one batch the losses of both add up, and the masks hide the same of both."""
+    one, groups = grouped("dinov2"), ((2,), (3,), (1,))
+    stem = build_stem(one.backbone, {"other": 3}, [100.0] * 3, [50.0] * 3, groups=groups)
+    model = Plain(one.backbone, {"image": one.image_stem, "other": stem}, attach_full(one.backbone, ()))
+    objective, both = objective_of(model), masked(pictures(), 14, np.random.default_rng(0), 3)
+    both.images["other"] = Image(pictures(bands=3), torch.ones(2, 50, 70, dtype=torch.bool))
+    each = [Batch({name: image}, None, mask=both.mask) for name, image in both.images.items()]
+    sums = [objective.terms(model, batch)["pixels"].sum.item() for batch in (*each, both)]
+    assert sums[2] == pytest.approx(sums[0] + sums[1], rel=1e-5)
+    counts = [objective.counts(batch)["patches"] for batch in (*each, both)]
+    assert counts[2] == 2 * counts[0] == 2 * counts[1]
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.pitfall("P60")
+def test_half_precision_gives_nearly_the_same_loss(precision: torch.dtype) -> None:
+    model = grouped("dinov2")
+    objective, batch = objective_of(model), masked(pictures(), 14, np.random.default_rng(0), 3)
+    exact = loss_of(objective, model, batch).item()
+    with torch.autocast("cpu", precision):
+        terms = objective.terms(model, batch)
+    assert terms["pixels"].sum.dtype == torch.float32
+    loss = total(terms, objective.counts(batch))
+    loss.backward()
+    assert loss.item() == pytest.approx(exact, rel=0.01)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

@@ -246,7 +246,7 @@ def joined(born: Mapping[str, Tokens]) -> tuple[Tokens, StreamRows]:
         return one, rows
     grids = [(tokens.groups, *tokens.grid) for tokens in born.values()]
     if len(set(grids)) > 1:
-        raise ValueError(f"streams of {grids} groups, rows and columns of patches; expected the same of all")
+        raise ValueError(f"streams on (groups, rows, columns) {grids} of patches; expected one grid of all")
     values = torch.cat([tokens.values for tokens in born.values()])
     seen = torch.cat([tokens.seen for tokens in born.values()])
     return Tokens(values, seen, one.grid, one.prefix, groups=one.groups), rows

@@ -93,7 +93,8 @@ class Recipe(Section):
                     "are for a vision transformer, and model.modalities gives it a small encoder; drop one",
                 )
         if self.train.unlabelled is not None:
-            yield from grouping_problems(modalities, self.train.unlabelled.mae, f"{PLACE}.mae")
+            shared = {name: one for name, one in modalities.items() if name not in self.model.modalities}
+            yield from grouping_problems(shared, self.train.unlabelled.mae, f"{PLACE}.mae")
             yield from joint_problems(
                 self.train.unlabelled,
                 tuple(modalities),

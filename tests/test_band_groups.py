@@ -14,8 +14,11 @@ from makers import MAE_DECODER, pretrain_recipe, recipe_dict, save_encoder, toy_
 
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.adapters.attached import Attached
+from vfmseg.build.data import inputs_of, open_training
 from vfmseg.build.groups import tell_groups
-from vfmseg.build.pretraining import masking_of
+from vfmseg.build.model import build_model
+from vfmseg.build.pretraining import build_encoder, masking_of, statistics_of
+from vfmseg.build.unlabelled import open_unlabelled
 from vfmseg.data.image import Image
 from vfmseg.encoders.backbone import Backbone, BaseRecord
 from vfmseg.encoders.build import ENCODERS, build_new_backbone, build_stem
@@ -281,3 +284,57 @@ def test_in_recipes_of_several_modalities(place: Path, tmp_path: Path) -> None:
     own = Segmenter.from_pretrained(tmp_path / "run" / "best").model.own_encoders["ms"]
     assert isinstance(own.stem, Stem)
     assert own.stem.groups == ((4, 0), (1, 3), (2,))
+
+
+def pretrained(recipe: Any) -> Plain:
+    """The encoder of a run as it was in the end."""
+    model = build_encoder(recipe, open_unlabelled(recipe.data, statistics_of(recipe)).inputs)
+    state = torch.load(recipe.output_dir / "state.pt", weights_only=True)["tensors"]
+    own = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    learned = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert learned <= set(own)
+    assert model.load_state_dict(own, strict=False).unexpected_keys == []
+    return model.eval()
+
+
+@torch.no_grad()
+def maps(model: Plain, bands: int = 5) -> list[torch.Tensor]:
+    torch.manual_seed(5)
+    images = {"ms": Image(pictures(2, bands, 40, 48), torch.ones(2, 40, 48, dtype=torch.bool))}
+    return list(model.eval().encode(images)["ms"].maps)
+
+
+@pytest.mark.parametrize("way", ["new", "lora"])
+@pytest.mark.pitfall("K22", "C32")
+def test_fine_tuning_begins_with_the_answers_of_what_was_pretrained(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    layers = {"layers": [1, 3]} if way == "lora" else {}
+    published = {"encoder": {"name": "dinov2", "checkpoint": str(place / "dinov2"), **layers}}
+    changes: dict[str, Any] = {} if way == "new" else {"model": published | {"adapter": {"name": "lora", "rank": 2}}}
+    recipe = recipe_of(place, tmp_path / "first", **changes)
+    pretrain(recipe)
+    before = pretrained(recipe)
+    content = tuned(place, tmp_path / "then", tmp_path / "first" / "best")
+    content["model"]["encoder"] |= layers
+    capsys.readouterr()
+
+    def begun(groups: Any, **modality: Any) -> Plain:
+        content["data"]["modalities"] = {"ms": {**({"groups": groups} if groups else {}), **modality}}
+        again = load_recipe(write_recipe(tmp_path / "r.yaml", content))
+        return build_model(again, inputs_of(again, open_training(again)["train"]))
+
+    found = begun(FIVE)
+    for one, two in zip(maps(before), maps(found), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    assert "ms (5 bands) starts as it was pretrained in" in " ".join(capsys.readouterr().err.split())
+    assert type(before.reference.mix) is type(found.reference.mix)
+    # and other groups do not take these kernels for theirs
+    other = begun([[5, 2], [1, 4], [3]])
+    assert max(float((a - b).abs().max()) for a, b in zip(maps(before), maps(other), strict=True)) > 1e-3
+    told = " ".join(capsys.readouterr().err.split())
+    assert "starts untrained: it was pretrained with groups: [[5, 1], [2, 4], [3]] in" in told
+    assert "and here with groups: [[5, 2], [1, 4], [3]]" in told
+    begun(None, bands=[1, 2, 3])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "ms enters by the kernel of red, green and blue, which was not trained in" in told

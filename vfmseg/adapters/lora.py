@@ -10,7 +10,7 @@ A layer of 768 x 768 weights gets 2 * 8 * 768 = 12,288 parameters at rank 8, 2 %
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,12 +119,27 @@ def _save(wrapper: PeftModel, folder: Path) -> None:
 
 def _load(backbone: Backbone, folder: Path, rank: int, alpha: float, sites: Mapping[str, tuple[str, ...]]) -> None:
     """Fill the attached layers from a folder; CheckpointError if its tensors are not exactly those that are needed."""
-    tensors = read_fitting(backbone, folder, rank, alpha, sites)
+    _fill(backbone, read_fitting(backbone, folder, rank, alpha, sites), sites)
+
+
+def _fill(backbone: Backbone, tensors: Mapping[str, Tensor], sites: Iterable[str]) -> None:
     with torch.no_grad():
         for name in sites:
             layer: Any = backbone.network.get_submodule(name)
             layer.lora_A["default"].weight.copy_(tensors[f"{name}.lora_A.weight"])
             layer.lora_B["default"].weight.copy_(tensors[f"{name}.lora_B.weight"])
+
+
+def start_lora(backbone: Backbone, folder: Path, rank: int, sites: Sequence[str]) -> None:
+    """Fill the layers attached at `sites` from a folder; it may have more, of blocks that this backbone leaves out.
+
+    CheckpointError for tensors that are missing or of another shape, and for what is no plain LoRA.
+    """
+    config, tensors = read_adapter(folder)
+    _require_plain(folder, config)
+    wanted = expected_shapes(backbone, rank, sites)
+    require_tensors(folder / WEIGHTS, {name: tensors[name] for name in wanted if name in tensors}, wanted)
+    _fill(backbone, tensors, sites)
 
 
 def merge(backbone: Backbone, folder: Path, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> None:
@@ -146,26 +161,7 @@ def read_fitting(
 ) -> dict[str, Tensor]:
     """Tensors of a peft folder, without peft's prefix, if they are the plain LoRA of this rank, alpha and sites."""
     config, tensors = read_adapter(folder)
-    variants = [
-        key
-        for key in (
-            "use_rslora",
-            "use_dora",
-            "use_qalora",
-            "lora_bias",
-            "fan_in_fan_out",
-            "rank_pattern",
-            "alpha_pattern",
-            "layer_replication",
-            "target_parameters",
-        )
-        if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA" or variants:
-        raise CheckpointError(
-            f"{folder / CONFIG}: peft_type = {show(config.get('peft_type'))} with "
-            f"{', '.join(variants) or 'no variant'}; expected plain LoRA, as vfmseg writes it"
-        )
+    _require_plain(folder, config)
     if config.get("r") != rank or config.get("lora_alpha") != alpha:
         raise CheckpointError(
             f"{folder / CONFIG}: rank {show(config.get('r'))} and alpha {show(config.get('lora_alpha'))}, but "
@@ -190,6 +186,30 @@ def read_fitting(
     return tensors
 
 
+def _require_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    """CheckpointError for settings of an adapter that is no plain LoRA."""
+    variants = [
+        key
+        for key in (
+            "use_rslora",
+            "use_dora",
+            "use_qalora",
+            "lora_bias",
+            "fan_in_fan_out",
+            "rank_pattern",
+            "alpha_pattern",
+            "layer_replication",
+            "target_parameters",
+        )
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or variants:
+        raise CheckpointError(
+            f"{folder / CONFIG}: peft_type = {show(config.get('peft_type'))} with "
+            f"{', '.join(variants) or 'no variant'}; expected plain LoRA, as vfmseg writes it"
+        )
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of a peft folder; tensor names without peft's prefix."""
     for name in (CONFIG, WEIGHTS):
@@ -205,7 +225,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def expected_shapes(backbone: Backbone, rank: int, sites: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(backbone: Backbone, rank: int, sites: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Names (as in the file, without prefix) and shapes of the tensors that a LoRA of this encoder has."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sites:

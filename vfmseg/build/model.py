@@ -14,6 +14,7 @@ from vfmseg.adapters.attached import Attached
 from vfmseg.adapters.own import OwnEncoder
 from vfmseg.build.groups import require_same_groups, tell_groups
 from vfmseg.build.own import Adapted, adapted, own_backbones, own_encoder, place_of
+from vfmseg.build.start import start_network
 from vfmseg.catalog import published_statistics
 from vfmseg.data.image import Known
 from vfmseg.data.inputs import Inputs
@@ -90,11 +91,13 @@ def rule_of(recipe: Recipe) -> Known:
 def build_model(recipe: Recipe, inputs: Inputs, metres: float | None = None) -> Network:
     """Build what the recipe describes: backbone, freeze, adapter, stems, decoder; all that is random from its seed.
 
-    `metres` of a pixel of the training scenes, for lengths that the recipe gives in metres; None if nobody knows.
+    Stems and adapters that `vfmseg pretrain` has trained start from that. `metres` of a pixel of the training scenes,
+    for lengths that the recipe gives in metres; None if nobody knows.
     Raises RecipeError, AdapterError or CheckpointError if the parts do not fit together.
     """
     backbone = published_backbone(recipe)
     model = assembled(recipe, inputs, backbone, own_backbones(recipe, backbone), metres)
+    start_network(recipe, model)
     _say_if_windows_are_padding(backbone, model.reference, recipe.data.tile)
     tell_groups(stem for stem in map(model.stem, model.streams) if isinstance(stem, Stem))
     tell_groups(own.stem for own in model.own_encoders.values())
@@ -118,7 +121,7 @@ def assembled(
     adapter = recipe.model.adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        attached = ADAPTERS[adapter.name].attach(backbone, inside(stems), **adapter.model_dump(exclude={"name"}))
+        attached = ADAPTERS[adapter.name].attach(backbone, inside(stems), **adapter.settings())
         return around(recipe, backbone, stems, attached, _metres_for(recipe, metres))
 
 

@@ -64,7 +64,7 @@ def adapted(recipe: Recipe, own: Mapping[str, Backbone]) -> dict[str, tuple[Back
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             try:
-                attached = ADAPTERS[section.name].attach(backbone, (modality,), **section.model_dump(exclude={"name"}))
+                attached = ADAPTERS[section.name].attach(backbone, (modality,), **section.settings())
             except AdapterError as error:
                 raise AdapterError(f"model.modalities.{modality}: {error}") from None
         found[modality] = (backbone, attached)

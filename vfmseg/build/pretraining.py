@@ -8,6 +8,7 @@ import torch
 
 from vfmseg.adapters.attach import ADAPTERS, attach_none
 from vfmseg.build.groups import require_same_groups, tell_groups
+from vfmseg.build.start import start
 from vfmseg.catalog import published_statistics
 from vfmseg.data.inputs import Inputs
 from vfmseg.data.masks import Masking
@@ -41,9 +42,7 @@ def build_encoder(recipe: PretrainRecipe, inputs: Inputs) -> Encoder:
     _require_whole(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        attached = ADAPTERS[adapter.name].attach(
-            backbone, tuple(recipe.data.modalities), **adapter.model_dump(exclude={"name"})
-        )
+        attached = ADAPTERS[adapter.name].attach(backbone, tuple(recipe.data.modalities), **adapter.settings())
         upscale, way = (1.0, None) if isinstance(section, NewEncoder) else (section.upscale, section.input)
         stems = {
             one.name: build_stem(
@@ -54,6 +53,7 @@ def build_encoder(recipe: PretrainRecipe, inputs: Inputs) -> Encoder:
         }  # fmt: skip
     require_same_groups(stems)
     tell_groups(stems.values())
+    start(backbone, attached, stems, section, adapter, "model")
     return Encoder(backbone, stems, attached)
 
 

@@ -105,7 +105,7 @@ def _adapted(
             f"{folder}: is reached by a link to a folder; expected it here: copy the segmenter with what its links "
             "lead to (cp -rL)"
         )
-    options = section.model_dump(exclude={"name"})
+    options = section.settings()
     adapter = ADAPTERS[section.name]
     if merge and adapter.merge is not None:
         adapter.merge(backbone, folder, **options)

@@ -6,13 +6,23 @@ import os
 from collections.abc import Iterator
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
 from vfmseg.catalog import CATALOG, FAMILIES, PUBLISHED_FAMILIES
 from vfmseg.errors import show
-from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, LocalOrHub, Name, Number, Problem, Section, Whole
+from vfmseg.recipe.base import (
+    LARGEST_WIDTH,
+    MOST_BLOCKS,
+    LocalOrHub,
+    Name,
+    Number,
+    Problem,
+    RecipePath,
+    Section,
+    Whole,
+)
 from vfmseg.recipe.fusion import FusedSection, FusionSection, SideEncoderSection, StackFusion
 
 LARGEST_UPSCALE = 16.0  # of an image: it then takes 256 times the memory
@@ -105,19 +115,27 @@ class NewEncoder(Section):
 Targets = Annotated[tuple[Literal["q", "k", "v", "o", "mlp"], ...], Field(min_length=1, max_length=5)]
 
 
-class NoAdapter(Section):
+class _AnyAdapter(Section):
+    """What every adapter has."""
+
+    def settings(self) -> dict[str, Any]:
+        """How it is put into an encoder: all of its keys but its name and what it starts from."""
+        return self.model_dump(exclude={"name", "start"})
+
+
+class NoAdapter(_AnyAdapter):
     """The encoder stays as published; only the decoder learns."""
 
     name: Literal["none"] = "none"
 
 
-class FullAdapter(Section):
+class FullAdapter(_AnyAdapter):
     """The whole encoder learns."""
 
     name: Literal["full"]
 
 
-class LoraAdapter(Section):
+class LoraAdapter(_AnyAdapter):
     """Low-rank updates beside the frozen linear layers of the encoder."""
 
     name: Literal["lora"]
@@ -127,13 +145,15 @@ class LoraAdapter(Section):
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     targets: Targets = ("q", "v")
     """Which layers of each block: query, key, value, output of the attention, mlp."""
+    start: Annotated[RecipePath | None, Field(examples=["runs/continual/best"])] = None
+    """Folder of `vfmseg pretrain`, from whose LoRA of the same encoder this one starts; left out: from no change."""
 
     def _problems(self) -> Iterator[Problem]:
         if len(set(self.targets)) < len(self.targets):
             yield Problem("targets", f"= {show(self.targets)} must name each target once")
 
 
-class BottleneckAdapter(Section):
+class BottleneckAdapter(_AnyAdapter):
     """A small trainable MLP beside the MLP of each block."""
 
     name: Literal["adapter"]
@@ -143,7 +163,7 @@ class BottleneckAdapter(Section):
     """Factor on its output."""
 
 
-class MmLoraAdapter(Section):
+class MmLoraAdapter(_AnyAdapter):
     """Low-rank updates for each modality, mixed in the MLP of each block."""
 
     name: Literal["mm_lora"]
@@ -161,7 +181,7 @@ class MmLoraAdapter(Section):
             yield Problem("targets", f"= {show(self.targets)} must name each target once")
 
 
-class MmAdapter(Section):
+class MmAdapter(_AnyAdapter):
     """Small trainable MLPs for each modality after the attention and beside the MLP of each block, there mixed."""
 
     name: Literal["mm_adapter"]
@@ -252,6 +272,8 @@ class ModelSection(Section):
     def adapter_of(self, modality: str) -> NoAdapter | LoraAdapter | BottleneckAdapter:
         """What of a published encoder of its own learns; the adapters of the shared encoder alone pass to none."""
         said = self.modalities[modality].adapter or self.adapter
+        if said is self.adapter and isinstance(said, LoraAdapter):
+            said = said.model_copy(update={"start": None})  # which was trained in the shared encoder
         return said if isinstance(said, NoAdapter | LoraAdapter | BottleneckAdapter) else NoAdapter()
 
     def _problems(self) -> Iterator[Problem]:

@@ -57,10 +57,10 @@ def start(
     for stem in stems.values():
         if sources and stem.mix.state_dict():
             _start_stem(stem, sources)
-        elif sources and (found := next((one for one in sources[0].stems if one.input.startswith("groups")), None)):
+        elif sources and (grouped := next((one for one in sources[0].stems if one.input.startswith("groups")), None)):
             say(
                 f"{' + '.join(stem.modalities)} enters by the kernel of red, green and blue, which was not trained in "
-                f"{sources[0].folder}: there {found.modality} has data.modalities.{found.modality}.{found.input}"
+                f"{sources[0].folder}: there {grouped.modality} has data.modalities.{grouped.modality}.{grouped.input}"
             )
 
 

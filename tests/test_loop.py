@@ -263,6 +263,36 @@ def test_a_state_of_other_objectives_is_refused(tmp_path: Path) -> None:
         load_run(tmp_path / "state.pt", other, ORIGIN)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_of_several_objectives_has_its_share_of_the_loss(accumulate: int) -> None:
+    """Computed by hand for the first step: weight * sum / count, the sums and counts of all of its batches."""
+    by_hand = made(both(), batch_size=2, accumulate=accumulate)
+    sums, divisors = dict.fromkeys(by_hand.step.objectives, 0.0), dict.fromkeys(by_hand.step.objectives, 0.0)
+    for batches in next(by_hand._steps(0)):
+        for name, objective in by_hand.step._each().items():
+            (term,), (count,) = (
+                found.values()
+                for found in (
+                    objective.terms(by_hand.step.model, batches[objective.source]),
+                    objective.counts(batches[objective.source]),
+                )
+            )
+            sums[name] += term.weight * term.sum.item()
+            divisors[name] += float(count)
+    expected = {name: sums[name] / divisors[name] for name in sums}
+    loop, notes = made(both(), batch_size=2, accumulate=accumulate), Notes()
+    records = [record for record in loop.run(notes).records if record["kind"] == "step"]
+    assert records[0]["losses"] == pytest.approx(expected, rel=1e-5)
+    assert list(records[0]["losses"]) == ["twice", "teacher"]
+    assert all(record["loss"] == pytest.approx(sum(record["losses"].values()), rel=1e-6) for record in records)
+    assert [report.losses for report in notes.steps] == [record["losses"] for record in records]
+
+
+def test_the_log_of_one_objective_has_its_loss_alone() -> None:
+    state = made({"twice": Twice("first")}, {"first": Numbers(10, 1)}, epochs=1).run(Notes())
+    assert [set(record) for record in state.records if record["kind"] == "step"] == [{"kind", "step", "loss", "lr"}] * 3
+
+
 def test_a_tensor_of_an_objective_that_is_no_number_is_told() -> None:
     objectives = both()
     loop = made(objectives, epochs=1)
@@ -285,6 +315,7 @@ loop = made(both(), {"first": Numbers(9, 1), "second": Numbers(4, 2)}, batch_siz
 notes = Notes()
 loop.run(notes)
 found = {"weights": weights(loop), "losses": [report.loss for report in notes.steps],
+         "each": [dict(report.losses) for report in notes.steps],
          "fillers": sum(draw.filler for source in loop.sources.values() for draw in source.drawn)}
 torch.save(found, os.path.join(sys.argv[1], os.environ["RANK"] + ".pt"))
 """
@@ -309,3 +340,6 @@ def test_two_processes_with_two_objectives_equal_one(tmp_path: Path) -> None:
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
         torch.testing.assert_close(ranks[0]["weights"][name], tensor, rtol=1e-4, atol=1e-5)
     assert ranks[0]["losses"] == ranks[1]["losses"] == pytest.approx([report.loss for report in notes.steps], rel=1e-5)
+    for name in ("twice", "teacher"):
+        together = [[one[name] for one in rank["each"]] for rank in ranks]
+        assert together[0] == together[1] == pytest.approx([report.losses[name] for report in notes.steps], rel=1e-5)

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from makers import MAE_DECODER, pretrain_recipe, recipe_dict, save_encoder, toy_scene, write_raster, write_recipe
+from makers import (
+    MAE_DECODER,
+    in_two_sittings,
+    pretrain_recipe,
+    recipe_dict,
+    save_encoder,
+    toy_scene,
+    write_raster,
+    write_recipe,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -223,6 +232,24 @@ def test_a_segmenter_does_not_need_what_it_was_started_from(
     assert torch.equal(head["stems.of_ms.mix.extra.weight"], state["model.stems.of_ms.mix.extra.weight"])
 
 
+def test_a_stopped_run_that_was_started_so_ends_as_one_that_was_not(
+    place: Path, lora: tuple[Encoder, Path], tmp_path: Path
+) -> None:
+    ends = []
+    for name in ("whole", "stopped"):
+        asked = {"name": "lora", "rank": 2, "start": str(lora[1])}
+        content = content_of(place, place / "clip", tmp_path / name, asked)
+        content["train"]["epochs"] = 2
+        recipe = load_recipe(write_recipe(tmp_path / f"{name}.yaml", content))
+        if name == "whole":
+            finetune(recipe)
+        else:
+            in_two_sittings(recipe)
+        ends.append(torch.load(tmp_path / name / "state.pt", weights_only=True)["tensors"])
+    assert ends[0].keys() == ends[1].keys()
+    assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
+
+
 @pytest.mark.pitfall("K21")
 def test_lora_of_fine_tuning_starts_where_that_of_pretraining_ended(
     place: Path, lora: tuple[Encoder, Path], tmp_path: Path
@@ -302,6 +329,32 @@ def test_an_adapter_of_something_else_is_refused(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_encoder_of_a_modality_starts_its_own_adapter_and_inherits_no_start(
+    place: Path, lora: tuple[Encoder, Path], tmp_path: Path
+) -> None:
+    asked = {"name": "lora", "rank": 2, "start": str(lora[1])}
+    content = content_of(place, place / "clip", tmp_path / "own", {"name": "none"})
+    content["data"]["modalities"] = {"rgb": {"bands": [1, 2, 3]}, "ms": {}}
+    content["data"]["train"]["rgb"] = f"{place}/ms/*.tif"
+    own = {"encoder": {"name": "clip", "checkpoint": str(place / "clip")}, "adapter": asked}
+    content["model"] |= {"modalities": {"ms": own}, "fusion": {"name": "linear"}}
+
+    def adapter_of(network: Network) -> dict[str, Tensor]:
+        network.own_encoders["ms"].attached.save(tmp_path / "saved")
+        found = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        shutil.rmtree(tmp_path / "saved")
+        return found
+
+    trained = load_file(lora[1] / "adapter" / "adapter_model.safetensors")
+    found = adapter_of(fresh(place, content))
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+    del own["adapter"]
+    content["model"]["adapter"] = asked
+    found = adapter_of(fresh(place, content))
+    assert not any(tensor.any() for name, tensor in found.items() if "lora_B" in name)
+
+
 def test_fewer_blocks_take_their_part_of_the_adapter(place: Path, lora: tuple[Encoder, Path], tmp_path: Path) -> None:
     asked = {"name": "lora", "rank": 2, "start": str(lora[1])}
     started = fresh(place, content_of(place, place / "clip", tmp_path / "run", asked, layers=[1, 2]))
@@ -330,6 +383,5 @@ def test_the_loss_falls_further_than_with_the_adapter_disabled(
     honest = pretraining.build_encoder
     monkeypatch.setattr(pretraining, "build_encoder", lambda *given: honest(*given).requires_grad_(False))
     decoder_alone = losses(place, tmp_path / "still")
-    print(np.mean(learned[:4]), np.mean(learned[-6:]), np.mean(decoder_alone[-6:]))
     assert np.mean(learned[-6:]) < 0.9 * np.mean(learned[:4])
     assert np.mean(learned[-6:]) < np.mean(decoder_alone[-6:])

@@ -6,6 +6,7 @@ A log file gets no bar, as thousands of redrawn lines would hide the few that ma
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -65,15 +66,19 @@ class TrainingProgress:
         self.first_step = steps_done
         self.started = time.perf_counter()
         self.images = 0
-        self.loss = float("nan")  # none yet
+        self.losses: dict[str, float] = {}  # {objective: its share}, the whole loss under ""
         self.score = ""
         self.bar = Bar("starting", steps_total, steps_done)
 
-    def step(self, step: int, epoch: int, loss: float, images: int) -> None:
-        """Optimizer step number `step` is done; `images`: that it has seen, over all processes."""
+    def step(self, step: int, epoch: int, loss: float, images: int, losses: Mapping[str, float] = {}) -> None:
+        """Optimizer step number `step` is done; `images`: that it has seen, over all processes.
+
+        losses {objective: its share of the loss}, where there are several.
+        """
         self.images += images
-        # 0.95 old + 0.05 new, a mean over about 1 / 0.05 = 20 steps: single steps jump too much to be read
-        self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
+        for name, value in {"": loss, **losses}.items():
+            # 0.95 old + 0.05 new, a mean over about 1 / 0.05 = 20 steps: single steps jump too much to be read
+            self.losses[name] = 0.95 * self.losses[name] + 0.05 * value if name in self.losses else value
         self.bar.update(self._line(step, epoch), step)
 
     def epoch(self, step: int, epoch: int, score: str) -> None:
@@ -91,8 +96,10 @@ class TrainingProgress:
         seconds = time.perf_counter() - self.started
         done = step - self.first_step  # of this start; the time of earlier ones is not known
         left = seconds / max(1, done) * (self.steps_total - step)
+        shares = ", ".join(f"{name} {value:.3f}" for name, value in self.losses.items() if name)
         return (
-            f"epoch {epoch}/{self.epochs}: loss {self.loss:.3f}{self.score}, "
+            f"epoch {epoch}/{self.epochs}: loss {self.losses.get('', math.nan):.3f}"
+            f"{f' ({shares})' if shares else ''}{self.score}, "
             f"{self.images / max(seconds, 1e-9):.1f} images/s, {clock(left)} left"
         )
 

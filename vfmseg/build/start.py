@@ -135,5 +135,7 @@ def _no_adapter(folder: Path, found: Pretrained | None) -> str:
 def _differences(adapter: LoraAdapter, trained: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, its value in the recipe, its value then) of what must be the same; dropout and order may be another."""
     here, there = adapter.settings(), dict(trained)
-    here["targets"], there["targets"] = ([*map(str, sorted(one.get("targets") or ()))] for one in (here, there))
+    for one in (here, there):
+        targets = one.get("targets")
+        one["targets"] = sorted(map(str, targets)) if isinstance(targets, list | tuple) else targets
     return [(key, here[key], there.get(key)) for key in ("rank", "alpha", "targets") if here[key] != there.get(key)]

@@ -60,7 +60,8 @@ class Curves:
     def _scalars(self, record: Mapping[str, Any]) -> dict[str, float]:
         """{curve: value} of a line of `metrics.jsonl`; what has no value (a class that is nowhere) has no point."""
         if record["kind"] == "step":
-            return {"train/loss": record["loss"], "train/lr": record["lr"]}
+            losses = {f"train/loss/{name}": value for name, value in record.get("losses", {}).items()}
+            return {"train/loss": record["loss"], **losses, "train/lr": record["lr"]}
         found = self._drawn(record["validation"]) if "validation" in record else {}
         return {f"val/{name}": float(value) for name, value in found.items() if value is not None}
 

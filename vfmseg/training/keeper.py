@@ -118,7 +118,7 @@ class Keeper:
 
     def step(self, report: StepReport) -> None:
         """Show an optimizer step."""
-        self.progress.step(report.step, report.epoch, report.loss, report.images)
+        self.progress.step(report.step, report.epoch, report.loss, report.images, report.losses)
         if self.curves and self.curves.started:
             self.curves.update(self.loop.state.records)
 

@@ -26,7 +26,7 @@ from vfmseg.data.sample import Batch, Sample, collate
 from vfmseg.data.windows import Draw, alike_together, epoch_draws, rank_batches
 from vfmseg.errors import MachineError, RecipeError, VfmsegError
 from vfmseg.training.schedule import Schedule, learning_rate, parameter_groups
-from vfmseg.training.step import Step, total
+from vfmseg.training.step import Step, shares, worths
 
 Batches = dict[str, Batch]
 """One batch of each source."""
@@ -74,7 +74,10 @@ class RunState:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, for a progress display: global loss, images of this step, where in the run it is."""
+    """One optimizer step, for a progress display: global loss, images of this step, where in the run it is.
+
+    losses {objective: its share of the loss, weighted}; empty where there is one objective.
+    """
 
     epoch: int
     step: int
@@ -82,6 +85,7 @@ class StepReport:
     loss: float
     lr: float
     images: int
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 class Watcher(Protocol):
@@ -174,7 +178,7 @@ class Loop:
             {source: batch.to(self.accelerator.device) for source, batch in batches.items()} for batches in group
         ]
         rate = self._set_rates()
-        value = self._backward(on_device)
+        value, losses = self._backward(on_device)
         if not math.isfinite(value):
             raise VfmsegError(
                 f"training: the loss became {value} in epoch {epoch + 1}, step {self.state.step + 1}; expected a "
@@ -186,9 +190,10 @@ class Loop:
         self.optimizer.zero_grad()
         self.state.step += 1
         self.step.after_step(self.state.step)
-        self.state.records.append({"kind": "step", "step": self.state.step, "loss": value, "lr": rate})
+        record = {"kind": "step", "step": self.state.step, "loss": value, "lr": rate}
+        self.state.records.append(record | ({"losses": losses} if losses else {}))
         images = sum(len(batch) for batches in group for batch in batches.values()) * self.accelerator.num_processes
-        return StepReport(epoch + 1, self.state.step, self.steps_total, value, rate, images)
+        return StepReport(epoch + 1, self.state.step, self.steps_total, value, rate, images, losses)
 
     def _set_rates(self) -> float:
         """Set the rate of each group for this step; returns the highest."""
@@ -198,20 +203,26 @@ class Loop:
             )
         return max(parameters["lr"] for parameters in self.optimizer.param_groups)
 
-    def _backward(self, group: list[Batches]) -> float:
-        """Gradients of a group of batches, added up; returns its loss over all processes."""
+    def _backward(self, group: list[Batches]) -> tuple[float, dict[str, float]]:
+        """Gradients of a group of batches, added up; returns its loss over all processes.
+
+        With several objectives, {objective: its share of that} as well.
+        """
         divisors = self._global_counts(group)
-        loss = torch.zeros((), device=self.accelerator.device)
+        names = list(self.step.objectives) if len(self.step.objectives) > 1 else []
+        losses = torch.zeros(1 + len(names), device=self.accelerator.device)
         for i, batches in enumerate(group):
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.accelerator.autocast():
                     terms = self.wrapped(batches)
-                part = total(terms, divisors)
+                worth = worths(terms, divisors)
+                part = torch.stack(list(worth.values())).sum()
                 # DDP averages the gradients of its ranks; the sum was meant
                 self.accelerator.backward(part * self.accelerator.num_processes)
-            loss = loss + part.detach()
-        return float(global_sum(loss))
+            losses = losses + torch.stack([part.detach(), *shares(worth, names)])
+        value, *each = global_sum(losses).tolist()  # in one exchange of the processes
+        return value, dict(zip(names, each, strict=True))
 
     def _require_numbers(self, epoch: int) -> None:
         """An error where the last steps have made a weight infinite or NaN: the loss has not seen it yet."""

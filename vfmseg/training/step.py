@@ -7,7 +7,7 @@ its gradients where they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -128,5 +128,18 @@ class Step(nn.Module):
 
 def total(terms: Mapping[str, Term], divisors: Mapping[str, Tensor]) -> Tensor:
     """Sum of weight * sum / count over the terms; a count of zero gives zero."""
-    parts = [term.weight * term.sum / divisors[term.count].clamp(min=1e-12) for term in terms.values()]
-    return torch.stack(parts).sum()
+    return torch.stack(list(worths(terms, divisors).values())).sum()
+
+
+def worths(terms: Mapping[str, Term], divisors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{name of a term: weight * sum / count}, which add up to `total`."""
+    return {name: term.weight * term.sum / divisors[term.count].clamp(min=1e-12) for name, term in terms.items()}
+
+
+@torch.no_grad()
+def shares(worth: Mapping[str, Tensor], objectives: Iterable[str]) -> list[Tensor]:
+    """What each objective has in the total, from what the terms "objective/term" are worth."""
+    return [
+        torch.stack([value.detach() for name, value in worth.items() if name.partition("/")[0] == objective]).sum()
+        for objective in objectives
+    ]

@@ -88,5 +88,5 @@ class Oracle(nn.Module):
         super().__init__()
         self.answers = answers
 
-    def forward(self, tokens: Tensor, kept: Any, asked: Tensor, grid: Any, rows: Any) -> dict[str, Tensor]:
-        return {"image": torch.stack([self.answers[i, asked[i]] for i in range(len(asked))])}
+    def forward(self, tokens: Tensor, kept: Any, asked: Tensor, grid: Any, rows: Any) -> dict[str, list[Tensor]]:
+        return {"image": [torch.stack([self.answers[i, asked[i]] for i in range(len(asked))])]}

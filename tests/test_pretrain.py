@@ -63,6 +63,14 @@ KINDS: dict[str, Any] = {
         "objectives": {"mae": {"mask": "incomplete", "normalise": "none", "decoder": MAE_DECODER}}
     },
     "spectral": lambda place: {"objectives": {"mae": {"mask": "spectral", "ratio": 0.4, "decoder": MAE_DECODER}}},
+    "groups": lambda place: {
+        "data": {
+            "modalities": {"ms": {"groups": [[3, 1], [2], [4]]}},
+            "scenes": {"ms": f"{place}/ms/*.tif"},
+            "tile": 32,
+            "samples_per_epoch": 6,
+        },
+    },
     "distill": lambda place: {
         "objectives": {"distill": {"teacher": published(place, "dinov2", layers=[1, 3], upscale=1.75)}},
     },

@@ -48,6 +48,8 @@ class Encoder(nn.Module):
         self.stems = nn.ModuleDict({f"of_{name}": stem for name, stem in stems.items()})
         self.attached = attached
         self.streams = tuple(stems)
+        if len(self.reference.groups) > 1:
+            backbone.freeze_kernel()
         self.train(False)
 
     def stem(self, stream: str) -> Stem | SideEncoder | OwnEncoder:
@@ -242,10 +244,12 @@ def joined(born: Mapping[str, Tokens]) -> tuple[Tokens, StreamRows]:
     (one, *others) = born.values()
     if not others:
         return one, rows
-    if any(tokens.grid != one.grid for tokens in others):
-        raise ValueError(f"streams on grids of {[tokens.grid for tokens in born.values()]} patches; expected one grid")
+    grids = [(tokens.groups, *tokens.grid) for tokens in born.values()]
+    if len(set(grids)) > 1:
+        raise ValueError(f"streams on (groups, rows, columns) {grids} of patches; expected one grid of all")
     values = torch.cat([tokens.values for tokens in born.values()])
-    return Tokens(values, torch.cat([tokens.seen for tokens in born.values()]), one.grid, one.prefix), rows
+    seen = torch.cat([tokens.seen for tokens in born.values()])
+    return Tokens(values, seen, one.grid, one.prefix, groups=one.groups), rows
 
 
 def parameter_table(model: Encoder) -> list[tuple[str, int, int]]:

@@ -50,7 +50,7 @@ def _train(recipe: PretrainRecipe, sitting: Sitting) -> dict[str, Any]:
         from vfmseg.build.pretraining import build_encoder, masking_of, objectives_of, statistics_of
         from vfmseg.build.probe import probe_of
         from vfmseg.build.training import augment_of, schedule_of, what_decides
-        from vfmseg.build.unlabelled import open_unlabelled, windows_of
+        from vfmseg.build.unlabelled import band_draw_of, open_unlabelled, windows_of
         from vfmseg.data.traces import Traces
         from vfmseg.model import parameter_lines
         from vfmseg.training.keeper import Keeper
@@ -64,15 +64,17 @@ def _train(recipe: PretrainRecipe, sitting: Sitting) -> dict[str, Any]:
         inputs = opened.inputs
         if sitting.known and sitting.accept_changed_data:
             inputs = as_then(inputs, folder.state)
-        model = build_encoder(recipe, inputs)
+        drawn = band_draw_of(recipe.data, inputs)
+        taken = inputs if drawn is None else drawn.shown()
+        model = build_encoder(recipe, taken)
         say(parameter_lines(model))
-        step = Step(model, objectives_of(recipe, inputs, model))
+        step = Step(model, objectives_of(recipe, taken, model))
         augment, masking = (
-            augment_of(recipe.train.augment, inputs),
-            masking_of(recipe.objectives.mae, model.backbone.patch),
+            augment_of(recipe.train.augment, taken),
+            masking_of(recipe.objectives.mae, model),
         )
-        sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking)}
-        probe = probe_of(recipe, model, inputs, opened.scenes, traces)
+        sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking, drawn)}
+        probe = probe_of(recipe, model, taken, opened.scenes, traces)
         # asked after the epoch, before it is counted
         validation = validation_of(probe, lambda: loop.state.epoch + 1)
         loop = Loop(accelerator, step, sources, schedule_of(recipe), validation)

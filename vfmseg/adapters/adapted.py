@@ -25,7 +25,7 @@ def run_blocks(
     for depth, behind in _behind_blocks(backbone, attached, tokens, rows, training):
         if depth in backbone.layers:
             maps.append(backbone.tap(behind))
-    return tuple(maps), behind.seen.unflatten(1, behind.grid)
+    return tuple(maps), behind.seen.unflatten(1, (behind.groups, *behind.grid))[:, 0]  # groups see the same
 
 
 def last_tokens(backbone: Backbone, attached: Attached, tokens: Tokens, rows: StreamRows, training: bool) -> Tokens:

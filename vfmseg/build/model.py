@@ -12,6 +12,7 @@ from torch import nn
 from vfmseg.adapters.attach import ADAPTERS
 from vfmseg.adapters.attached import Attached
 from vfmseg.adapters.own import OwnEncoder
+from vfmseg.build.groups import require_same_groups, tell_groups
 from vfmseg.build.own import Adapted, adapted, own_backbones, own_encoder, place_of
 from vfmseg.build.start import start_network
 from vfmseg.catalog import published_statistics
@@ -98,6 +99,8 @@ def build_model(recipe: Recipe, inputs: Inputs, metres: float | None = None) -> 
     model = assembled(recipe, inputs, backbone, own_backbones(recipe, backbone), metres)
     start_network(recipe, model)
     _say_if_windows_are_padding(backbone, model.reference, recipe.data.tile)
+    tell_groups(stem for stem in map(model.stem, model.streams) if isinstance(stem, Stem))
+    tell_groups(own.stem for own in model.own_encoders.values())
     for name, own in model.own_encoders.items():
         _say_if_windows_are_padding(own.backbone, own.stem, recipe.data.tile, place_of(name))
     return model
@@ -157,9 +160,11 @@ def stems_of(
                 body, width = SIDES[own.encoder.name], own.encoder.width
                 stems[stream] = SideEncoder(bands, mean, std, body, width, backbone.channels)
         else:
+            groups = recipe.data.modalities[names[0]].groups
             stems[stream] = build_stem(
-                backbone, bands, mean=mean, std=std, upscale=section.upscale, input=section.input
+                backbone, bands, mean, std, section.upscale, section.input, groups=groups, seed=recipe.seed
             )
+    require_same_groups(stems)
     return stems
 
 

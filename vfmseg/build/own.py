@@ -84,5 +84,8 @@ def own_encoder(
     section, (backbone, attached) = recipe.model.own_encoders[modality], adapted
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        stem = build_stem(backbone, bands, mean, std, section.upscale, section.input, place_of(modality))
+        groups = recipe.data.modalities[modality].groups
+        stem = build_stem(
+            backbone, bands, mean, std, section.upscale, section.input, place_of(modality), groups, recipe.seed
+        )
         return OwnEncoder(modality, stem, backbone, attached, shared.channels)

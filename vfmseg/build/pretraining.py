@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vfmseg.adapters.attach import ADAPTERS, attach_none
+from vfmseg.build.groups import require_same_groups, tell_groups
 from vfmseg.build.start import start
 from vfmseg.catalog import published_statistics
 from vfmseg.data.inputs import Inputs
@@ -45,10 +46,13 @@ def build_encoder(recipe: PretrainRecipe, inputs: Inputs) -> Encoder:
         upscale, way = (1.0, None) if isinstance(section, NewEncoder) else (section.upscale, section.input)
         stems = {
             one.name: build_stem(
-                backbone, {one.name: one.count}, one.mean, one.std, upscale, None if one.count == 3 else way
+                backbone, {one.name: one.count}, one.mean, one.std, upscale, None if one.count == 3 else way,
+                groups=recipe.data.modalities[one.name].groups, seed=recipe.seed,
             )
             for one in inputs
-        }
+        }  # fmt: skip
+    require_same_groups(stems)
+    tell_groups(stems.values())
     start(backbone, attached, stems, section, adapter, "model")
     return Encoder(backbone, stems, attached)
 
@@ -116,9 +120,13 @@ HIDES: dict[str, Hides] = {"random": "patches", "block": "patches", "incomplete"
 """{how masks are drawn: what they hide}."""
 
 
-def masking_of(mae: MaeSection | None, patch: int) -> Masking | None:
-    """How patches of that many pixels a side are hidden; None if nothing is."""
-    return None if mae is None else Masking(mae.mask, mae.ratio, patch, mae.inside or 0.6)
+def masking_of(mae: MaeSection | None, model: Encoder) -> Masking | None:
+    """How patches of this encoder are hidden; None if nothing is."""
+    if mae is None:
+        return None
+    groups = len(model.reference.groups)
+    own = None if groups == 1 or mae.groups == "same" else groups
+    return Masking(mae.mask, mae.ratio, model.backbone.patch, mae.inside or 0.6, own)
 
 
 def _teacher(section: PublishedEncoder, inputs: Inputs, place: str) -> Encoder:

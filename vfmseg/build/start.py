@@ -57,6 +57,11 @@ def start(
     for stem in stems.values():
         if sources and stem.mix.state_dict():
             _start_stem(stem, sources)
+        elif sources and (grouped := next((one for one in sources[0].stems if one.input.startswith("groups")), None)):
+            say(
+                f"{' + '.join(stem.modalities)} enters by the kernel of red, green and blue, which was not trained in "
+                f"{sources[0].folder}: there {grouped.modality} has data.modalities.{grouped.modality}.{grouped.input}"
+            )
 
 
 def _start_stem(stem: Stem, sources: list[Pretrained]) -> None:
@@ -83,7 +88,7 @@ def _why(stem: Stem, found: Pretrained) -> str:
     one = there[kind.modality]
     if one.bands != kind.bands:
         return f"it was pretrained with {one.bands} bands in {found.folder}"
-    return f"it was pretrained with input: {one.input} in {found.folder}, and here it is {kind.input}"
+    return f"it was pretrained with {one.input} in {found.folder}, and here with {kind.input}"
 
 
 def _start_adapter(

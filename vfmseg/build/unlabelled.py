@@ -9,6 +9,7 @@ from vfmseg.build.data import bands_from, inputs_from, require_alike, said_by
 from vfmseg.build.remarks import tell_notes, tell_portions, tell_survey
 from vfmseg.data.augment import Augment
 from vfmseg.data.checks import require_valid
+from vfmseg.data.draw import BandDraw
 from vfmseg.data.from_files import unlabelled_from_files
 from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.scene import Scene, Scenes
@@ -17,7 +18,7 @@ from vfmseg.data.survey import survey
 from vfmseg.data.traces import Traces
 from vfmseg.data.unlabelled import Masker, UnlabelledWindows
 from vfmseg.data.visits import Portion
-from vfmseg.errors import DataError
+from vfmseg.errors import DataError, RecipeError
 from vfmseg.geo.said import BandSaid
 from vfmseg.recipe.unlabelled import UnlabelledSection
 
@@ -87,9 +88,17 @@ def open_scenes(
 
 
 def windows_of(
-    section: UnlabelledSection, opened: Unlabelled, seed: int, augment: Augment | None, mask: Masker | None = None
+    section: UnlabelledSection,
+    opened: Unlabelled,
+    seed: int,
+    augment: Augment | None,
+    mask: Masker | None = None,
+    drawn: BandDraw | None = None,
 ) -> UnlabelledWindows:
-    """The stream of random windows to pretrain on; the shares of several sources are told."""
+    """The stream of random windows to pretrain on; the shares of several sources are told.
+
+    `drawn`: which bands of a sample are shown; None: all.
+    """
     windows = UnlabelledWindows(
         opened.scenes,
         section.tile,
@@ -97,13 +106,26 @@ def windows_of(
         augment,
         section.scale,
         section.samples_per_epoch,
-        bands_in(opened.inputs),
+        bands_in(opened.inputs if drawn is None else drawn.shown()),
         opened.portions,
         mask,
+        bands_drawn=drawn,
     )
     if len(opened.portions) > 1:
         tell_portions(section.sources(), opened.scenes.per_source, windows.visits.shares)
     return windows
+
+
+def band_draw_of(section: UnlabelledSection, inputs: Inputs) -> BandDraw | None:
+    """Which bands of a sample are shown, of scenes with these inputs; None: all. RecipeError if it has too few."""
+    for one in inputs:
+        count = section.draw.get(one.name, 0)
+        if count >= one.count:
+            raise RecipeError(
+                f"data.draw.{one.name} = {count} of the {one.count} bands of {one.name}; expected fewer than "
+                "there are, or no such key to show them all"
+            )
+    return BandDraw(section.draw, inputs) if section.draw else None
 
 
 def _require_all(refused: Collection[str], opened: int, place: str) -> None:

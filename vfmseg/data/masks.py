@@ -35,13 +35,15 @@ class Masking:
     """How masks are drawn: put into samples, one after another, each with a generator of its own.
 
     ratio: share of the patches, or of the bands, that is hidden, 0 to 1. patch: pixels of their sides. inside: share of
-    a hidden patch's pixels that is hidden, for `incomplete`.
+    a hidden patch's pixels that is hidden, for `incomplete`. groups: number of groups of bands that have masks of their
+    own, for `random` and `block`; None: one mask for all bands.
     """
 
     kind: MaskKind
     ratio: float
     patch: int
     inside: float = 0.6
+    groups: int | None = None
 
     def __call__(self, sample: Sample, draws: np.random.Generator) -> Sample:
         """The sample with `mask` filled, for `incomplete` with `pixel_mask` too, for `spectral` with `band_mask` alone.
@@ -57,7 +59,11 @@ class Masking:
         height, width = next(iter(sample.images.values())).valid.shape
         rows, columns = -(-height // self.patch), -(-width // self.patch)
         count = hidden_count(self.ratio, rows * columns, "patches of a window")
-        mask = (block_mask if self.kind == "block" else random_mask)(rows, columns, count, draws)
+        draw = block_mask if self.kind == "block" else random_mask
+        if self.groups is not None:
+            each = [draw(rows, columns, count, draws) for _ in range(self.groups)]
+            return replace(sample, mask=torch.from_numpy(np.stack(each)))
+        mask = draw(rows, columns, count, draws)
         if self.kind != "incomplete":
             return replace(sample, mask=torch.from_numpy(mask))
         pixels = incomplete_mask(mask, self.patch, self.inside, draws)[:height, :width]

@@ -21,7 +21,8 @@ class Sample:
     model shall not see (`train.modality_dropout`); their images are kept whole, as who learns from the model that sees
     everything needs them. frame (2, 2): how augmentation has turned the window; a way of (rows, columns) pixels in the
     scene is frame @ way here. Of a window mirrored left-right it is [[1, 0], [0, -1]]. mask bool (rows, columns) of
-    patches, for masked pretraining: those that the encoder does not see, in any modality. pixel_mask bool (h, w): the
+    patches, for masked pretraining: those that the encoder does not see, in any modality; (groups, rows, columns) where
+    groups of bands have masks of their own. pixel_mask bool (h, w): the
     pixels that it does not see, where some of a hidden patch stay visible; None: all of the hidden patches. band_mask
     {modality: bool (C,)}: the bands that it does not see, where bands are hidden instead of patches.
     """
@@ -41,8 +42,8 @@ class Batch:
 
     hidden {modality: bool (B,), in which samples it is hidden}, of those that are hidden in any. frames (B, 2, 2): how
     each sample was turned; None: none of them was. absent: modalities of which no sample shows a single valid pixel, as
-    far as is known without asking the device. mask (B, rows, columns), pixel_mask (B, h, w), band_mask {modality:
-    (B, C)}: as in `Sample`; every sample hides the same number of patches, so that the visible ones stack.
+    far as is known without asking the device. mask (B, [groups,] rows, columns), pixel_mask (B, h, w), band_mask
+    {modality: (B, C)}: as in `Sample`; every sample hides the same number of patches, so that the visible ones stack.
     """
 
     images: dict[str, Image]

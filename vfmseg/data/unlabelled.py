@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from vfmseg.data.augment import Augment
 from vfmseg.data.dataset import RandomWindows, random_window
+from vfmseg.data.draw import BandDraw
 from vfmseg.data.image import Image
 from vfmseg.data.sample import Sample
 from vfmseg.data.scene import Scene, speakers
@@ -42,8 +43,8 @@ class UnlabelledWindows(RandomWindows):
     to scale[1], uniformly in its logarithm, and in a scene in which the largest windows do not fit only as far as they
     do. Scenes in which none fits are filled up with invalid pixels. A window that is mostly nodata is drawn again.
     `mask` draws from a generator of its own, so that masks are the same whatever else is drawn. Of a filler nothing
-    is valid. `place`: the section of scenes and scale in the recipe, for messages. The other arguments are those of
-    `RandomWindows`.
+    is valid. `place`: the section of scenes and scale in the recipe, for messages. `bands_drawn`: which bands of a
+    sample are shown; `bands` are then those. The other arguments are those of `RandomWindows`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class UnlabelledWindows(RandomWindows):
         portions: Sequence[Portion] = (),
         mask: Masker | None = None,
         place: str = "data",
+        bands_drawn: BandDraw | None = None,
     ) -> None:
         bands = bands or {name: scene.bands()[name] for name, scene in speakers(scenes).items()}
         super().__init__(scenes, tile, seed, samples_per_epoch, bands, portions, f"{place}.scenes")
@@ -65,6 +67,7 @@ class UnlabelledWindows(RandomWindows):
         self.scale = scale
         self.mask = mask
         self.place = place
+        self.bands_drawn = bands_drawn
         self._require_scale()
 
     def _require_scale(self) -> None:
@@ -81,6 +84,8 @@ class UnlabelledWindows(RandomWindows):
     def __getitem__(self, draw: Draw) -> Sample:
         """One window, read, resized and augmented."""
         images = {} if draw.filler else self._read(draw)
+        if self.bands_drawn is not None:
+            images = self.bands_drawn(images, self._rng(Purpose.BANDS, draw))
         nothing = (self.tile, self.tile)
         bands = self.bands or {}
         sample = Sample({name: images.get(name) or Image.nothing(bands[name], nothing) for name in bands}, None)
@@ -89,6 +94,10 @@ class UnlabelledWindows(RandomWindows):
         if self.mask is not None:
             sample = self.mask(sample, self._rng(Purpose.MASK, draw))
         return sample
+
+    def bands_of(self, draw: Draw) -> dict[str, list[int]]:
+        """{modality: bands, from 0, that this draw shows}, of those of which some are drawn."""
+        return {} if self.bands_drawn is None else self.bands_drawn.numbers(self._rng(Purpose.BANDS, draw))
 
     def _read(self, draw: Draw) -> dict[str, Image]:
         """{modality that the scene has: its part of a random window}; the best of several where all are mostly nodata.

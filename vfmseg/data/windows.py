@@ -25,7 +25,8 @@ class Purpose(IntEnum):
     SOURCE = 6
     MASK = 7
     PROBE = 8
-    FRACTION = 9
+    BANDS = 9
+    FRACTION = 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,12 +109,23 @@ class Backbone(nn.Module):
         whole = [math.ceil(count / self.window) * self.window for count in (rows, columns)]
         return 1.0 - rows * columns / math.prod(whole)
 
+    def freeze_kernel(self) -> None:
+        """Where no bands enter by the published kernel it would only decay."""
+        self.network.get_submodule(self.family.patch_kernel).get_parameter("weight").requires_grad_(False)
+
     def embed(self, rgb: Tensor, extra: Tensor | None, valid: Tensor) -> Tokens:
-        """(B, 3, H, W), multiples of the patch, (B, N, D) or None to add, and valid (B, H, W) as 0 to 1 -> tokens."""
-        values = self.family.embed(self.network, rgb, extra)
+        """(B, 3, H, W), multiples of the patch, (B, N, D) or None to add, and valid (B, H, W) as 0 to 1 -> tokens.
+
+        Of G groups of bands `extra` is (B, G, N, D), and `rgb` one for all; prefix tokens are then those of one.
+        """
         seen = F.avg_pool2d(valid[:, None], self.patch).flatten(1)
         grid = (rgb.shape[-2] // self.patch, rgb.shape[-1] // self.patch)
-        return Tokens(values, seen, grid, self.prefix)
+        if extra is None or extra.ndim == 3:
+            return Tokens(self.family.embed(self.network, rgb, extra), seen, grid, self.prefix)
+        groups = extra.shape[1]
+        each = self.family.embed(self.network, rgb, extra.flatten(0, 1)).unflatten(0, (-1, groups))
+        values = torch.cat([each[:, 0, : self.prefix], each[:, :, self.prefix :].flatten(1, 2)], dim=1)
+        return Tokens(values, seen.repeat(1, groups), grid, self.prefix, groups=groups)
 
     def step(self, depth: int, tokens: Tokens) -> Tokens:
         """Tokens behind block `depth` (1-based), from those before it."""
@@ -131,10 +142,15 @@ class Backbone(nn.Module):
         return self.family.finish(self.network, tokens.values)
 
     def tap(self, tokens: Tokens) -> Tensor:
-        """The patches of tokens, normed as they leave the family's blocks, as a map (B, D, rows, columns)."""
+        """The patches of tokens, normed as they leave the family's blocks, as a map (B, D, rows, columns).
+
+        Of several groups of bands it is their mean.
+        """
         if tokens.kept is not None:
             raise ValueError("patches have been left out of these tokens; expected all of the grid, to make a map")
         patches = self.finish(tokens)[:, tokens.prefix :]
+        if tokens.groups > 1:
+            patches = patches.unflatten(1, (tokens.groups, -1)).mean(dim=1)
         return patches.transpose(1, 2).unflatten(2, tokens.grid)
 
 
@@ -144,9 +160,10 @@ def plain_norm(tokens: Tensor) -> Tensor:
 
 
 def add_to_patches(tokens: Tensor, extra: Tensor | None, prefix: int) -> Tensor:
-    """Add (B, N, D) to the patch tokens of (B, prefix + N, D)."""
+    """Add (B, N, D) to the patch tokens of (B, prefix + N, D), or of (1, prefix + N, D) for all."""
     if extra is None:
         return tokens
+    tokens = tokens.expand(len(extra), -1, -1)
     return torch.cat([tokens[:, :prefix], tokens[:, prefix:] + extra], dim=1)
 
 

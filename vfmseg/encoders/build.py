@@ -16,6 +16,7 @@ from vfmseg.encoders.dinov2 import DINOV2
 from vfmseg.encoders.formats.format import Format
 from vfmseg.encoders.formats.settings import MOST_PARAMETERS
 from vfmseg.encoders.formats.transformers import TRANSFORMERS
+from vfmseg.encoders.groups import group_kernels
 from vfmseg.encoders.sam import SAM
 from vfmseg.encoders.stem import Project, Stem, ThreeBands, Widen
 from vfmseg.errors import RecipeError, nearest
@@ -122,12 +123,15 @@ def build_stem(
     upscale: float = 1.0,
     input: str | None = None,
     place: str = "model.encoder",
+    groups: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
 ) -> Stem:
     """The stem of one stream of a backbone.
 
     `modalities` {name: number of bands}, stacked in this order; `mean`, `std`: one a band, in image units. `upscale`
     enlarges images first. `input`: "widen" (default) or "project", only where there are other than three bands.
-    `place`: of the section in the recipe. RecipeError for settings that do not fit together.
+    `place`: of the section in the recipe. `groups` of the bands of a single modality, counted from 1, of which each
+    enters by a kernel of its own; `seed`: of what is random there. RecipeError for settings that do not fit together.
     """
     bands = sum(modalities.values())
     if len(mean) != bands or len(std) != bands or not _usable(mean, std):
@@ -139,6 +143,12 @@ def build_stem(
         raise RecipeError(f"{place}.upscale = {upscale} must be above 0 and at most {LARGEST_UPSCALE:g}")
     if input not in (None, "widen", "project"):
         raise RecipeError(f"{place}.input = {input} is not a way in; {nearest(str(input), ('widen', 'project'))}")
+    if groups is not None:
+        (name,) = modalities
+        if input is not None:
+            raise RecipeError(f"{place}.input = {input} is not used: groups of bands are a way in; leave one out")
+        kernels = group_kernels(backbone, bands, groups, seed, f"data.modalities.{name}.groups")
+        return Stem(modalities, mean, std, kernels, upscale, backbone.patch)
     if input is not None and bands == 3:
         raise RecipeError(f"{place}.input = {input} is for other than 3 channels, and this data has 3; leave it out")
     mix: nn.Module

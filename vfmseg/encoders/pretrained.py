@@ -19,17 +19,21 @@ from torch import Tensor, nn
 from vfmseg.disk.digests import changed
 from vfmseg.disk.jsonfile import read_json
 from vfmseg.disk.tensors import load_strictly
+from vfmseg.encoders.groups import GroupKernels
 from vfmseg.encoders.stem import Project, Stem, Widen
 from vfmseg.errors import CheckpointError, show
 
 MARK, STEMS, ADAPTER = "encoder.json", "stems.safetensors", "adapter"
 
-_WAYS: dict[str, type[nn.Module]] = {"widen": Widen, "project": Project}
+_WAYS: dict[str, type[nn.Module]] = {"input: widen": Widen, "input: project": Project, "groups": GroupKernels}
 
 
 @dataclass(frozen=True)
 class StemKind:
-    """By what a stem is known again: its one modality, the bands of that, and its way in ("widen" or "project")."""
+    """By what a stem is known again: its one modality, the bands of that, and its way in, in words of a recipe.
+
+    Ways in are "input: widen", "input: project", and such as "groups: [[1, 2, 3], [4, 5]]".
+    """
 
     modality: str
     bands: int
@@ -53,6 +57,8 @@ def kind_of(stem: Stem) -> StemKind | None:
     if way is None or len(stem.modalities) != 1 or not stem.mix.state_dict():
         return None
     ((modality, bands),) = stem.modalities.items()
+    if isinstance(stem.mix, GroupKernels):
+        way = f"groups: {[[band + 1 for band in group] for group in stem.groups]}"
     return StemKind(modality, bands, way)
 
 

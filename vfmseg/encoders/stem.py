@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfmseg.data.image import Images, known
+from vfmseg.encoders.groups import GroupKernels, Groups
 
 
 class NormalisedBands(nn.Module):
@@ -50,8 +51,8 @@ class Stem(NormalisedBands):
     """Images of one stream -> pixels for the published patch kernel, (B, 3, H', W').
 
     With them come (B, N, D) to add to the patch tokens, or None, and the valid share (B, H', W') of each pixel. Several
-    modalities are stacked as channels. H' and W' are multiples of `patch`; what is added at the right and bottom is
-    zero, so every pixel keeps its place.
+    modalities are stacked as channels. Of G groups of bands they are (B, G, N, D), and the pixels (1, 3, H', W') zero.
+    H' and W' are multiples of `patch`; what is added at the right and bottom is zero, so every pixel keeps its place.
     """
 
     def __init__(
@@ -68,6 +69,11 @@ class Stem(NormalisedBands):
         self.upscale = upscale
         self.patch = patch
         self.mix = mix
+
+    @property
+    def groups(self) -> Groups:
+        """The bands of each token of a patch: one group of all, if the way in is not `GroupKernels`."""
+        return self.mix.groups if isinstance(self.mix, GroupKernels) else (tuple(range(len(self.mean))),)
 
     def forward(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor]:
         """{modality: image of (B, C, H, W) pixels in image units} -> pixels, what to add to tokens, valid share."""

@@ -15,9 +15,10 @@ class Tokens:
 
     values: Tensor  # (B, P + N, D), patches row by row: that of row r and column c is number P + r * columns + c
     seen: Tensor  # (B, N), the share of each patch that is valid, 0 to 1
-    grid: tuple[int, int]  # rows and columns of patches; their product is N, unless patches were left out
+    grid: tuple[int, int]  # rows and columns of patches; their product is N / groups, unless patches were left out
     prefix: int  # P: class, register and prompt tokens before those of patches
     kept: Tensor | None = None  # (B, N) int64, the numbers of these patches on the grid, where others were left out
+    groups: int = 1  # of bands: all patches of the first, then all of the next; numbers of patches go on through them
 
     def only(self, kept: Tensor) -> Tokens:
         """The prefix tokens and the patches `kept`, int64 (B, M) numbers on the grid; `seen` is then of these M.

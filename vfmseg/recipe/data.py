@@ -68,6 +68,12 @@ class ClassSpec(Section):
         return {"anyOf": [{"type": "string"}, handler(core)]}
 
 
+Groups = Annotated[
+    tuple[Annotated[tuple[Annotated[Whole, Field(ge=1, le=MOST_BANDS)], ...], Field(min_length=1)], ...] | None,
+    Field(min_length=2, max_length=64, examples=[[[1, 2, 3], [4, 5, 6], [7, 8]]]),
+]
+
+
 class ModalitySection(Section):
     """One kind of image, and how its stored numbers are read: value = stored * scale + offset.
 
@@ -93,6 +99,8 @@ class ModalitySection(Section):
     """Metres of a pixel for `derive`, where files (or arrays) have no CRS; left out: their coordinates are metres."""
     optional: Flag = False
     """A scene may lack it, in training and in prediction."""
+    groups: Groups = None
+    """Bands that enter the encoder together, 1 the first that is read: each group gives a token of each patch."""
 
     @property
     def count(self) -> int | None:
@@ -104,6 +112,13 @@ class ModalitySection(Section):
             yield Problem("scale", "= 0 must not be 0: it would erase the image; 1 takes stored numbers as they are")
         if self.bands and len(set(self.bands)) < len(self.bands):
             yield Problem("bands", f"= {show(self.bands)} must name each band once")
+        grouped = [band for group in self.groups or () for band in group]
+        if self.groups and sorted(grouped) != list(range(1, (self.count or len(grouped)) + 1)):
+            yield Problem(
+                "groups",
+                f"= {show([list(group) for group in self.groups])} must have each band that is read in one group, by "
+                f"its number there: 1 to {self.count or 'their number'}",
+            )
         if self.derive:
             yield from self._derive_problems()
             return

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from vfmseg.errors import nearest
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Flag, Name, Number, Problem, RecipePath, Section, Whole
+from vfmseg.recipe.data import ModalitySection
 from vfmseg.recipe.model import FullAdapter, LoraAdapter, PretrainedEncoder, PublishedSection
 from vfmseg.recipe.probe import ProbeSection
 from vfmseg.recipe.run import RunSection
@@ -53,6 +54,8 @@ class MaeSection(Section):
     """Patches drawn one by one, in rectangles, or with some pixels of each left visible; spectral: whole bands."""
     ratio: Annotated[Number, Field(gt=0, lt=1)] = 0.75
     """Share of the patches that is hidden, or of the bands."""
+    groups: Literal["own", "same"] | None = None
+    """Where bands enter in groups: each is hidden by a mask of its own, or all by the same; left out: own."""
     inside: Annotated[Number | None, Field(gt=0, lt=1)] = None
     """With mask incomplete: share of a hidden patch's pixels that is hidden; left out: 0.6."""
     normalise: Literal["patch", "band", "none"] = "patch"
@@ -113,3 +116,28 @@ class PretrainRecipe(Section):
             yield Problem("pictures", f"= {self.pictures} are of what objectives.mae rebuilds; add it, or drop them")
         if self.probe is not None:
             yield from self.probe.unknown(self.data.modalities)
+            for title, one in self.probe.sets.items():
+                for name in sorted(one.modalities() & set(self.data.draw)):
+                    yield Problem(
+                        f"probe.sets.{title}",
+                        f"has {name}, of which the encoder takes {self.data.draw[name]} drawn bands (data.draw) "
+                        "and not those of the set; give it a modality of that many bands, or drop it",
+                    )
+        yield from grouping_problems(self.data.modalities, self.objectives.mae, "objectives.mae")
+
+
+def grouping_problems(
+    modalities: Mapping[str, ModalitySection], mae: MaeSection | None, place: str
+) -> Iterator[Problem]:
+    """What of `mae` does not fit modalities whose bands are, or are not, in groups. `place`: of it in the recipe."""
+    if mae is None:
+        return
+    grouped = any(one.groups for one in modalities.values())
+    if mae.groups is not None and not grouped:
+        yield Problem(f"{place}.groups", f"= '{mae.groups}' is for data.modalities.NAME.groups; add those, or drop it")
+    if grouped and mae.mask not in ("random", "block"):
+        yield Problem(
+            f"{place}.mask",
+            f"= '{mae.mask}' hides parts of tokens, and tokens of groups of bands are hidden as a whole; use random or "
+            "block, or drop data.modalities.NAME.groups",
+        )

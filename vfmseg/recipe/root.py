@@ -11,10 +11,11 @@ from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Name, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import DataSection
 from vfmseg.recipe.fusion import AttentionFusion, DecisionFusion
-from vfmseg.recipe.joint import joint_problems
+from vfmseg.recipe.joint import PLACE, joint_problems
 from vfmseg.recipe.model import ModelSection
 from vfmseg.recipe.only import with_only
 from vfmseg.recipe.predict import PredictSection
+from vfmseg.recipe.pretrain import grouping_problems
 from vfmseg.recipe.train import TrainSection
 
 
@@ -53,7 +54,8 @@ class Recipe(Section):
         yield from self._fusion_problems()
         yield from self._stream_problems()
         counts = [m.count for m in modalities.values()]
-        as_published = None not in counts and sum(filter(None, counts)) == 3
+        grouped = any(one.groups for one in modalities.values())
+        as_published = None not in counts and sum(filter(None, counts)) == 3 and not grouped
         if self.model.encoder.input and as_published:
             yield Problem(
                 "model.encoder.input",
@@ -79,7 +81,20 @@ class Recipe(Section):
                 yield Problem(f"train.class_weights.{number}", f"is not a class id; data.classes has {ids}")
         yield from self._radiometry_problems()
         yield from self._absence_problems()
+        for name, one in modalities.items():
+            if one.groups and len(modalities) > 1 and self.model.joins is None:
+                yield Problem(
+                    f"data.modalities.{name}.groups",
+                    "are of one modality, and fusion stack makes one image of all; choose another fusion, or drop them",
+                )
+            if one.groups and name in self.model.modalities and name not in self.model.own_encoders:
+                yield Problem(
+                    f"data.modalities.{name}.groups",
+                    "are for a vision transformer, and model.modalities gives it a small encoder; drop one",
+                )
         if self.train.unlabelled is not None:
+            shared = {name: one for name, one in modalities.items() if name not in self.model.modalities}
+            yield from grouping_problems(shared, self.train.unlabelled.mae, f"{PLACE}.mae")
             yield from joint_problems(
                 self.train.unlabelled,
                 tuple(modalities),

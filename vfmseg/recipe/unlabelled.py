@@ -8,10 +8,11 @@ from typing import Annotated, cast
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic import ValidationInfo as Info
 
-from vfmseg.errors import show
+from vfmseg.errors import nearest, show
 from vfmseg.recipe.base import Number, Problem, Section, Whole
 from vfmseg.recipe.data import (
     LARGEST_TILE,
+    MOST_BANDS,
     ModalitySection,
     TileSide,
     in_order_of,
@@ -65,6 +66,8 @@ class UnlabelledSection(Section):
     """Side of the windows that the model sees, in pixels."""
     scale: tuple[Factor, Factor] = (0.5, 2.0)
     """Smallest and largest side of what a window shows of a scene, in tiles; it is resized to one."""
+    draw: dict[str, Annotated[Whole, Field(ge=1, le=MOST_BANDS)]] = Field(default_factory=dict, examples=[{"cube": 3}])
+    """{modality: bands that a window shows of it}, drawn anew for each window of each epoch; left out: all."""
     samples_per_epoch: Whole | None = Field(default=None, ge=1, le=10**7, examples=[20000])
     """Windows drawn per epoch; left out: as many as cover the scenes once."""
     workers: Annotated[Whole, Field(ge=0, le=256)] = 0
@@ -92,8 +95,25 @@ class UnlabelledSection(Section):
                 yield Problem(
                     f"modalities.{name}", "is in no source of data.scenes; say where its images are, or drop it"
                 )
+        yield from self._draw_problems()
         yield from weight_problems({place: source.weight for place, source in sources.items()})
         yield from scale_problems(self.scale, self.tile)
+
+    def _draw_problems(self) -> Iterator[Problem]:
+        for name, count in self.draw.items():
+            place = f"draw.{name}"
+            if name not in self.modalities:
+                yield Problem(place, f"is not one of data.modalities; {nearest(name, self.modalities)}")
+                continue
+            modality = self.modalities[name]
+            if modality.count is not None and count >= modality.count:
+                yield Problem(place, f"= {count} must be below the {modality.count} bands of {name}; drop it for all")
+            if modality.groups is not None:
+                yield Problem(place, f"= {count} is of all bands, and modalities.{name}.groups divides them; drop one")
+            if modality.normalize == "encoder":
+                yield Problem(
+                    place, f"= {count}: bands that are drawn have a mean and std each; drop modalities.{name}.normalize"
+                )
 
 
 def scale_problems(scale: tuple[float, float], tile: int) -> Iterator[Problem]:

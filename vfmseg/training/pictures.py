@@ -73,7 +73,8 @@ class Pictures:
         batch = collate([self.windows[Draw(0, index)]]).to(self.accelerator.device)
         with self.accelerator.autocast():
             rebuilt = self.objective.rebuilt(self.model, batch)
-        hidden = hidden_in(batch, self.objective.hides, self.objective.patch)
+        objective = self.objective
+        hidden = hidden_in(batch, objective.hides, objective.patch, objective.groups)
         rows = []
         for name, told in rebuilt.items():
             stem = self.model.stem(name)
@@ -81,10 +82,7 @@ class Pictures:
             images = batch.present()
             true = stem.normalised(images).float()
             covered = torch.zeros_like(true, dtype=torch.bool)
-            if hidden.pixels is not None:
-                covered |= hidden.pixels[:, None]
-            if hidden.bands:
-                covered |= torch.cat([hidden.bands[one] for one in stem.modalities], dim=1)[..., None, None]
+            covered |= hidden.in_bands(stem)
             valid = stem.valid(images)[0, 0] > 0
             rows.append(_row(true[0].cpu(), covered[0].cpu(), told[0].float().cpu(), valid.cpu()))
         return rows

@@ -98,7 +98,7 @@ class Distillation(nn.Module):
         """What of the images the student sees."""
         if self.hides is None:
             return images
-        hidden = hidden_in(batch, self.hides, round(student.strides[0]))
+        hidden = hidden_in(batch, self.hides, round(student.strides[0]), len(student.reference.groups))
         stems = [cast("Stem", student.stem(name)) for name in self._streams(images)]
         return {name: image for stem in stems for name, image in hidden.covered(images, stem).items()}
 

@@ -26,7 +26,7 @@ class Hidden:
 
     kept: Tensor  # int64 (B, N - H), numbers of the patches that are wholly visible
     asked: Tensor  # int64 (B, H), numbers of the patches of which something is hidden
-    pixels: Tensor | None  # bool (B, h, w), hidden in all bands
+    pixels: Tensor | None  # bool (B, 1, h, w), hidden in all bands, or (B, G, h, w), hidden in those of each group
     whole: bool  # of a patch that is asked for all is hidden
     bands: dict[str, Tensor]  # {modality: bool (B, C)}, hidden everywhere
 
@@ -37,39 +37,59 @@ class Hidden:
         """
         means = dict(zip(stem.modalities, stem.mean.split(list(stem.modalities.values())), strict=True))
         found = {name: images[name] for name in stem.modalities}
-        if self.pixels is not None:
-            found = {name: Image(image.pixels, image.valid & ~self.pixels) for name, image in found.items()}
+        if self.pixels is not None and self.pixels.shape[1] == 1:
+            found = {name: Image(image.pixels, image.valid & ~self.pixels[:, 0]) for name, image in found.items()}
+        elif self.pixels is not None:  # the other bands of such a pixel stay valid
+            (name,), hidden = found, self.in_bands(stem)
+            mean = means[name].to(found[name].pixels.dtype)[:, None, None]
+            found = {name: Image(torch.where(hidden, mean, found[name].pixels), found[name].valid)}
         for name in set(found) & set(self.bands):
             hidden, mean = self.bands[name][..., None, None], means[name].to(found[name].pixels.dtype)[:, None, None]
             found[name] = Image(torch.where(hidden, mean, found[name].pixels), found[name].valid)
         return found
+
+    def in_bands(self, stem: Stem) -> Tensor:
+        """Bool (B, 1 or C, h or 1, w or 1): what of a stem's bands is hidden."""
+        if self.pixels is None:
+            return torch.cat([self.bands[name] for name in stem.modalities], dim=1)[..., None, None]
+        if self.pixels.shape[1] == 1:
+            return self.pixels
+        group_of = {band: number for number, group in enumerate(stem.groups) for band in group}
+        return self.pixels[:, [group_of[band] for band in range(len(group_of))]]
 
     def inside(self, modalities: Collection[str], patch: int) -> Tensor | None:
         """Bool (B, H or 1, patch * patch or 1, C or 1): what is hidden of the patches asked for; None: all of them."""
         if self.whole:
             return None
         if self.pixels is not None:
-            return chosen(to_patches(self.pixels[:, None], patch), self.asked)
+            return chosen(to_patches(self.pixels, patch), self.asked)
         return torch.cat([self.bands[name] for name in modalities], dim=1)[:, None, None]
 
 
-def hidden_in(batch: Batch, hides: Hides, patch: int) -> Hidden:
-    """What is hidden in a batch; DataError if its masks are not such, ValueError if samples hide different numbers."""
-    kept, asked = split(hidden_patches(batch, hides, patch))
+def hidden_in(batch: Batch, hides: Hides, patch: int, groups: int = 1) -> Hidden:
+    """What is hidden in a batch; DataError if its masks are not such, ValueError if samples hide different numbers.
+
+    `groups` of bands, each of which has a token of each patch.
+    """
+    kept, asked = split(hidden_patches(batch, hides, patch, groups))
     if hides == "bands":
         return Hidden(kept, asked, None, False, batch.band_mask)
     if hides == "pixels":
         if batch.pixel_mask is None:
             raise DataError("this batch has no masks of hidden pixels; expected a source of incomplete masks")
-        return Hidden(kept, asked, batch.pixel_mask, False, {})
+        return Hidden(kept, asked, batch.pixel_mask[:, None], False, {})
     assert batch.mask is not None
     height, width = _size(batch)
-    pixels = batch.mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :height, :width]
+    mask = batch.mask if batch.mask.ndim == 4 else batch.mask[:, None]
+    pixels = mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[..., :height, :width]
     return Hidden(kept, asked, pixels, True, {})
 
 
-def hidden_patches(batch: Batch, hides: Hides, patch: int) -> Tensor:
-    """Bool (B, N): patches of which something is hidden; DataError if the batch has no masks, or of other patches."""
+def hidden_patches(batch: Batch, hides: Hides, patch: int, groups: int = 1) -> Tensor:
+    """Bool (B, G * N): patches of which something is hidden, those of the first of G `groups` of bands first.
+
+    DataError if the batch has no masks, or of other patches or groups.
+    """
     height, width = _size(batch)
     grid = (-(-height // patch), -(-width // patch))
     if hides == "bands":
@@ -80,11 +100,21 @@ def hidden_patches(batch: Batch, hides: Hides, patch: int) -> Tensor:
         )
     if batch.mask is None:
         raise DataError("this batch has no masks of hidden patches; expected a source that draws them (data/masks.py)")
-    if batch.mask.shape[1:] != grid:
+    rows, columns = batch.mask.shape[-2:]
+    if (rows, columns) != grid:
         raise DataError(
-            f"masks of {batch.mask.shape[1]} x {batch.mask.shape[2]} patches for images of {height} x {width} pixels; "
+            f"masks of {rows} x {columns} patches for images of {height} x {width} pixels; "
             f"expected {grid[0]} x {grid[1]}, as patches of this encoder have {patch} pixels a side"
         )
+    if batch.mask.ndim == 3:
+        return batch.mask.flatten(1).repeat(1, groups)
+    if batch.mask.shape[1] != groups:
+        raise DataError(
+            f"masks of {batch.mask.shape[1]} groups of bands for {groups}; expected one for each, or one for all"
+        )
+    counts = sorted(set(batch.mask.sum(dim=(2, 3)).flatten().tolist()))
+    if len(counts) > 1:
+        raise ValueError(f"the masks of groups hide {counts} patches; expected the same number in each")
     return batch.mask.flatten(1)
 
 

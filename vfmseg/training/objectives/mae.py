@@ -3,10 +3,12 @@
 Where blocks take any patches (DINOv2, CLIP), only the visible ones go through the encoder. SAM's windows need the whole
 grid: there a learned token stands for each hidden patch. With masks that leave something of a hidden patch visible,
 some pixels (RingMo) or some bands, all patches go through, what is hidden is zero, and no token stands for anything.
+Where a stem makes tokens of several groups of bands of each patch (SatMAE), each of them is hidden or visible.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Protocol, cast
 
 import torch
@@ -17,6 +19,7 @@ from vfmseg.adapters.attached import Attached
 from vfmseg.data.image import Images, known
 from vfmseg.data.sample import Batch
 from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.groups import Groups
 from vfmseg.encoders.stem import Stem
 from vfmseg.encoders.tokens import StreamRows, Tokens
 from vfmseg.errors import DataError, RecipeError
@@ -43,7 +46,8 @@ class Pretrained(Protocol):
 class MaskedAutoencoder(nn.Module):
     """Mean squared error of what is hidden of patches that are wholly valid; patches with nodata count nowhere.
 
-    The masks come with the batch. Those of patches and pixels hide the same of all its modalities.
+    The masks come with the batch. Those of patches and pixels hide the same of all its modalities. Of groups of bands a
+    patch counts for each group that is hidden there; its target is normalised over the bands of the group.
     """
 
     source = "unlabelled"
@@ -60,8 +64,8 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         """`width`, `depth`, `heads` of the decoder. `normalise`: None compares with what the stem normalises.
 
-        `hides`: what the masks of its batches are of. RecipeError if images are enlarged on their way in, as then a
-        patch is no square of their pixels.
+        `hides`: what the masks of its batches are of, which for groups of bands must be patches. RecipeError if images
+        are enlarged on their way in, as then a patch is no square of their pixels.
         """
         super().__init__()
         stems = {name: stem for name in model.streams if isinstance(stem := model.stem(name), Stem)}
@@ -71,6 +75,11 @@ class MaskedAutoencoder(nn.Module):
                     f"objective mae: the images of {name} are enlarged {stem.upscale:g} times before they are cut into "
                     "patches; expected model.encoder.upscale = 1, as the pixels themselves are to be told"
                 )
+        groups = {name: stem.groups for name, stem in stems.items()}
+        self.bands: dict[str, list[slice | list[int]]] = {
+            name: [slice(None)] if len(of) == 1 else [list(group) for group in of] for name, of in groups.items()
+        }
+        self.groups = _number_of(groups, hides)
         self.modalities = {name: dict(stem.modalities) for name, stem in stems.items()}
         self.patch = model.backbone.patch
         self.normalise = normalise
@@ -78,34 +87,38 @@ class MaskedAutoencoder(nn.Module):
         self.weight = weight
         self.visible_only = hides == "patches" and model.backbone.family.any_patches
         outputs = {name: self.patch**2 * sum(bands.values()) for name, bands in self.modalities.items()}
-        self.decoder = PixelDecoder(model.backbone.width, outputs, width, depth, heads, self.visible_only)
+        self.decoder = PixelDecoder(
+            model.backbone.width, outputs, width, depth, heads, self.visible_only, groups if self.groups > 1 else None
+        )
         self.mask_token: nn.Parameter | None = None
         if hides == "patches" and not self.visible_only:
             self.mask_token = nn.Parameter(START * torch.randn(1, 1, model.backbone.width))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`patches`: number of patches of which something is hidden and nothing is nodata, over all streams."""
-        images, hidden = batch.shown(), hidden_patches(batch, self.hides, self.patch)
+        images, hidden = batch.shown(), hidden_patches(batch, self.hides, self.patch, self.groups)
         names = [name for name, bands in self.modalities.items() if set(bands) <= set(images)]
-        whole = [(self._whole(images, name) & hidden).sum() for name in names]
+        whole = [(self._whole(images, name).repeat(1, self.groups) & hidden).sum() for name in names]
         return {"patches": torch.stack([*whole, torch.zeros_like(hidden.sum())]).sum().double()}
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """`pixels`: the mean squared errors of the patches, each over what is hidden of it, added up."""
         network, images = cast(Pretrained, model), self._images(batch)
-        hidden = hidden_in(batch, self.hides, self.patch)
+        hidden = hidden_in(batch, self.hides, self.patch, self.groups)
         sums = []
-        for name, predicted in self._predicted(network, images, hidden).items():
-            target = chosen(self._pixels(network, images, name), hidden.asked)
-            mean, spread = moments(target, self.normalise)
-            error = (predicted - (target - mean) / spread).square()
+        for name, told in self._predicted(network, images, hidden).items():
+            patches, whole = self._pixels(network, images, name), self._whole(images, name)
             inside = hidden.inside(self.modalities[name], self.patch)
-            if inside is None:
-                each = error.mean(dim=(2, 3))
-            else:
-                inside = inside.expand_as(error)
-                each = (error * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1)
-            sums.append((each * chosen(self._whole(images, name), hidden.asked)).sum())
+            for predicted, asked, bands in self._of_groups(name, told, hidden, patches.shape[1]):
+                target = chosen(patches, asked)[..., bands]
+                mean, spread = moments(target, self.normalise)
+                error = (predicted - (target - mean) / spread).square()
+                if inside is None:
+                    each = error.mean(dim=(2, 3))
+                else:
+                    inside = inside.expand_as(error)
+                    each = (error * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1)
+                sums.append((each * chosen(whole, asked)).sum())
         return {"pixels": Term(torch.stack(sums).sum(), self.weight, "patches")}
 
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -119,16 +132,17 @@ class MaskedAutoencoder(nn.Module):
         is for pictures, not for scores.
         """
         network, images = cast(Pretrained, model), self._images(batch)
-        hidden = hidden_in(batch, self.hides, self.patch)
+        hidden = hidden_in(batch, self.hides, self.patch, self.groups)
         height, width = next(iter(images.values())).valid.shape[-2:]
         found = {}
-        for name, predicted in self._predicted(network, images, hidden).items():
-            patches = self._pixels(network, images, name)
-            true = chosen(patches, hidden.asked)
-            mean, spread = moments(true, self.normalise)
-            told, inside = predicted * spread + mean, hidden.inside(self.modalities[name], self.patch)
-            told = told if inside is None else torch.where(inside, told, true)
-            patches = patches.scatter(1, hidden.asked[..., None, None].expand_as(told), told)
+        for name, told in self._predicted(network, images, hidden).items():
+            patches, inside = self._pixels(network, images, name), hidden.inside(self.modalities[name], self.patch)
+            for predicted, asked, bands in self._of_groups(name, told, hidden, patches.shape[1]):
+                true = chosen(patches, asked)[..., bands]
+                mean, spread = moments(true, self.normalise)
+                one = predicted * spread + mean
+                one = one if inside is None else torch.where(inside, one, true)
+                patches[..., bands] = patches[..., bands].scatter(1, asked[..., None, None].expand_as(one), one)
             found[name] = from_patches(patches, height, width)
         return found
 
@@ -138,8 +152,16 @@ class MaskedAutoencoder(nn.Module):
         whole = any(set(bands) <= set(present) for bands in self.modalities.values())
         return present if whole else batch.shown()
 
-    def _predicted(self, network: Pretrained, images: Images, hidden: Hidden) -> dict[str, Tensor]:
-        """{stream: float32 (B, H, patch * patch, C)}: the patches that are asked for."""
+    def _of_groups(
+        self, name: str, told: list[Tensor], hidden: Hidden, count: int
+    ) -> Iterator[tuple[Tensor, Tensor, slice | list[int]]]:
+        """Of each group what is told, the numbers of these patches among `count` of the grid, and its bands."""
+        asked = hidden.asked.chunk(self.groups, dim=1)
+        for number, bands in enumerate(self.bands[name]):
+            yield told[number], asked[number] - number * count, bands
+
+    def _predicted(self, network: Pretrained, images: Images, hidden: Hidden) -> dict[str, list[Tensor]]:
+        """{stream: of each group of bands float32 (B, H, patch * patch, C)}: the patches that are asked for."""
         names = [name for name, bands in self.modalities.items() if set(bands) <= set(images)]
         if not names:
             needed = " or ".join(" + ".join(bands) for bands in self.modalities.values())
@@ -150,7 +172,7 @@ class MaskedAutoencoder(nn.Module):
             tokens = tokens.only(kept)
         tokens = last_tokens(network.backbone, network.attached, tokens, rows, network.training)
         told = self.decoder(network.backbone.finish(tokens), tokens.kept, asked, tokens.grid, rows)
-        return {name: one.unflatten(2, (self.patch**2, -1)).float() for name, one in told.items()}
+        return {name: [one.unflatten(2, (self.patch**2, -1)).float() for one in of] for name, of in told.items()}
 
     def _embedded(
         self, network: Pretrained, names: list[str], images: Images, hidden: Hidden
@@ -175,3 +197,17 @@ class MaskedAutoencoder(nn.Module):
         """Bool (B, N): patches of which every pixel is valid in all modalities of the stream."""
         valid = known({modality: images[modality] for modality in self.modalities[name]}, "all")
         return to_patches(valid[:, None], self.patch).all(dim=3).all(dim=2)
+
+
+def _number_of(groups: Mapping[str, Groups], hides: Hides) -> int:
+    """How many groups of bands each of these streams has; RecipeError if they differ, or masks are not of patches."""
+    counts = {len(of) for of in groups.values()} or {1}
+    if len(counts) > 1:
+        raise RecipeError(
+            "objective mae: "
+            + ", ".join(f"{name} has {len(of)} groups of bands" for name, of in groups.items())
+            + "; expected the same number in all modalities that share an encoder, whose tokens are one batch"
+        )
+    if counts != {1} and hides != "patches":
+        raise RecipeError(f"objective mae: its masks hide {hides}; expected mask: random or block for groups of bands")
+    return counts.pop()

@@ -122,8 +122,18 @@ def test_patches_reach_beyond_sides_that_are_no_multiple_of_them() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99, 0.01, -0.5, 1.5, math.nan, math.inf])
 def test_a_ratio_that_hides_or_leaves_nothing_is_refused(ratio: float) -> None:
-    with pytest.raises(RecipeError, match=r"mask ratio of .* hides \d+ of the 16 patches; .*try 0.75"):
+    with pytest.raises(RecipeError, match=r"mask ratio = .* hides \d+ of the 16 patches; .*try 0.75"):
         hidden_count(ratio, 16, "patches")
+
+
+@pytest.mark.pitfall("F19")
+def test_the_ratio_that_is_advised_hides_some_and_leaves_some() -> None:
+    for total in range(2, 20):
+        with pytest.raises(RecipeError) as caught:
+            hidden_count(0.999, total, "patches")
+        assert 0 < hidden_count(float(str(caught.value).rpartition("try ")[2]), total, "patches") < total
+    with pytest.raises(RecipeError, match="hides 1 of the 1 bands of dem; .*takes two or more"):
+        hidden_count(0.999, 1, "bands of dem")
 
 
 @pytest.mark.parametrize("inside", [0.0, -1.0, 1.1])

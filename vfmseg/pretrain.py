@@ -67,10 +67,8 @@ def _train(recipe: PretrainRecipe, sitting: Sitting) -> dict[str, Any]:
         model = build_encoder(recipe, inputs)
         say(parameter_lines(model))
         step = Step(model, objectives_of(recipe, inputs, model))
-        augment, masking = (
-            augment_of(recipe.train.augment, inputs),
-            masking_of(recipe.objectives.mae, model.backbone.patch),
-        )
+        augment = augment_of(recipe.train.augment, inputs)
+        masking = masking_of(recipe.objectives.mae, model.backbone.patch, recipe.data.tile, inputs)
         sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking)}
         probe = probe_of(recipe, model, inputs, opened.scenes, traces)
         # asked after the epoch, before it is counted

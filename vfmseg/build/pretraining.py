@@ -8,7 +8,7 @@ import torch
 
 from vfmseg.adapters.attach import ADAPTERS, attach_none
 from vfmseg.catalog import published_statistics
-from vfmseg.data.inputs import Inputs
+from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.masks import Masking
 from vfmseg.data.statistics import BandStatistics
 from vfmseg.encoders.backbone import Backbone
@@ -116,9 +116,18 @@ HIDES: dict[str, Hides] = {"random": "patches", "block": "patches", "incomplete"
 """{how masks are drawn: what they hide}."""
 
 
-def masking_of(mae: MaeSection | None, patch: int) -> Masking | None:
-    """How patches of that many pixels a side are hidden; None if nothing is."""
-    return None if mae is None else Masking(mae.mask, mae.ratio, patch, mae.inside or 0.6)
+def masking_of(
+    mae: MaeSection | None, patch: int, tile: int, inputs: Inputs, place: str = "objectives.mae"
+) -> Masking | None:
+    """How patches of `patch` pixels a side are hidden in windows of tile x tile; None if nothing is.
+
+    RecipeError if that would leave nothing visible; `place`: the section in the recipe.
+    """
+    if mae is None:
+        return None
+    found = Masking(mae.mask, mae.ratio, patch, mae.inside or 0.6)
+    found.require(tile, bands_in(inputs), f"{place}.ratio")
+    return found
 
 
 def _teacher(section: PublishedEncoder, inputs: Inputs, place: str) -> Encoder:

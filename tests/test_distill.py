@@ -96,7 +96,9 @@ def test_every_tensor_that_learns_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.pitfall("P60", "K26")
-def test_half_precision_gives_nearly_the_same_loss_and_numbers_for_an_image_of_one_value(precision: torch.dtype) -> None:
+def test_half_precision_gives_nearly_the_same_loss_and_numbers_for_an_image_of_one_value(
+    precision: torch.dtype,
+) -> None:
     student = encoder(0)
     objective = Distillation(student, encoder(1))
     one = batch()

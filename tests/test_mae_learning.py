@@ -1,4 +1,4 @@
-"""A masked autoencoder learns what can be told from what is visible, and nothing where nothing can; and it is of use."""
+"""A masked autoencoder learns what can be told from what is visible, and nothing where nothing can; it is of use."""
 
 from __future__ import annotations
 

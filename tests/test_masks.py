@@ -100,7 +100,9 @@ def test_the_pieces_of_blocks_are_larger_than_those_of_single_patches() -> None:
     """The largest connected piece holds two thirds of what blocks hide, and a sixth of what is drawn one by one."""
     draws = np.random.default_rng(0)
     largest = {
-        kind: np.mean([largest_piece(Masking(kind, 0.3, 8)(sample_of(112, 112), draws).mask.numpy()) for _ in range(50)])  # type: ignore[union-attr]
+        kind: np.mean(
+            [largest_piece(Masking(kind, 0.3, 8)(sample_of(112, 112), draws).mask.numpy()) for _ in range(50)]
+        )  # type: ignore[union-attr]
         for kind in ("block", "random")
     }
     assert largest["block"] > 2 * largest["random"]
@@ -174,7 +176,7 @@ def test_the_ratio_that_is_advised_hides_some_and_leaves_some() -> None:
         with pytest.raises(RecipeError) as caught:
             hidden_count(0.999, total, "patches")
         assert 0 < hidden_count(float(str(caught.value).rpartition("try ")[2]), total, "patches") < total
-    with pytest.raises(RecipeError, match="hides 1 of the 1 bands of dem; .*takes two or more"):
+    with pytest.raises(RecipeError, match=r"hides 1 of the 1 bands of dem; .*takes two or more"):
         hidden_count(0.999, 1, "bands of dem")
 
 

@@ -443,7 +443,9 @@ def test_labels_among_the_images_do_not_take_bands_away_from_them(place: Path, n
     """A glob that is too wide: one grey file would have had all others read as one band, their red."""
     write_raster(place / "rgb" / f"{name}.tif", noise(0, 1, 64, 80))
     words = "rgb.: 1.*but .*rgb.: 3|rgb.: 3.*but .*rgb.: 1"
-    with pytest.raises(DataError, match=rf"data\.scenes: .*({words}).*leave out those that are no such images .*labels"):
+    with pytest.raises(
+        DataError, match=rf"data\.scenes: .*({words}).*leave out those that are no such images .*labels"
+    ):
         opened({"rgb": f"{place}/rgb/*.tif"})
 
 

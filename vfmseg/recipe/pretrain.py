@@ -9,7 +9,7 @@ from pydantic import Field
 
 from vfmseg.errors import nearest
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Flag, Name, Number, Problem, RecipePath, Section, Whole
-from vfmseg.recipe.model import FullAdapter, LoraAdapter, PretrainedEncoder, PublishedSection
+from vfmseg.recipe.model import FullAdapter, LoraAdapter, NewEncoder, PretrainedEncoder, PublishedSection
 from vfmseg.recipe.probe import ProbeSection
 from vfmseg.recipe.run import RunSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
@@ -108,7 +108,7 @@ class PretrainRecipe(Section):
 
     def _problems(self) -> Iterator[Problem]:
         encoder = self.model.encoder
-        if encoder.name == "new" and encoder.patch > self.data.tile:
+        if isinstance(encoder, NewEncoder) and encoder.patch > self.data.tile:
             yield Problem(
                 "model.encoder.patch",
                 f"= {encoder.patch} is larger than data.tile = {self.data.tile}; expected several patches in a window: "

@@ -56,12 +56,12 @@ def objective_of(model: nn.Module, **settings: Any) -> MaskedAutoencoder:
 
 
 def random_batch(
-    model: Encoder, height: int = 50, width: int = 70, samples: int = 2, incomplete: bool = False
+    model: Encoder, height: int = 50, width: int = 70, samples: int = 2, incomplete: bool = False, ratio: float = 0.5
 ) -> Batch:
     """Images whose sides are no multiple of a patch, half of the patches hidden."""
     bands, patch = len(model.image_stem.modalities), model.backbone.patch
     images = 255 * torch.rand(samples, bands, height, width)
-    masking = Masking("incomplete" if incomplete else "random", 0.5, patch)
+    masking = Masking("incomplete" if incomplete else "random", ratio, patch)
     nothing = Sample({"x": Image(images[0], torch.ones(height, width, dtype=torch.bool))}, None)
     masked = [masking(nothing, np.random.default_rng(i)) for i in range(samples)]
     batch = batch_of(images, torch.stack([sample.mask for sample in masked if sample.mask is not None]))

@@ -45,6 +45,16 @@ def test_splits_of_another_type_or_number_of_bands_than_training_are_refused(tmp
         open_training(recipe)
 
 
+@pytest.mark.parametrize("which", ["s0_train", "s3_train"])
+@pytest.mark.pitfall("F16")
+def test_one_image_of_fewer_bands_is_refused_and_takes_none_away_from_the_others(tmp_path: Path, which: str) -> None:
+    """Read as it is, all others would give their red alone, without a word."""
+    recipe = toy_recipe(toy_folder(tmp_path))
+    write_raster(tmp_path / "train" / "images" / f"{which}.tif", np.ones((1, 64, 64), dtype=np.uint8))
+    with pytest.raises(DataError, match=r"data\.train: s\d_train has bands .*but s0_train has .*leave out those"):
+        open_split(recipe, "train")
+
+
 @pytest.mark.pitfall("P48")
 def test_one_file_in_two_splits_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     toy_folder(tmp_path)

@@ -358,7 +358,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"mae": MAE, "scenes": {"rgb": "HERE/none/*.tif"}}, {}, "train.unlabelled.scenes.rgb"),
     ({"mae": MAE, "scenes": {"rgb": "HERE/two/*.tif"}}, {}, "train.unlabelled.scenes: 0 has bands {'rgb': 2}"),
     ({"mae": MAE, "scenes": {"rgb": "HERE/blank/*.tif"}}, {}, "train.unlabelled.scenes: rgb is invalid"),
-    ({"mae": MAE | {"ratio": 0.01}}, {}, "hides 0 of the 9 patches"),
+    ({"mae": MAE | {"ratio": 0.01}}, {}, "train.unlabelled.mae.ratio = 0.01 hides 0 of the 9 patches"),
     (
         {"distill": {"teacher": {"name": "clip", "checkpoint": "HERE/clip", "layers": [1, 3]}}},
         {},

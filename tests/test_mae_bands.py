@@ -48,7 +48,7 @@ def masked(images: Tensor, patch: int, draws: np.random.Generator, ratio: float 
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "sam-vision"])
-@pytest.mark.pitfall("P64", "C32")
+@pytest.mark.pitfall("P64", "C32", "K2", "K5", "K6")
 def test_hidden_bands_are_unseen_and_alone_in_the_loss(kind: str) -> None:
     model = cube_model(kind)
     patch = model.backbone.patch
@@ -72,6 +72,7 @@ def test_hidden_bands_are_unseen_and_alone_in_the_loss(kind: str) -> None:
         objective.counts(Batch(batch.images, None))
 
 
+@pytest.mark.pitfall("K12")
 def test_what_is_hidden_is_exactly_zero_and_all_else_as_the_stem_normalises_it() -> None:
     stem, draws = cube_model("dinov2").image_stem, np.random.default_rng(0)
     images = cubes(2, 50)
@@ -92,7 +93,7 @@ def test_what_is_hidden_is_exactly_zero_and_all_else_as_the_stem_normalises_it()
         assert torch.equal(given, torch.where(hidden, 0.0, normal))
 
 
-@pytest.mark.pitfall("P53", "C8")
+@pytest.mark.pitfall("P53", "C8", "K22")
 def test_all_that_learns_gets_a_gradient() -> None:
     model = cube_model("dinov2")
     objective = objective_of(model, hides="bands")
@@ -115,7 +116,7 @@ def learned(draws: np.random.Generator) -> tuple[Encoder, MaskedAutoencoder]:
     return model, objective
 
 
-@pytest.mark.pitfall("C33")
+@pytest.mark.pitfall("C33", "K18")
 def test_bands_are_told_better_than_by_lines_between_their_neighbours_and_only_in_their_order() -> None:
     draws = np.random.default_rng(0)
     model, objective = learned(draws)

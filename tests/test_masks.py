@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import label
 
 from vfmseg.data.image import Image
 from vfmseg.data.masks import Masking, MaskKind, block_mask, hidden_count, incomplete_mask, random_mask
@@ -25,6 +26,7 @@ def drawn(kind: MaskKind, epoch: int, index: int, ratio: float = 0.6, seed: int 
     return Masking(kind, ratio, 8)(sample_of(side, side - 16), rng(Purpose.MASK, seed, epoch, index))
 
 
+@pytest.mark.pitfall("K1")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.6, 0.75, 0.9, 0.99])
 def test_every_mask_hides_exactly_the_same_number(kind: MaskKind, ratio: float) -> None:
@@ -37,7 +39,7 @@ def test_every_mask_hides_exactly_the_same_number(kind: MaskKind, ratio: float) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.pitfall("C26", "P57")
+@pytest.mark.pitfall("C26", "P57", "K1")
 def test_each_draw_has_a_mask_of_its_own_and_the_same_when_drawn_again(kind: MaskKind) -> None:
     draws = [(seed, epoch, index) for seed in (1, 2) for epoch in (0, 1) for index in range(5)]
     one, two = ([drawn(kind, epoch, index, seed=seed) for seed, epoch, index in draws] for _ in range(2))
@@ -47,14 +49,33 @@ def test_each_draw_has_a_mask_of_its_own_and_the_same_when_drawn_again(kind: Mas
         assert len({mask.numpy().tobytes() for mask in first}) == len(draws)
 
 
-def test_each_patch_is_hidden_as_often_and_no_pair_goes_together() -> None:
-    draws, count, patches = np.random.default_rng(0), 12, 16
-    masks = np.stack([random_mask(4, 4, count, draws).ravel() for _ in range(4000)])
+@pytest.mark.parametrize("kind", ["random", "incomplete"])
+@pytest.mark.pitfall("K10")
+def test_each_patch_is_hidden_as_often_and_no_pair_goes_together(kind: MaskKind) -> None:
+    """Of 4000 draws as a run makes them, one after the other: any shortcut of a pattern or a generator would show."""
+    rows, columns, patches = 4, 4, 16
+    masks = np.stack(
+        [Masking(kind, 0.75, 4)(sample_of(16, 16), rng(Purpose.MASK, 1, i // 1000, i % 1000)).mask for i in range(4000)]
+    ).reshape(-1, rows * columns)
+    count = 12
     share = count / patches
     assert np.abs(masks.mean(axis=0) - share).max() < 4 * math.sqrt(share * (1 - share) / len(masks))
     both = (masks[:, :, None] & masks[:, None]).mean(axis=0)[~np.eye(patches, dtype=bool)]
     pair = share * (count - 1) / (patches - 1)
     assert np.abs(both - pair).max() < 4.5 * math.sqrt(pair * (1 - pair) / len(masks))  # 120 pairs
+    # nor does a draw tell of the next one, whatever they share: seeds in a row, epochs in a row
+    after = (masks[1:, :, None] & masks[:-1, None]).mean(axis=0)
+    assert np.abs(after - share**2).max() < 4.8 * math.sqrt(share**2 * (1 - share**2) / len(masks))  # 256 pairs
+
+
+@pytest.mark.pitfall("K10", "K12")
+def test_each_pixel_of_a_hidden_patch_is_hidden_as_often_and_no_pair_goes_together() -> None:
+    draws, every = np.random.default_rng(0), np.ones((1, 1), dtype=bool)
+    pixels = np.stack([incomplete_mask(every, 4, 0.6, draws).ravel() for _ in range(4000)])
+    share, pair = 10 / 16, 10 / 16 * 9 / 15
+    assert np.abs(pixels.mean(axis=0) - share).max() < 4 * math.sqrt(share * (1 - share) / len(pixels))
+    both = (pixels[:, :, None] & pixels[:, None]).mean(axis=0)[~np.eye(16, dtype=bool)]
+    assert np.abs(both - pair).max() < 4.5 * math.sqrt(pair * (1 - pair) / len(pixels))
 
 
 def alike(mask: np.ndarray) -> float:
@@ -63,6 +84,7 @@ def alike(mask: np.ndarray) -> float:
     return float(np.concatenate([pair.ravel() for pair in pairs]).mean())
 
 
+@pytest.mark.pitfall("K11")
 def test_hidden_patches_of_blocks_lie_together() -> None:
     draws = np.random.default_rng(0)
     blocks, single = (
@@ -73,6 +95,25 @@ def test_hidden_patches_of_blocks_lie_together() -> None:
     assert np.mean(blocks) > 0.75
 
 
+@pytest.mark.pitfall("K11")
+def test_the_pieces_of_blocks_are_larger_than_those_of_single_patches() -> None:
+    """The largest connected piece holds two thirds of what blocks hide, and a sixth of what is drawn one by one."""
+    draws = np.random.default_rng(0)
+    largest = {
+        kind: np.mean(
+            [largest_piece(Masking(kind, 0.3, 8)(sample_of(112, 112), draws).mask.numpy()) for _ in range(50)]
+        )  # type: ignore[union-attr]
+        for kind in ("block", "random")
+    }
+    assert largest["block"] > 2 * largest["random"]
+
+
+def largest_piece(mask: np.ndarray) -> float:
+    """Share of the hidden patches that lies in the largest connected piece."""
+    numbers, count = label(mask)
+    return float(np.bincount(numbers[mask], minlength=count + 1).max() / mask.sum())
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (1, 9), (9, 1), (2, 2), (3, 7)])
 def test_blocks_of_small_grids_are_exact_too(rows: int, columns: int) -> None:
     draws = np.random.default_rng(0)
@@ -80,12 +121,14 @@ def test_blocks_of_small_grids_are_exact_too(rows: int, columns: int) -> None:
         assert block_mask(rows, columns, count, draws).sum() == count
 
 
+@pytest.mark.pitfall("K11", "K10")
 def test_blocks_hide_every_patch_as_often() -> None:
     draws = np.random.default_rng(0)
     often = np.mean([block_mask(8, 8, 32, draws) for _ in range(1000)], axis=0)
     assert np.abs(often - 0.5).max() < 4 * math.sqrt(0.25 / 1000)
 
 
+@pytest.mark.pitfall("K12")
 @pytest.mark.parametrize(("patch", "inside"), [(14, 0.6), (32, 0.6), (16, 1.0), (8, 0.01)])
 def test_an_incomplete_mask_hides_so_many_pixels_of_each_hidden_patch(patch: int, inside: float) -> None:
     draws = np.random.default_rng(0)
@@ -98,6 +141,7 @@ def test_an_incomplete_mask_hides_so_many_pixels_of_each_hidden_patch(patch: int
         assert len(set(cut)) == 12
 
 
+@pytest.mark.pitfall("K12")
 def test_a_small_object_vanishes_below_whole_patches_and_not_below_incomplete_ones() -> None:
     """8 x 8 pixels inside one patch of 32: it loses all its pixels in 60 % of the masks, or in 0.6 * 0.6^64 of them."""
     draws = np.random.default_rng(0)
@@ -122,8 +166,18 @@ def test_patches_reach_beyond_sides_that_are_no_multiple_of_them() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99, 0.01, -0.5, 1.5, math.nan, math.inf])
 def test_a_ratio_that_hides_or_leaves_nothing_is_refused(ratio: float) -> None:
-    with pytest.raises(RecipeError, match=r"mask ratio of .* hides \d+ of the 16 patches; .*try 0.75"):
+    with pytest.raises(RecipeError, match=r"mask ratio = .* hides \d+ of the 16 patches; .*try 0.75"):
         hidden_count(ratio, 16, "patches")
+
+
+@pytest.mark.pitfall("F19")
+def test_the_ratio_that_is_advised_hides_some_and_leaves_some() -> None:
+    for total in range(2, 20):
+        with pytest.raises(RecipeError) as caught:
+            hidden_count(0.999, total, "patches")
+        assert 0 < hidden_count(float(str(caught.value).rpartition("try ")[2]), total, "patches") < total
+    with pytest.raises(RecipeError, match=r"hides 1 of the 1 bands of dem; .*takes two or more"):
+        hidden_count(0.999, 1, "bands of dem")
 
 
 @pytest.mark.parametrize("inside", [0.0, -1.0, 1.1])

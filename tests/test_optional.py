@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from makers import sensor_content, sensor_recipe, two_sensors, write_raster, write_recipe
 
+from vfmseg import terminal
 from vfmseg.build.data import inputs_of, open_training
 from vfmseg.data.checks import require_labels
 from vfmseg.data.from_files import scenes_from_files
@@ -230,7 +231,10 @@ def test_statistics_are_those_of_the_scenes_that_have_it(place: Path) -> None:
         np.testing.assert_allclose(found[name][1], values.std(axis=1), rtol=1e-6)
 
 
-def test_all_who_look_at_scenes_cope_with_missing_modalities(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_who_look_at_scenes_cope_with_missing_modalities(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "_said", set())  # by other tests
     recipe, traces = sensor_recipe(place), Traces()
     scenes = open_training(recipe, traces)
     told = said(capsys)

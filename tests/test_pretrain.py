@@ -28,11 +28,13 @@ from vfmseg.build.pretraining import build_encoder, statistics_of
 from vfmseg.build.unlabelled import open_unlabelled
 from vfmseg.checkpoint.encoder import encoder_epoch
 from vfmseg.cli import app
+from vfmseg.encoders.backbone import sha256_of
 from vfmseg.encoders.build import build_backbone
 from vfmseg.errors import CheckpointError, RecipeError
 from vfmseg.finetune import finetune
 from vfmseg.pretrain import pretrain
 from vfmseg.recipe import PretrainRecipe, load_recipe
+from vfmseg.training.loop import Loop
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,10 @@ KINDS: dict[str, Any] = {
         },
     },
     "continual": lambda place: {"model": {"encoder": published(place, "clip"), "adapter": {"name": "lora", "rank": 2}}},
+    "continual distill": lambda place: {
+        "model": {"encoder": published(place, "dinov2"), "adapter": {"name": "lora", "rank": 2}},
+        "objectives": {"distill": {"teacher": published(place, "clip", upscale=16 / 14)}},
+    },
     "sam": lambda place: {"model": {"encoder": published(place, "sam"), "adapter": {"name": "full"}}},
     "two sensors": lambda place: {
         "data": {
@@ -104,6 +110,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(folder / "state.pt", weights_only=True)["tensors"])
 
 
+@pytest.mark.pitfall("P55", "K25")
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, PretrainRecipe], place: Path) -> None:
     kind, recipe = trained
     other = recipe.model_copy(update={"output_dir": place / "stopped" / kind.replace(" ", "_")})
@@ -115,6 +122,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, Pre
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.pitfall("P14", "K19", "K21")
 def test_what_is_written_answers_as_what_was_trained(trained: tuple[str, PretrainRecipe]) -> None:
     """As a published checkpoint: LoRA is merged, and parts that features do not need are there again."""
     _, recipe = trained
@@ -136,9 +144,29 @@ def test_what_is_written_answers_as_what_was_trained(trained: tuple[str, Pretrai
     assert encoder_epoch(recipe.output_dir / "best") == 2
 
 
-def test_with_lora_the_published_weights_stay(place: Path) -> None:
-    recipe = pretrain_recipe(place, place / "lora", **KINDS["continual"](place))
+@pytest.mark.parametrize("kind", ["continual", "continual distill"])
+@pytest.mark.pitfall("C6", "K21")
+def test_with_lora_the_published_weights_stay(
+    place: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the memory of the run, by their digest before and after, and in its files; what is added moves."""
+    digests: list[str] = []
+    honest = Loop.run
+
+    def noted(self: Loop, tell: Any) -> Any:
+        published = {n: p for n, p in self.step.model.named_parameters() if not p.requires_grad}
+        adapters = {n: p.detach().clone() for n, p in self.step.model.named_parameters() if p.requires_grad}
+        assert published
+        digests.append(sha256_of(published))
+        found = honest(self, tell)
+        digests.append(sha256_of(published))
+        assert [n for n, p in self.step.model.named_parameters() if n in adapters and torch.equal(p, adapters[n])] == []
+        return found
+
+    monkeypatch.setattr(Loop, "run", noted)
+    recipe = pretrain_recipe(place, tmp_path / "lora", **KINDS[kind](place))
     pretrain(recipe)
+    assert digests[0] == digests[1]
     learned = {name for name in tensors(recipe.output_dir) if name.startswith("model.")}
     assert learned
     assert all(".lora_" in name for name in learned)
@@ -174,7 +202,10 @@ def test_the_loss_falls_and_random_masks_are_another_each_epoch(place: Path, tmp
         ({"objectives": {}}, "objectives names nothing to learn; add mae or distill"),
         ({"objectives": {"mae": {"ratio": 1.0}}}, "objectives.mae.ratio = 1.0 must be below 1"),
         ({"objectives": {"mae": {"inside": 0.5}}}, "is for mask: incomplete"),
-        ({"objectives": {"mae": {"ratio": 0.01}}}, "hides 0 of the 16 patches"),
+        ({"objectives": {"mae": {"ratio": 0.01}}}, "objectives.mae.ratio = 0.01 hides 0 of the 16 patches of a window"),
+        ({"objectives": {"mae": {"mask": "spectral", "ratio": 0.1}}}, "objectives.mae.ratio = 0.1 hides 0 of the 3 ba"),
+        ({"objectives": {"mae": {"weight": 0}}}, "objectives weighs all it names with 0"),
+        ({"model": {"encoder": NEW_ENCODER | {"patch": 48}}}, "model.encoder.patch = 48 is larger than data.tile = 32"),
         ({"model": {"encoder": NEW_ENCODER, "adapter": {"name": "lora"}}}, "random ones learn as a whole"),
         ({"model": {"encoder": NEW_ENCODER | {"width": 18, "heads": 4}}}, "width = 18 must be a multiple of heads = 4"),
         ({"model": {"encoder": {"name": "clip", "checkpoint": "CLIP", "layers": [1, 2]}}}, "must end with block 3"),

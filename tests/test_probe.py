@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vfmseg.errors import CheckpointError, DataError, RecipeError
 from vfmseg.pretrain import pretrain
 from vfmseg.recipe import PretrainRecipe
-from vfmseg.training.loop import Score
+from vfmseg.training.loop import Loop, Score
 from vfmseg.training.probe import Probe, due, in_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +82,7 @@ def test_a_run_with_a_probe_learns_the_same_bits_and_its_best_is_that_of_the_bes
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
+@pytest.mark.pitfall("K20")
 def test_the_score_is_of_the_cells_of_val_and_is_noted(place: Path, tmp_path: Path) -> None:
     recipe = recipe_of(place, tmp_path / "run", **probed(place))
     pretrain(recipe)
@@ -150,6 +151,30 @@ def test_a_stopped_run_goes_on_with_its_scores(place: Path, tmp_path: Path) -> N
     for number in (1, 2, 3):
         names = [run.output_dir / "pictures" / f"epoch-{number:04}.png" for run in (one, two)]
         assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.pitfall("K20")
+def test_an_encoder_that_collapses_is_seen_by_its_rank(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second epoch on it answers the same, whatever it sees."""
+    recipe = recipe_of(place, tmp_path / "run", **probed(place))
+    honest = Loop._train_epoch
+
+    def collapsing(self: Loop, epoch: int, tell: Any) -> None:
+        honest(self, epoch, tell)
+        if epoch:
+            embeddings = self.step.model.backbone.network.embeddings  # type: ignore[union-attr]
+            with torch.no_grad():
+                for tensor in (embeddings.patch_embeddings.projection.weight, embeddings.position_embeddings):  # type: ignore[union-attr]
+                    tensor.zero_()  # type: ignore[operator]
+
+    monkeypatch.setattr(Loop, "_train_epoch", collapsing)
+    pretrain(recipe)
+    found = [epoch["validation"]["sets"]["discs"] for epoch in epochs(recipe.output_dir)]
+    assert found[0]["rank"] > 2
+    assert found[1]["rank"] == pytest.approx(1, abs=0.05)
+    assert found[1]["linear"] < 0.6 < found[0]["linear"]
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, told: dict[int, float]) -> None:

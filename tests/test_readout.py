@@ -62,6 +62,7 @@ def test_neighbours_vote_with_their_cosine() -> None:
     assert nearest_neighbours(train, labels, torch.tensor([[1.0, 1.0]]), 3, 3).tolist() == [1]
 
 
+@pytest.mark.pitfall("K20")
 def test_rank_and_scores_tell_an_encoder_that_has_collapsed() -> None:
     draws = torch.Generator().manual_seed(0)
     assert effective_rank(torch.randn(4000, 16, generator=draws)) == pytest.approx(16, abs=0.1)

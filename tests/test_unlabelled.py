@@ -437,6 +437,33 @@ def test_scenes_of_other_bands_are_named(place: Path) -> None:
         opened({"rgb": f"{place}/rgb"})
 
 
+@pytest.mark.parametrize("name", ["a_label", "_label"])
+@pytest.mark.pitfall("F16", "P62")
+def test_labels_among_the_images_do_not_take_bands_away_from_them(place: Path, name: str) -> None:
+    """A glob that is too wide: one grey file would have had all others read as one band, their red."""
+    write_raster(place / "rgb" / f"{name}.tif", noise(0, 1, 64, 80))
+    words = "rgb.: 1.*but .*rgb.: 3|rgb.: 3.*but .*rgb.: 1"
+    with pytest.raises(
+        DataError, match=rf"data\.scenes: .*({words}).*leave out those that are no such images .*labels"
+    ):
+        opened({"rgb": f"{place}/rgb/*.tif"})
+
+
+@pytest.mark.pitfall("F19")
+def test_scenes_of_one_name_are_told_apart_by_their_files(place: Path) -> None:
+    write_raster(place / "deep" / "a.tif", noise(0, 3, 40, 40, "uint16"))
+    with pytest.raises(DataError, match=r"deep/a\.tif has stored types .*, but .*rgb/a\.tif has"):
+        opened([{"rgb": f"{place}/rgb"}, {"rgb": f"{place}/deep"}])
+
+
+@pytest.mark.pitfall("F19")
+def test_a_text_file_that_lists_images_is_told_how_to_write_it(place: Path) -> None:
+    (place / "list.txt").write_text(f"{place}/rgb/a.tif")
+    with pytest.raises(DataError, match=r"list\.txt: .*; a list of files is written into the recipe itself: \[a\.tif"):
+        opened({"rgb": f"{place}/list.txt"})
+    assert len(opened({"rgb": [f"{place}/rgb/a.tif", f"{place}/rgb/b.tif"]}).scenes) == 2
+
+
 @pytest.mark.parametrize("normalize", ["encoder", "dataset"])
 @pytest.mark.pitfall("P62")
 def test_scenes_without_a_valid_pixel_are_refused(tmp_path: Path, normalize: str) -> None:

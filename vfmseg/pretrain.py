@@ -69,10 +69,8 @@ def _train(recipe: PretrainRecipe, sitting: Sitting) -> dict[str, Any]:
         model = build_encoder(recipe, taken)
         say(parameter_lines(model))
         step = Step(model, objectives_of(recipe, taken, model))
-        augment, masking = (
-            augment_of(recipe.train.augment, taken),
-            masking_of(recipe.objectives.mae, model),
-        )
+        augment = augment_of(recipe.train.augment, taken)
+        masking = masking_of(recipe.objectives.mae, model, recipe.data.tile, taken)
         sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking, drawn)}
         probe = probe_of(recipe, model, taken, opened.scenes, traces)
         # asked after the epoch, before it is counted

@@ -242,10 +242,12 @@ def said_by(scenes: Sequence[Scene]) -> dict[str, tuple[BandSaid, ...]]:
     merged = _first_said(scenes)
     for said in (scene.said() for scene in scenes):
         for name, bands in said.items():
-            merged[name] = tuple(
+            both = tuple(
                 one if (one.scale, one.offset) == (two.scale, two.offset) else replace(one, scale=None, offset=None)
                 for one, two in zip(merged[name], bands, strict=False)
             )
+            # a file of fewer bands takes none away from the others: they would be read without them
+            merged[name] = both + merged[name][len(both) :]
     return merged
 
 
@@ -303,7 +305,16 @@ def require_alike(scenes: Sequence[Scene], place: str) -> None:
                 ("stored types", scene.dtypes(), other.dtypes()),
             ):
                 if found[name] != expected[name]:
+                    one, two = _told_apart(scene, other)
                     raise DataError(
-                        f"{place}: {scene.name} has {what} {found}, but {other.name} has {expected}; choose the "
-                        "same bands with data.modalities.NAME.bands, or convert the files to one type"
+                        f"{place}: {one} has {what} {found}, but {two} has {expected}; choose the same bands with "
+                        f"data.modalities.{name}.bands, convert the files to one type, or leave out those that are "
+                        "no such images (masks and labels among them)"
                     )
+
+
+def _told_apart(*scenes: Scene) -> list[str]:
+    """What messages call scenes: their names, or their files where the names are the same."""
+    names = [scene.name for scene in scenes]
+    files = [next(iter(scene.files), scene.name) for scene in scenes]
+    return names if len(set(names)) == len(names) else files

@@ -47,7 +47,8 @@ def joint_of(
     mine = tuple(one for one in inputs if one.name in names)
     scenes = train if section.scenes is None else _others(recipe, train, traces)
     _require_whole_stream(scenes, streams)
-    masking = masking_of(section.mae if mae or (distill and distill.masked) else None, model)
+    masked = section.mae if mae or (distill and distill.masked) else None
+    masking = masking_of(masked, model, recipe.data.tile, mine, f"{PLACE}.mae")
     weights = [source.weight for source in (section.sources() or recipe.data.sources("train")).values()]
     windows = UnlabelledWindows(
         scenes,

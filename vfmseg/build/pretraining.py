@@ -10,7 +10,7 @@ from vfmseg.adapters.attach import ADAPTERS, attach_none
 from vfmseg.build.groups import require_same_groups, tell_groups
 from vfmseg.build.start import start
 from vfmseg.catalog import published_statistics
-from vfmseg.data.inputs import Inputs
+from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.masks import Masking
 from vfmseg.data.statistics import BandStatistics
 from vfmseg.encoders.backbone import Backbone
@@ -120,13 +120,20 @@ HIDES: dict[str, Hides] = {"random": "patches", "block": "patches", "incomplete"
 """{how masks are drawn: what they hide}."""
 
 
-def masking_of(mae: MaeSection | None, model: Encoder) -> Masking | None:
-    """How patches of this encoder are hidden; None if nothing is."""
+def masking_of(
+    mae: MaeSection | None, model: Encoder, tile: int, inputs: Inputs, place: str = "objectives.mae"
+) -> Masking | None:
+    """How patches of this encoder are hidden in windows of tile x tile; None if nothing is.
+
+    RecipeError if that would leave nothing visible; `place`: the section in the recipe.
+    """
     if mae is None:
         return None
     groups = len(model.reference.groups)
     own = None if groups == 1 or mae.groups == "same" else groups
-    return Masking(mae.mask, mae.ratio, model.backbone.patch, mae.inside or 0.6, own)
+    found = Masking(mae.mask, mae.ratio, model.backbone.patch, mae.inside or 0.6, own)
+    found.require(tile, bands_in(inputs), f"{place}.ratio")
+    return found
 
 
 def _teacher(section: PublishedEncoder, inputs: Inputs, place: str) -> Encoder:

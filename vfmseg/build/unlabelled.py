@@ -31,6 +31,9 @@ SURVEYED = 256
 TOLD = 5
 """Scenes that cannot be read, named in full."""
 
+LISTS = (".txt", ".csv", ".lst")
+"""Endings of what people keep lists of files in."""
+
 
 @dataclass(frozen=True)
 class Unlabelled:
@@ -135,7 +138,9 @@ def _require_all(refused: Collection[str], opened: int, place: str) -> None:
     # of each the finding; what to do is the same for all
     named = "; ".join(text.partition("; ")[0] for text in list(refused)[:TOLD])
     more = f"; and {len(refused) - TOLD} more" if len(refused) > TOLD else ""
+    lists = any(text.partition(": ")[0].lower().endswith(LISTS) for text in refused)
+    written = "; a list of files is written into the recipe itself: [a.tif, b.tif]" if lists else ""
     raise DataError(
         f"{place}: {len(refused)} of {len(refused) + opened} scenes cannot be read: {named}{more}; leave them out "
-        "of the patterns, or replace them"
+        f"of the patterns, or replace them{written}"
     )

@@ -7,6 +7,7 @@ draw as one. Every mask hides `hidden_count` patches, so that the visible ones o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,6 +70,17 @@ class Masking:
         pixels = incomplete_mask(mask, self.patch, self.inside, draws)[:height, :width]
         return replace(sample, mask=torch.from_numpy(mask), pixel_mask=torch.from_numpy(np.ascontiguousarray(pixels)))
 
+    def require(self, tile: int, bands: Mapping[str, int], place: str) -> None:
+        """RecipeError if windows of tile x tile pixels of {modality: bands} would be left without anything visible.
+
+        The same as the first sample would meet; `place`: the key of the ratio in the recipe.
+        """
+        if self.kind == "spectral":
+            for name, count in bands.items():
+                hidden_count(self.ratio, count, f"bands of {name}", place)
+        else:
+            hidden_count(self.ratio, (-(-tile // self.patch)) ** 2, "patches of a window", place)
+
     def _bands(self, name: str, image: Image, draws: np.random.Generator) -> torch.Tensor:
         """Bool (C,), of a modality."""
         bands = len(image.pixels)
@@ -76,16 +88,17 @@ class Masking:
         return torch.from_numpy(random_mask(1, bands, count, draws)[0])
 
 
-def hidden_count(ratio: float, total: int, what: str) -> int:
+def hidden_count(ratio: float, total: int, what: str, place: str = "mask ratio") -> int:
     """round(ratio * total), half to even, as Python does; RecipeError where that hides nothing or leaves nothing.
 
-    `what` there is a total of, as messages say it.
+    `what` there is a total of, and `place` where the ratio was given, as messages say it.
     """
     count = round(ratio * total) if math.isfinite(ratio) else -1
     if not 0 < count < total:
+        remedy = f"try {0.5 if total == 2 else 0.75}" if total > 1 else "which takes two or more: hide something else"
         raise RecipeError(
-            f"a mask ratio of {ratio} hides {min(max(count, 0), total)} of the {total} {what}; expected at least one "
-            "hidden and one visible: try 0.75 where there are several"
+            f"{place} = {ratio} hides {min(max(count, 0), total)} of the {total} {what}; expected at least one hidden "
+            f"and one visible, {remedy}"
         )
     return count
 

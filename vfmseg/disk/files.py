@@ -99,8 +99,8 @@ def require_own(target: Path, mark: str) -> None:
         return
     if target.exists():
         raise CheckpointError(
-            f"{target}: exists and is no folder with a {mark}, so it is not replaced; choose another name, or move it "
-            "away"
+            f"{target}: exists and is no folder that holds {mark}, so it is not replaced; choose another name, or "
+            "move it away"
         )
 
 

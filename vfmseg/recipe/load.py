@@ -93,8 +93,26 @@ def _check(
     try:
         return root.model_validate(dict(mapping), context={"base": base.absolute()})
     except ValidationError as error:
+        verb = _meant_for(mapping, root)
+        if verb is not None:
+            raise RecipeError(
+                f"{place}: is a recipe of vfmseg {verb} by its data; expected one of vfmseg "
+                f"{'pretrain' if verb == 'finetune' else 'finetune'}, which has other sections: start it as vfmseg "
+                f"{verb} {place}, or name another recipe"
+            ) from None
         found = lines(error.errors(include_url=False), root, _reduced(mapping), place, set_paths)
         raise RecipeError("\n".join(found)) from None
+
+
+def _meant_for(mapping: Mapping[Any, Any], root: type[Section]) -> str | None:
+    """The command that a recipe is for, if that is another one than whose recipe it was read as."""
+    data = mapping.get("data")
+    names = set(data) if isinstance(data, Mapping) else set()
+    if root is PretrainRecipe and "objectives" not in mapping and {"classes", "train"} <= names:
+        return "finetune"
+    if root is Recipe and "objectives" in mapping and "scenes" in names and "classes" not in names:
+        return "pretrain"
+    return None
 
 
 def _reduced(mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:

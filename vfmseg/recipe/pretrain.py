@@ -10,7 +10,7 @@ from pydantic import Field
 from vfmseg.errors import nearest
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Flag, Name, Number, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import ModalitySection
-from vfmseg.recipe.model import FullAdapter, LoraAdapter, PretrainedEncoder, PublishedSection
+from vfmseg.recipe.model import FullAdapter, LoraAdapter, NewEncoder, PretrainedEncoder, PublishedSection
 from vfmseg.recipe.probe import ProbeSection
 from vfmseg.recipe.run import RunSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
@@ -86,6 +86,8 @@ class ObjectivesSection(Section):
     def _problems(self) -> Iterator[Problem]:
         if self.mae is None and self.distill is None:
             yield Problem("", "names nothing to learn; add mae or distill")
+        elif not any(one.weight for one in (self.mae, self.distill) if one is not None):
+            yield Problem("", "weighs all it names with 0, so that nothing would be learned; give one a weight above 0")
         if self.distill is not None and self.distill.masked and self.mae is None:
             yield Problem("distill.masked", "= true needs objectives.mae, whose masks hide something; add it")
 
@@ -108,6 +110,13 @@ class PretrainRecipe(Section):
     """Folder of the run: encoders, metrics, the resolved recipe."""
 
     def _problems(self) -> Iterator[Problem]:
+        encoder = self.model.encoder
+        if isinstance(encoder, NewEncoder) and encoder.patch > self.data.tile:
+            yield Problem(
+                "model.encoder.patch",
+                f"= {encoder.patch} is larger than data.tile = {self.data.tile}; expected several patches in a window: "
+                "take a smaller patch or a larger tile",
+            )
         for name in self.train.augment.radiometry:
             if name not in self.data.modalities:
                 place = f"train.augment.radiometry.{name}"

@@ -178,11 +178,11 @@ def recipe_of(place: Path, output: Path, **changes: Any) -> Any:
 def test_the_recipe_says_whose_masks_they_are(place: Path, tmp_path: Path, said: str | None, own: int | None) -> None:
     mae = {"decoder": MAE_DECODER, **({} if said is None else {"groups": said})}
     recipe = recipe_of(place, tmp_path / "run", objectives={"mae": mae})
-    masking = masking_of(recipe.objectives.mae, grouped("dinov2"))  # type: ignore[arg-type]
+    masking = masking_of(recipe.objectives.mae, grouped("dinov2"), 32, ())  # type: ignore[arg-type]
     assert masking is not None
     assert masking.groups == own
     ungrouped = encoder_of(backbone_of("dinov2"), 3)
-    assert masking_of(recipe.objectives.mae, ungrouped).groups is None  # type: ignore[union-attr]
+    assert masking_of(recipe.objectives.mae, ungrouped, 32, ()).groups is None  # type: ignore[union-attr]
 
 
 def tuned(place: Path, output: Path, checkpoint: Path, **changes: Any) -> Any:

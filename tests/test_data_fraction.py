@@ -63,9 +63,11 @@ def test_a_tile_shows_its_part_of_the_scene_and_nothing_beyond(place: Path) -> N
     inside = np.zeros((40, 36), dtype=bool)
     inside[4:38, :32] = True
     assert whole.valid.sum() > inside.sum()  # there is something beyond, or this test says nothing
-    assert (found.valid == inside).all() and (found.pixels[:, ~inside] == 0).all()
+    assert (found.valid == inside).all()
+    assert (found.pixels[:, ~inside] == 0).all()
     assert (found.pixels[:, inside] == whole.pixels[:, inside]).all()
-    assert (labels[inside] == truth[inside]).all() and (labels[~inside] == IGNORE).all()
+    assert (labels[inside] == truth[inside]).all()
+    assert (labels[~inside] == IGNORE).all()
     assert part.grid.point(0, 0) == scene.grid.point(33, 35)
 
 

@@ -10,6 +10,7 @@ import torch
 from vfmseg.adapters.attach import attach_full, attach_none
 from vfmseg.data.image import Image
 from vfmseg.data.sample import Batch
+from vfmseg.encoders.backbone import plain_norm
 from vfmseg.encoders.build import build_new_backbone, build_stem
 from vfmseg.errors import RecipeError
 from vfmseg.model import Encoder
@@ -78,8 +79,9 @@ def test_the_student_learns_and_the_teacher_stays() -> None:
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, before[name])
     width = {24}
+    ours = ("projections", "mean", "std")
     assert not [
-        name for name, tensor in step.kept().items() if set(tensor.shape) == width and "projections" not in name
+        name for name, tensor in step.kept().items() if set(tensor.shape) == width and not any(o in name for o in ours)
     ]
     assert {"encoder", "objectives.distill"} == set(step.parts())
 
@@ -190,3 +192,37 @@ def test_what_does_not_fit_is_told() -> None:
         Distillation(encoder(0), encoder(1, layers=(2,)))
     with pytest.raises(RecipeError, match=r"4 px wide, those of the student 8 px; .*upscale = 0.5"):
         Distillation(encoder(0), encoder(1, patch=4))
+
+
+def test_what_all_cells_have_in_common_is_not_learned() -> None:
+    """A teacher most of whose tokens is one constant: the mean answer costs as much as it says nothing."""
+    student, teacher = encoder(0), encoder(1)
+    objective = Distillation(student, teacher)
+    objective.measure([batch(number) for number in range(8)])
+    with torch.no_grad():
+        tokens = torch.cat(
+            [plain_norm(teacher.encode(batch(n).images)["rgb"].maps[1].movedim(1, -1)).flatten(0, 2) for n in range(8)]
+        )
+        torch.testing.assert_close(objective.get_buffer("mean1"), tokens.mean(dim=0))
+        torch.testing.assert_close(objective.get_buffer("std1"), tokens.std(dim=0))
+        # the best constant: zero is the mean of what is to be told, and any direction is off by a right angle
+        for layer in objective.projections:
+            layer.weight.zero_()  # type: ignore[operator]
+            layer.bias.copy_(1e-4 * torch.randn(layer.bias.shape))  # type: ignore[arg-type, operator]
+        assert loss_of(objective, student, batch(9)).item() > 1.0
+    assert {name for name in objective.state_dict() if "mean" in name} == {"mean0", "mean1"}  # a run goes on with them
+
+
+@pytest.mark.pitfall("P64")
+def test_nodata_is_not_measured() -> None:
+    one, objectives = batch(), [Distillation(encoder(0), encoder(1)) for _ in range(2)]
+    for objective, beneath in zip(objectives, (0.0, 50.0), strict=True):
+        images = one.images["rgb"]
+        valid = images.valid.clone()
+        valid[:, :PATCH] = False
+        pixels = torch.where(valid[:, None], images.pixels, beneath)
+        objective.measure([Batch({"rgb": Image(pixels, valid)}, None)])
+    assert torch.equal(objectives[0].get_buffer("std1"), objectives[1].get_buffer("std1"))
+    with torch.no_grad():
+        tokens = objectives[0].teacher.encode({"rgb": Image(pixels, valid)})["rgb"].maps[1].movedim(1, -1)
+    torch.testing.assert_close(objectives[0].get_buffer("mean1"), plain_norm(tokens[:, 1:]).flatten(0, 2).mean(dim=0))

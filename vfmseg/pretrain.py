@@ -47,7 +47,7 @@ def pretrain(
 def _train(recipe: PretrainRecipe, sitting: Sitting) -> dict[str, Any]:
     with sitting.begun(recipe.train.precision, recipe.train.track) as accelerator:
         # torch-based rooms are imported here: a wrong recipe or output folder has been refused long before
-        from vfmseg.build.pretraining import build_encoder, masking_of, objectives_of, statistics_of
+        from vfmseg.build.pretraining import build_encoder, masking_of, measure_targets, objectives_of, statistics_of
         from vfmseg.build.probe import probe_of
         from vfmseg.build.training import augment_of, schedule_of, what_decides
         from vfmseg.build.unlabelled import band_draw_of, open_unlabelled, windows_of
@@ -68,10 +68,12 @@ def _train(recipe: PretrainRecipe, sitting: Sitting) -> dict[str, Any]:
         taken = inputs if drawn is None else drawn.shown()
         model = build_encoder(recipe, taken)
         say(parameter_lines(model))
-        step = Step(model, objectives_of(recipe, taken, model))
+        objectives = objectives_of(recipe, taken, model)
+        step = Step(model, objectives)
         augment = augment_of(recipe.train.augment, taken)
         masking = masking_of(recipe.objectives.mae, model, recipe.data.tile, taken)
         sources = {"unlabelled": windows_of(recipe.data, opened, recipe.seed, augment, masking, drawn)}
+        measure_targets(objectives, sources["unlabelled"])
         probe = probe_of(recipe, model, taken, opened.scenes, traces)
         # asked after the epoch, before it is counted
         validation = validation_of(probe, lambda: loop.state.epoch + 1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from vfmseg.build.data import open_split, require_alike, said_by
-from vfmseg.build.pretraining import HIDES, masking_of, objectives_from
+from vfmseg.build.pretraining import HIDES, masking_of, measure_targets, objectives_from
 from vfmseg.build.training import augment_of
 from vfmseg.build.unlabelled import open_scenes
 from vfmseg.data.checks import require_valid
@@ -64,6 +64,7 @@ def joint_of(
     )
     hides = None if masking is None else HIDES[masking.kind]
     objectives = objectives_from(mae, distill, hides, mine, model, recipe.seed, PLACE)
+    measure_targets(objectives, windows)
     say(f"{PLACE}: {' and '.join(objectives)} beside segmentation, on windows of {len(scenes)} scenes without labels")
     return {STREAM: windows}, objectives
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,7 +12,9 @@ from vfmseg.build.start import start
 from vfmseg.catalog import published_statistics
 from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.masks import Masking
+from vfmseg.data.sample import collate
 from vfmseg.data.statistics import BandStatistics
+from vfmseg.data.windows import Draw
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem, whole_network
 from vfmseg.errors import RecipeError
@@ -20,6 +22,7 @@ from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.recipe.model import NewEncoder, PublishedEncoder
 from vfmseg.recipe.pretrain import DistillSection, MaeSection
+from vfmseg.training.loop import Stream
 from vfmseg.training.objectives.distill import Distillation
 from vfmseg.training.objectives.hidden import Hides
 from vfmseg.training.objectives.mae import MaskedAutoencoder
@@ -114,6 +117,17 @@ def objectives_from(
             teacher = _teacher(distill.teacher, inputs, at)
             found["distill"] = Distillation(model, teacher, distill.weight, hides if distill.masked else None, at)
     return found
+
+
+MEASURED = 64
+"""Windows from which the mean and std of a teacher's channels are taken: 4,000 cells of windows of 112 px."""
+
+
+def measure_targets(objectives: Mapping[str, Objective], windows: Stream) -> None:
+    """Tell a distillation what its teacher says of windows to be learned from; the same ones whenever it is asked."""
+    distill = objectives.get("distill")
+    if isinstance(distill, Distillation):
+        distill.measure(collate([windows[Draw(0, index)]]) for index in range(min(MEASURED, len(windows))))
 
 
 HIDES: dict[str, Hides] = {"random": "patches", "block": "patches", "incomplete": "pixels", "spectral": "bands"}

@@ -212,7 +212,7 @@ def test_what_all_cells_have_in_common_is_not_learned() -> None:
             mean = objective.get_buffer(f"mean{level}") / objective.get_buffer(f"std{level}")
             layer.weight.zero_()  # type: ignore[operator]
             layer.bias.copy_(mean)  # type: ignore[arg-type, operator]
-        assert 1.0 < loss_of(objective, student, batch(9)).item()
+        assert loss_of(objective, student, batch(9)).item() > 1.0
     assert {name for name in objective.state_dict() if "mean" in name} == {"mean0", "mean1"}  # a run goes on with them
 
 

@@ -34,7 +34,8 @@ for place in (HERE, ROOT):
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
 
-from pretraining_steps import LORA_BATCH, SIZES  # noqa: E402
+from pretraining_inpaint import EPOCHS, SAMPLES, lines_of_inpaint, score, train  # noqa: E402
+from pretraining_steps import LORA_BATCH, SIDE, SIZES  # noqa: E402
 
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "pretrain.md"
@@ -164,8 +165,6 @@ def setting() -> dict[str, Any]:
 
 def tables() -> str:
     """All tables that there are results for."""
-    from pretraining_inpaint import lines_of_inpaint
-
     parts = [lines_of_speed(read("speed")), lines_of_own(read("speed")), lines_of_lora(read("lora"))]
     parts.append(lines_of_inpaint(read("inpaint")))
     return "\n\n".join("\n".join(part) for part in map(list, parts) if part)
@@ -239,8 +238,6 @@ def lines_of_own(found: Mapping[str, Any]) -> Iterator[str]:
 
 def tokens(steps: Steps) -> int:
     """Tokens of an image that go through the encoder, the class token too."""
-    from pretraining_steps import SIDE
-
     patches = (SIDE // SIZES[steps["size"]]["patch"]) ** 2
     seen = patches if steps["step"] == "forward" else patches - round(steps.get("ratio", 0.75) * patches)
     return 1 + seen * len(steps.get("groups") or [0])
@@ -298,10 +295,8 @@ def lora(options: argparse.Namespace) -> None:
 
 def inpaint(options: argparse.Namespace) -> None:
     """Train, score and print."""
-    from pretraining_inpaint import lines_of_inpaint, score, train
-
     if options.what == "run":
-        train(options.data, options.work, options.minutes)
+        train(options.data, options.work, options.epochs, options.samples)
     found = score(options.data, options.work) | {"setting": setting()}
     (RESULTS / "pretraining.inpaint.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines_of_inpaint(found)))
@@ -326,7 +321,8 @@ def main() -> None:
     painting.add_argument("what", choices=("run", "score"))
     painting.add_argument("--data", type=lambda text: Path(text).resolve(), required=True)
     painting.add_argument("--work", type=lambda text: Path(text).resolve(), default=Path("runs/inpaint").resolve())
-    painting.add_argument("--minutes", type=float, default=45.0, help="of training")
+    painting.add_argument("--epochs", type=int, default=EPOCHS, help="of a run that is begun")
+    painting.add_argument("--samples", type=int, default=SAMPLES, help="windows of an epoch")
     verbs.add_parser("write")
     options = parser.parse_args()
     verbs_of: dict[str, Callable[[argparse.Namespace], None]] = {

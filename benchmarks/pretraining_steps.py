@@ -162,7 +162,11 @@ def in_the_loop(recipe: Any, model: Any, objectives: Any, sources: dict[str, Any
     from vfmseg.training.step import Step
 
     loop = Loop(
-        connect(recipe.train.precision), Step(model, objectives), sources, schedule_of(recipe), lambda _: Score(None, {})
+        connect(recipe.train.precision),
+        Step(model, objectives),
+        sources,
+        schedule_of(recipe),
+        lambda _: Score(None, {}),
     )
     loop.run(Waits(Turns()))
 

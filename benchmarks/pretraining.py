@@ -1,15 +1,15 @@
 """The tables of docs/pretrain.md, section Speed: a step of ours beside one written by hand, and what MAE rebuilds.
 
-    python benchmarks/pretraining.py speed [--only small] [--rounds 10]   # ours against ViTMAEForPreTraining: 10 minutes
-    python benchmarks/pretraining.py lora VIT_FOLDER                      # ours against transformers + peft: 5 minutes
-    python benchmarks/pretraining.py inpaint run --data DATA_FOLDER       # an hour; goes on where it was stopped
-    python benchmarks/pretraining.py inpaint score --data DATA_FOLDER     # scores what has been trained so far
+    python benchmarks/pretraining.py speed [--only small]              # against ViTMAEForPreTraining: 10 minutes
+    python benchmarks/pretraining.py lora VIT_FOLDER                   # against transformers + peft: 5 minutes
+    python benchmarks/pretraining.py inpaint run --data DATA_FOLDER    # an hour; goes on where it was stopped
+    python benchmarks/pretraining.py inpaint score --data DATA_FOLDER  # scores what has been trained so far
     python benchmarks/pretraining.py write
 
-`speed` and `lora` start two processes that do one step each in turn (A B A B ...), on one thread and with the same heap
-settings, so that what disturbs the machine hits both; the steps are in pretraining_steps.py. Medians of the rounds, with
-lowest and highest. Images/s are of processor time, as other work on the machine would count by the clock; the ratio is
-printed by both. VIT_FOLDER is a Dinov2 folder of transformers (ViT-S/14). `inpaint` is in pretraining_inpaint.py. Each
+`speed` and `lora` start two processes that do one step each in turn (A B B A ...), on one thread and with the same
+heap settings, so that what disturbs the machine hits both; the steps are in pretraining_steps.py. Medians of the rounds,
+with lowest and highest. Images/s are of processor time, as other work on the machine would count by the clock; the ratio
+is printed by both. VIT_FOLDER is a Dinov2 folder of transformers (ViT-S/14). `inpaint` is in pretraining_inpaint.py. Each
 command prints its table and keeps JSON in benchmarks/results/; `write` puts the tables into docs/pretrain.md, below the
 line that says so and above the next heading.
 """
@@ -47,9 +47,9 @@ MAE: dict[str, Any] = {"step": "our mae", "precision": "no"}
 GROUPS = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 AGAINST: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("ViT 256 x 8, patch 14, decoder 192 x 2, batch 32, float32", {"size": "small", "precision": "no"}),
-    "small-bf16": ("the same, bf16", {"size": "small", "precision": "bf16"}),
+    "small-bf16": ("the first, bf16", {"size": "small", "precision": "bf16"}),
     "base": ("ViT-B/16, decoder 512 x 8, batch 4, float32", {"size": "base", "precision": "no"}),
-    "base-bf16": ("the same, bf16", {"size": "base", "precision": "bf16"}),
+    "base-bf16": ("the last, bf16", {"size": "base", "precision": "bf16"}),
 }
 """{row of `speed`: title, and what both sides do}."""
 OWN: dict[str, tuple[str, Steps, Steps]] = {
@@ -99,12 +99,13 @@ def answer(child: subprocess.Popen[str]) -> Any:
     return json.loads(line)
 
 
-def in_turn(one: Steps, two: Steps, rounds: int) -> list[dict[str, Any]]:
-    """Of both: {"clock", "cpu": [seconds of each round], "peak", "before": MiB}."""
+def in_turn(one: Steps, two: Steps, rounds: int) -> list[dict[str, list[float]]]:
+    """Of both: {"clock", "cpu": [seconds of each round], "peak", "before": [MiB]}."""
     children = [start(steps) for steps in (one, two)]
-    found: list[dict[str, Any]] = [{"clock": [], "cpu": []} for _ in children]
+    found: list[dict[str, list[float]]] = [{"clock": [], "cpu": []} for _ in children]
     for turn in range(rounds):
-        for child, mine in zip(children, found, strict=True):
+        pairs = list(zip(children, found, strict=True))
+        for child, mine in reversed(pairs) if turn % 2 else pairs:
             assert child.stdin is not None
             child.stdin.write("\n")
             child.stdin.flush()
@@ -115,7 +116,7 @@ def in_turn(one: Steps, two: Steps, rounds: int) -> list[dict[str, Any]]:
     for child, mine in zip(children, found, strict=True):
         assert child.stdin is not None
         child.stdin.close()
-        mine.update({key: round(value) for key, value in answer(child).items()})
+        mine.update({key: [round(value)] for key, value in answer(child).items()})
         child.wait()
     return found
 
@@ -138,15 +139,22 @@ def rows_of_lora(vit: str) -> dict[str, tuple[Steps, Steps, int]]:
     }  # fmt: skip
 
 
-def measure(target: Path, rows: Mapping[str, tuple[Steps, Steps, int]], only: Sequence[str], rounds: int) -> None:
-    """Measure rows and keep them; what of them was measured before with other versions is replaced one by one."""
+def measure(
+    target: Path, rows: Mapping[str, tuple[Steps, Steps, int]], only: Sequence[str], pairs: int, rounds: int
+) -> None:
+    """Measure rows by some pairs of processes, and keep them; what was kept of a row before is replaced."""
     kept = json.loads(target.read_text()) if target.is_file() else {}
     for name, (one, two, batch) in rows.items():
         if only and name not in only:
             continue
         print(f"{name}:", file=sys.stderr, flush=True)
-        ours, theirs = in_turn(one, two, rounds)
-        kept[name] = {"one": ours, "two": theirs, "batch": batch, "setting": setting()}
+        ours: dict[str, list[float]] = {}
+        theirs: dict[str, list[float]] = {}
+        for _ in range(pairs):
+            for mine, found in zip((ours, theirs), in_turn(one, two, rounds), strict=True):
+                for key, values in found.items():
+                    mine.setdefault(key, []).extend(values)
+        kept[name] = {"one": ours, "two": theirs, "batch": batch, "pairs": pairs, "setting": setting()}
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
@@ -191,8 +199,14 @@ def compared(title: str, row: Mapping[str, Any]) -> str:
     rates = [spread([row["batch"] / seconds for seconds in row[who]["cpu"]], 2) for who in ("one", "two")]
     return (
         f"| {title} | {rates[0]} | {rates[1]} | {spread(ratios(row, 'cpu'), 3)} | "
-        f"{statistics.median(ratios(row, 'clock')):.3f} | {row['one']['peak']:,} | {row['two']['peak']:,} |"
+        f"{statistics.median(ratios(row, 'clock')):.3f} | {mib(row['one'])} | {mib(row['two'])} |"
     )
+
+
+def mib(of: Mapping[str, Any]) -> str:
+    """Peak memory in MiB: median (least to most)."""
+    peaks = of["peak"]
+    return f"{statistics.median(peaks):,.0f}" + (f" ({min(peaks):,} to {max(peaks):,})" if len(peaks) > 1 else "")
 
 
 HEAD = [
@@ -224,7 +238,7 @@ def lines_of_own(found: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"Ours (ViT 256 x 8, patch 14, 224 px, batch 32, float32); {about(found[next(iter(rows))])}:"
     yield ""
-    yield "| | images/s | images/s of the other | time over the other's | tokens of the encoder over the other's | peak MiB | other |"
+    yield "| | images/s | other | time over the other's | encoder tokens over the other's | peak MiB | other |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
     for name, title in rows.items():
         row = found[name]
@@ -232,7 +246,7 @@ def lines_of_own(found: Mapping[str, Any]) -> Iterator[str]:
         _, left, right = OWN[name]
         yield (
             f"| {title} | {one} | {two} | {spread(ratios(row, 'cpu'), 2)} | {tokens(left) / tokens(right):.2f} | "
-            f"{row['one']['peak']:,} | {row['two']['peak']:,} |"
+            f"{mib(row['one'])} | {mib(row['two'])} |"
         )
 
 
@@ -263,7 +277,7 @@ def about(row: Mapping[str, Any]) -> str:
     """Rounds, machine and versions of a row."""
     of = row["setting"]
     return (
-        f"{len(row['one']['cpu'])} steps of each in turn; {of['machine']}, Python {of['python']}, torch {of['torch']}, "
+        f"{len(row['one']['cpu'])} steps of each in turn, by {row['pairs']} pairs of processes; {of['machine']}, Python {of['python']}, torch {of['torch']}, "
         f"transformers {of['transformers']}, peft {of['peft']}"
     )
 
@@ -283,13 +297,13 @@ def page() -> str:
 
 def speed(options: argparse.Namespace) -> None:
     """Measure and print."""
-    measure(RESULTS / "pretraining.speed.json", rows_of_speed(), options.only, options.rounds)
+    measure(RESULTS / "pretraining.speed.json", rows_of_speed(), options.only, options.pairs, options.rounds)
     print("\n".join([*lines_of_speed(read("speed")), "", *lines_of_own(read("speed"))]))
 
 
 def lora(options: argparse.Namespace) -> None:
     """Measure and print."""
-    measure(RESULTS / "pretraining.lora.json", rows_of_lora(options.vit), options.only, options.rounds)
+    measure(RESULTS / "pretraining.lora.json", rows_of_lora(options.vit), options.only, options.pairs, options.rounds)
     print("\n".join(lines_of_lora(read("lora"))))
 
 
@@ -316,7 +330,8 @@ def main() -> None:
         if verb == "lora":
             one.add_argument("vit", type=lambda text: str(Path(text).resolve()), help="folder of the ViT-S/14")
         one.add_argument("--only", nargs="+", default=[], choices=names)
-        one.add_argument("--rounds", type=int, default=10)
+        one.add_argument("--pairs", type=int, default=3, help="of processes, one after the other")
+        one.add_argument("--rounds", type=int, default=5, help="steps of each process that are measured")
     painting = verbs.add_parser("inpaint")
     painting.add_argument("what", choices=("run", "score"))
     painting.add_argument("--data", type=lambda text: Path(text).resolve(), required=True)

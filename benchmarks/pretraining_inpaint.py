@@ -1,9 +1,9 @@
 """What MAE rebuilds of imagery of other places than it has learned from, beside what needs no learning.
 
 A small ViT learns by `vfmseg pretrain` from open imagery with `normalise: none`, so that its decoder tells pixels. Then
-windows of unseen places are masked as in training, and the error is taken over the hidden pixels: the mean of the bands'
-squared errors, each in units of the variance of that band over the windows of the place, so that 1 is the error of the
-place's mean colour. Three seeds of masks; the encoder is of one.
+windows of unseen places are masked as in training, and the error is taken over the hidden pixels: of each band the mean
+squared error over the variance of that band in the windows of the place, so that 1 is the error of the place's mean
+colour. Three seeds of masks; the encoder is of one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import numpy as np
 
 TILE, PATCH, RATIO = 112, 8, 0.75
 SEEDS = (0, 1, 2)
-EPOCHS, SAMPLES = 30, 2048
+WIDTH, DEPTH, HEADS = 192, 6, 3
+EPOCHS, SAMPLES = 24, 2048
 WINDOWS = 128
 """Of a place, at most, evenly among all that are whole."""
-BATCH = 32
+BATCH = 16
 
 LEARNED: list[tuple[int, list[str]]] = [
     (4, ["dubai_train_scenes", "oam_manila", "oam_nairobi", "oam_zanzibar", "odm_boruszyn"]),
@@ -39,7 +40,7 @@ UNSEEN = {
     "Teakettle, conifers, 0.1 m": "open_imagery/neon_teak",
     "India, Sentinel-2, 10 m": "open_imagery/sentinel2_india",
 }
-"""{place: its folder}; none is a folder, or of a place, that is learned from, but that the Emirates have other scenes."""
+"""{place: its folder}; nothing of these places is learned from, but of the Emirates other scenes."""
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -55,7 +56,7 @@ def recipe_of(data: Path, work: Path, epochs: int, samples: int) -> dict[str, An
         "name": "inpaint",
         "data": {"modalities": {"rgb": {"bands": [1, 2, 3]}}, "scenes": scenes, "tile": TILE, "scale": [0.7, 2.0],
                  "samples_per_epoch": samples},
-        "model": {"encoder": {"name": "new", "patch": PATCH, "width": 256, "depth": 8, "heads": 4}},
+        "model": {"encoder": {"name": "new", "patch": PATCH, "width": WIDTH, "depth": DEPTH, "heads": HEADS}},
         "objectives": {"mae": {"ratio": RATIO, "normalise": "none"}},
         "train": {"epochs": epochs, "batch_size": BATCH, "optimizer": {"lr": 1.0e-3}},
         "pictures": 4,
@@ -120,7 +121,7 @@ def windows_of(folder: Path) -> np.ndarray:
     for scene in open_scenes(section):
         for top in range(0, scene.grid.height - TILE + 1, TILE):
             for left in range(0, scene.grid.width - TILE + 1, TILE):
-                chip = scene.read(Window(left, top, TILE, TILE))["rgb"]
+                chip = scene.read(Window(top, left, TILE, TILE))["rgb"]
                 if chip.valid.all():
                     found.append(np.asarray(chip.pixels, dtype=np.float32))
     chosen = np.linspace(0, len(found) - 1, min(WINDOWS, len(found))).round().astype(int)
@@ -253,7 +254,7 @@ def lines_of_inpaint(found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"What is rebuilt of unseen places: squared error of the hidden pixels over the variance of the place, mean of "
         f"the bands; {found['ratio']:.0%} of the {PATCH}-px patches of {TILE}-px windows hidden, masks of the seeds "
-        f"{', '.join(map(str, found['seeds']))} (mean ± their standard deviation). The ViT (256 x 8) has seen "
+        f"{', '.join(map(str, found['seeds']))} (mean ± their standard deviation). The ViT ({WIDTH} x {DEPTH}) has seen "
         f"{of['samples']:,} windows of other places in {of['minutes']:g} minutes ({of['epochs']} of {of['of']} epochs, "
         f"seed {of['seed']}); {setting['machine']}, torch {setting['torch']}:"
     )

@@ -1,9 +1,10 @@
 """The steps that `pretraining.py` measures, and the process in which one kind of them waits for its turns.
 
-Ours are those of `vfmseg pretrain` and `vfmseg finetune`: parts from a recipe, in the one loop. Theirs are what somebody
-would write by hand, with the same batch, mask ratio, AdamW, clipping of gradients and reading of the loss. Images lie in
-memory. This process says "ready" after some steps that warm up; of each line that it is told it does one step and
-answers with its seconds, by the clock and of the processor; where nothing more comes it ends with its memory.
+Ours are those of `vfmseg pretrain` and `vfmseg finetune`: parts from a recipe, in the one loop. Theirs are what
+somebody would write by hand, with the same batch, mask ratio, AdamW, clipping of gradients and reading of the loss.
+Images lie in memory; ours are stacked to a batch in each step, as the loop does it, theirs are cut from one tensor. This
+process says "ready" after some steps that warm up; of each line that it is told it does one step and answers with its
+seconds, by the clock and of the processor; where nothing more comes it ends with its memory.
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ def our_lora(of: Mapping[str, Any]) -> None:
             },
             "model": {
                 "encoder": {"name": "dinov2", "checkpoint": of["vit"], "layers": list(LAYERS)},
-                "adapter": {"name": "lora", "rank": 8, "alpha": 16.0, "targets": ["q", "v"]}, "decoder": {"name": "fpn"},
+                "adapter": {"name": "lora", "rank": 8, "alpha": 16.0, "targets": ["q", "v"]},
+                "decoder": {"name": "fpn"},
             },
             "train": {"epochs": 1, "batch_size": LORA_BATCH, "precision": of["precision"]},
             "output_dir": "run",

@@ -99,12 +99,18 @@ class Stem(NormalisedBands):
         if self.upscale != 1:
             size = [self._enlarged(side) for side in pixels.shape[-2:]]
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=self.upscale < 1)
-        bottom, right = (-side % self.patch for side in pixels.shape[-2:])
-        return F.pad(pixels, (0, right, 0, bottom))
+        return padded(pixels, self.patch)
 
     def _enlarged(self, side: int) -> int:
         """Pixels of a side after `upscale`."""
         return max(1, round(side * self.upscale))
+
+
+def padded(pixels: Tensor, patch: int) -> Tensor:
+    """(..., H, W), zero or False beyond the right and bottom edge up to whole patches; where none is cut, the same."""
+    bottom, right = (-side % patch for side in pixels.shape[-2:])
+    # a pad of nothing would be a copy
+    return F.pad(pixels, (0, right, 0, bottom)) if bottom or right else pixels
 
 
 class ThreeBands(nn.Module):

@@ -7,11 +7,11 @@
     python benchmarks/pretraining.py write
 
 `speed` and `lora` start two processes that do one step each in turn (A B B A ...), on one thread and with the same
-heap settings, so that what disturbs the machine hits both; the steps are in pretraining_steps.py. Medians of the rounds,
-with lowest and highest. Images/s are of processor time, as other work on the machine would count by the clock; the ratio
-is printed by both. VIT_FOLDER is a Dinov2 folder of transformers (ViT-S/14). `inpaint` is in pretraining_inpaint.py. Each
-command prints its table and keeps JSON in benchmarks/results/; `write` puts the tables into docs/pretrain.md, below the
-line that says so and above the next heading.
+heap settings, so that what disturbs the machine hits both; the steps are in pretraining_steps.py. Medians of the
+rounds, with lowest and highest. Images/s are of processor time, as other work on the machine would count by the clock;
+the ratio is printed by both. VIT_FOLDER is a Dinov2 folder of transformers (ViT-S/14). `inpaint` is in
+pretraining_inpaint.py. Each command prints its table and keeps JSON in benchmarks/results/; `write` puts the tables
+into docs/pretrain.md, below the line that says so and above the next heading.
 """
 
 from __future__ import annotations
@@ -275,10 +275,11 @@ def lines_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
 
 def about(row: Mapping[str, Any]) -> str:
     """Rounds, machine and versions of a row."""
-    of = row["setting"]
+    of, pairs = row["setting"], row["pairs"]
     return (
-        f"{len(row['one']['cpu'])} steps of each in turn, by {row['pairs']} pairs of processes; {of['machine']}, Python {of['python']}, torch {of['torch']}, "
-        f"transformers {of['transformers']}, peft {of['peft']}"
+        f"{len(row['one']['cpu'])} steps of each in turn, by {pairs} pair{'s' * (pairs > 1)} of processes; "
+        f"{of['machine']}, Python {of['python']}, torch {of['torch']}, transformers {of['transformers']}, peft "
+        f"{of['peft']}"
     )
 
 

@@ -254,7 +254,7 @@ def lines_of_inpaint(found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"What is rebuilt of unseen places: squared error of the hidden pixels over the variance of the place, mean of "
         f"the bands; {found['ratio']:.0%} of the {PATCH}-px patches of {TILE}-px windows hidden, masks of the seeds "
-        f"{', '.join(map(str, found['seeds']))} (mean ± their standard deviation). The ViT ({WIDTH} x {DEPTH}) has seen "
+        f"{', '.join(map(str, found['seeds']))} (mean ± their standard deviation). A ViT ({WIDTH} x {DEPTH}) has seen "
         f"{of['samples']:,} windows of other places in {of['minutes']:g} minutes ({of['epochs']} of {of['of']} epochs, "
         f"seed {of['seed']}); {setting['machine']}, torch {setting['torch']}:"
     )

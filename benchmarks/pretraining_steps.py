@@ -2,9 +2,9 @@
 
 Ours are those of `vfmseg pretrain` and `vfmseg finetune`: parts from a recipe, in the one loop. Theirs are what
 somebody would write by hand, with the same batch, mask ratio, AdamW, clipping of gradients and reading of the loss.
-Images lie in memory; ours are stacked to a batch in each step, as the loop does it, theirs are cut from one tensor. This
-process says "ready" after some steps that warm up; of each line that it is told it does one step and answers with its
-seconds, by the clock and of the processor; where nothing more comes it ends with its memory.
+Images lie in memory; ours are stacked to a batch in each step, as the loop does it, theirs are cut from one tensor.
+This process says "ready" after some steps that warm up; of each line that it is told it does one step and answers with
+its seconds, by the clock and of the processor; where nothing more comes it ends with its memory.
 """
 
 from __future__ import annotations

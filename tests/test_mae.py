@@ -80,7 +80,8 @@ def test_a_prediction_is_of_all_that_is_visible_of_its_own_image_and_of_nothing_
     for image in batch.images.values():
         image.pixels.requires_grad_(True)
     hidden = hidden_in(batch, objective.hides, model.backbone.patch)
-    (told,) = objective._predicted(model, batch.images, hidden).values()  # type: ignore[arg-type]
+    pixels = objective._pixels(model, batch.images)  # type: ignore[arg-type]
+    ((told,),) = objective._predicted(model, batch.images, pixels, hidden).values()  # type: ignore[arg-type]
     (told[0] * torch.randn(told.shape[1:])).sum().backward()
     grown = torch.stack([image.pixels.grad.abs()[:, 0] for image in batch.images.values()]).sum(dim=0)  # type: ignore[union-attr]
     unseen = hidden_pixels(batch, model.backbone.patch)

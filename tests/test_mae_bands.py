@@ -81,7 +81,9 @@ def test_what_is_hidden_is_exactly_zero_and_all_else_as_the_stem_normalises_it()
         masking = Masking(kind, 0.5, 14)  # type: ignore[arg-type]
         valid = torch.ones(50, 50, dtype=torch.bool)
         batch = collate([masking(Sample({"cube": Image(image, valid)}, None), draws) for image in images])
-        given = stem.normalised(hidden_in(batch, hides, 14).covered(batch.images, stem))  # type: ignore[arg-type]
+        found = hidden_in(batch, hides, 14)  # type: ignore[arg-type]
+        covered = found.covered(batch.images, stem)
+        given = stem.normalised(covered)
         if hides == "bands":
             hidden = batch.band_mask["cube"][..., None, None]
         elif hides == "pixels":
@@ -91,6 +93,9 @@ def test_what_is_hidden_is_exactly_zero_and_all_else_as_the_stem_normalises_it()
             hidden = batch.mask.repeat_interleave(14, 1).repeat_interleave(14, 2)[:, None, :50, :50]
         assert 0 < hidden.float().mean() < 1
         assert torch.equal(given, torch.where(hidden, 0.0, normal))
+        # the same from what the stem has made of whole images
+        again = found.covered_in(stem, normal, stem.valid(batch.images))
+        assert all(torch.equal(a, b) for a, b in zip(again, (given, stem.valid(covered)), strict=True))
 
 
 @pytest.mark.pitfall("P53", "C8", "K22")

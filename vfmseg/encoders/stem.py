@@ -35,16 +35,21 @@ class NormalisedBands(nn.Module):
         In float32, and then in the type of `mean`: half precision could not hold raw 16-bit values.
         """
         mine = [images[name] for name in self.modalities]
-        stacked = torch.cat([image.pixels for image in mine], dim=1)
-        masks = [image.valid[:, None].expand(-1, image.pixels.shape[1], -1, -1) for image in mine]
-        scaled = (stacked.float() - self.mean.float()[:, None, None]) / self.std.float()[:, None, None]
-        return torch.where(torch.cat(masks, dim=1), scaled, 0.0).to(self.mean.dtype)
+        stacked = _stacked([image.pixels for image in mine])
+        valid = _stacked([image.valid[:, None].expand(-1, image.pixels.shape[1], -1, -1) for image in mine])
+        scaled = (stacked.float() - self.mean.float()[:, None, None]).div_(self.std.float()[:, None, None])
+        return torch.where(valid, scaled, 0.0).to(self.mean.dtype)
 
     def valid(self, images: Images) -> Tensor:
         """{modality: image} -> (B, 1, H, W): 1 where all of its modalities are valid, else 0."""
         mine = {name: images[name] for name in self.modalities}
         valid: Tensor = known(mine, "all")[:, None].to(self.mean.dtype)
         return valid
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """(B, C_i, H, W) of several modalities as channels of one; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 class Stem(NormalisedBands):
@@ -77,10 +82,12 @@ class Stem(NormalisedBands):
 
     def forward(self, images: Images) -> tuple[Tensor, Tensor | None, Tensor]:
         """{modality: image of (B, C, H, W) pixels in image units} -> pixels, what to add to tokens, valid share."""
-        pixels = self._fitted(self.normalised(images))
-        valid = self._fitted(self.valid(images))[:, 0]
-        rgb, extra = self.mix(pixels)
-        return rgb, extra, valid
+        return self.entered(self.normalised(images), self.valid(images))
+
+    def entered(self, normalised: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The same of what `normalised` and `valid` have made, for who has it already."""
+        rgb, extra = self.mix(self._fitted(normalised))
+        return rgb, extra, self._fitted(valid)[:, 0]
 
     def cells(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of height x width pixels; the last ones may reach beyond it."""
@@ -92,12 +99,18 @@ class Stem(NormalisedBands):
         if self.upscale != 1:
             size = [self._enlarged(side) for side in pixels.shape[-2:]]
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=self.upscale < 1)
-        bottom, right = (-side % self.patch for side in pixels.shape[-2:])
-        return F.pad(pixels, (0, right, 0, bottom))
+        return padded(pixels, self.patch)
 
     def _enlarged(self, side: int) -> int:
         """Pixels of a side after `upscale`."""
         return max(1, round(side * self.upscale))
+
+
+def padded(pixels: Tensor, patch: int) -> Tensor:
+    """(..., H, W), zero or False beyond the right and bottom edge up to whole patches; where none is cut, the same."""
+    bottom, right = (-side % patch for side in pixels.shape[-2:])
+    # a pad of nothing would be a copy
+    return F.pad(pixels, (0, right, 0, bottom)) if bottom or right else pixels
 
 
 class ThreeBands(nn.Module):

@@ -48,6 +48,15 @@ class Hidden:
             found[name] = Image(torch.where(hidden, mean, found[name].pixels), found[name].valid)
         return found
 
+    def covered_in(self, stem: Stem, normalised: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """What a stem makes of `covered` images, from what it has made of them whole.
+
+        `normalised` (B, C, h, w) and `valid` (B, 1, h, w) are `Stem.normalised` and `Stem.valid` of the images.
+        """
+        if self.pixels is not None and self.pixels.shape[1] == 1:
+            valid = torch.where(self.pixels, 0.0, valid)
+        return torch.where(self.in_bands(stem), 0.0, normalised), valid
+
     def in_bands(self, stem: Stem) -> Tensor:
         """Bool (B, 1 or C, h or 1, w or 1): what of a stem's bands is hidden."""
         if self.pixels is None:

@@ -104,10 +104,10 @@ class MaskedAutoencoder(nn.Module):
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """`pixels`: the mean squared errors of the patches, each over what is hidden of it, added up."""
         network, images = cast(Pretrained, model), self._images(batch)
-        hidden = hidden_in(batch, self.hides, self.patch, self.groups)
+        hidden, pixels = hidden_in(batch, self.hides, self.patch, self.groups), self._pixels(network, images)
         sums = []
-        for name, told in self._predicted(network, images, hidden).items():
-            patches, whole = self._pixels(network, images, name), self._whole(images, name)
+        for name, told in self._predicted(network, images, pixels, hidden).items():
+            patches, whole = to_patches(pixels[name].float(), self.patch), self._whole(images, name)
             inside = hidden.inside(self.modalities[name], self.patch)
             for predicted, asked, bands in self._of_groups(name, told, hidden, patches.shape[1]):
                 target = chosen(patches, asked)[..., bands]
@@ -132,11 +132,12 @@ class MaskedAutoencoder(nn.Module):
         is for pictures, not for scores.
         """
         network, images = cast(Pretrained, model), self._images(batch)
-        hidden = hidden_in(batch, self.hides, self.patch, self.groups)
+        hidden, pixels = hidden_in(batch, self.hides, self.patch, self.groups), self._pixels(network, images)
         height, width = next(iter(images.values())).valid.shape[-2:]
         found = {}
-        for name, told in self._predicted(network, images, hidden).items():
-            patches, inside = self._pixels(network, images, name), hidden.inside(self.modalities[name], self.patch)
+        for name, told in self._predicted(network, images, pixels, hidden).items():
+            patches = to_patches(pixels[name].float(), self.patch)
+            inside = hidden.inside(self.modalities[name], self.patch)
             for predicted, asked, bands in self._of_groups(name, told, hidden, patches.shape[1]):
                 true = chosen(patches, asked)[..., bands]
                 mean, spread = moments(true, self.normalise)
@@ -160,14 +161,20 @@ class MaskedAutoencoder(nn.Module):
         for number, bands in enumerate(self.bands[name]):
             yield told[number], asked[number] - number * count, bands
 
-    def _predicted(self, network: Pretrained, images: Images, hidden: Hidden) -> dict[str, list[Tensor]]:
-        """{stream: of each group of bands float32 (B, H, patch * patch, C)}: the patches that are asked for."""
+    def _pixels(self, network: Pretrained, images: Images) -> dict[str, Tensor]:
+        """{stream: (B, C, h, w)}: what its stem normalises, whole, of the streams that are there."""
         names = [name for name, bands in self.modalities.items() if set(bands) <= set(images)]
         if not names:
             needed = " or ".join(" + ".join(bands) for bands in self.modalities.values())
             raise DataError(f"the images are of {', '.join(images) or 'nothing'}; expected those of {needed}")
-        kept, asked = (numbers.repeat(len(names), 1) for numbers in (hidden.kept, hidden.asked))
-        tokens, rows = self._embedded(network, names, images, hidden)
+        return {name: cast(Stem, network.stem(name)).normalised(images) for name in names}
+
+    def _predicted(
+        self, network: Pretrained, images: Images, pixels: Mapping[str, Tensor], hidden: Hidden
+    ) -> dict[str, list[Tensor]]:
+        """{stream: of each group of bands float32 (B, H, patch * patch, C)}: the patches that are asked for."""
+        kept, asked = (numbers.repeat(len(pixels), 1) for numbers in (hidden.kept, hidden.asked))
+        tokens, rows = self._embedded(network, images, pixels, hidden)
         if self.visible_only:
             tokens = tokens.only(kept)
         tokens = last_tokens(network.backbone, network.attached, tokens, rows, network.training)
@@ -175,13 +182,13 @@ class MaskedAutoencoder(nn.Module):
         return {name: [one.unflatten(2, (self.patch**2, -1)).float() for one in of] for name, of in told.items()}
 
     def _embedded(
-        self, network: Pretrained, names: list[str], images: Images, hidden: Hidden
+        self, network: Pretrained, images: Images, pixels: Mapping[str, Tensor], hidden: Hidden
     ) -> tuple[Tokens, StreamRows]:
-        """Tokens before the first block, of all these streams as one batch, and whose rows are whose."""
+        """Tokens before the first block, of all streams of `pixels` as one batch, and whose rows are whose."""
         born: dict[str, Tokens] = {}
-        for name in names:
+        for name, whole in pixels.items():
             stem = cast(Stem, network.stem(name))
-            rgb, extra, valid = stem(hidden.covered(images, stem))
+            rgb, extra, valid = stem.entered(*hidden.covered_in(stem, whole, stem.valid(images)))
             if self.mask_token is not None:  # the pixels there are zero, so the token stands for the patch
                 token = self.mask_token.new_zeros(len(rgb), hidden.kept.shape[1] + hidden.asked.shape[1], 1)
                 token = token.scatter(1, hidden.asked[..., None], 1.0) * self.mask_token
@@ -189,14 +196,10 @@ class MaskedAutoencoder(nn.Module):
             born[name] = network.backbone.embed(rgb, extra, valid)
         return joined(born)
 
-    def _pixels(self, network: Pretrained, images: Images, name: str) -> Tensor:
-        """float32 (B, N, patch * patch, C): what a stream's stem normalises, whole."""
-        return to_patches(cast(Stem, network.stem(name)).normalised(images).float(), self.patch)
-
     def _whole(self, images: Images, name: str) -> Tensor:
         """Bool (B, N): patches of which every pixel is valid in all modalities of the stream."""
         valid = known({modality: images[modality] for modality in self.modalities[name]}, "all")
-        return to_patches(valid[:, None], self.patch).all(dim=3).all(dim=2)
+        return to_patches(valid[:, None], self.patch).flatten(2).all(dim=2)
 
 
 def _number_of(groups: Mapping[str, Groups], hides: Hides) -> int:

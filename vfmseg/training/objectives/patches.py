@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from vfmseg.encoders.stem import padded
 
 Normalise = Literal["patch", "band"]
 """What of a target gets zero mean and unit variance: a patch, as MAE does, or each band of a patch by itself."""
@@ -19,8 +20,7 @@ def to_patches(pixels: Tensor, patch: int) -> Tensor:
 
     What reaches beyond the right and bottom edge is zero, or False, as in a `Stem`.
     """
-    bottom, right = (-side % patch for side in pixels.shape[-2:])
-    pixels = F.pad(pixels, (0, right, 0, bottom))
+    pixels = padded(pixels, patch)
     shape = (*pixels.shape[:2], pixels.shape[2] // patch, patch, pixels.shape[3] // patch, patch)
     return pixels.reshape(shape).permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 

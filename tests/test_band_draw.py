@@ -60,7 +60,8 @@ def windows(place: Path, tmp_path: Path, seed: int = 0) -> UnlabelledWindows:
     opened = open_unlabelled(recipe.data, statistics_of(recipe))
     drawn = band_draw_of(recipe.data, opened.inputs)
     encoder = encoder_of(tiny("dinov2").backbone, 3)
-    return windows_of(recipe.data, opened, seed, None, masking_of(recipe.objectives.mae, encoder), drawn)
+    masking = masking_of(recipe.objectives.mae, encoder, recipe.data.tile, drawn.shown() if drawn else opened.inputs)
+    return windows_of(recipe.data, opened, seed, None, masking, drawn)
 
 
 @pytest.mark.pitfall("C26", "K17")

@@ -23,7 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -217,18 +217,20 @@ HEAD = [
 
 def lines_of_speed(found: Mapping[str, Any]) -> Iterator[str]:
     """MAE against transformers'."""
-    rows = {name: title for name, (title, _) in AGAINST.items() if name in found}
-    if not rows:
-        return
-    first = found[next(iter(rows))]
-    yield (
-        f"A step of masked pretraining at 224 px and `ratio: 0.75` against transformers' `ViTMAEForPreTraining` in a "
-        f"plain loop; {about(first)}:"
+    yield from beside(
+        "A step of masked pretraining at 224 px and `ratio: 0.75` against transformers' `ViTMAEForPreTraining` in a "
+        "plain loop",
+        {name: title for name, (title, _) in AGAINST.items()},
+        found,
     )
-    yield ""
-    yield from HEAD
-    for name, title in rows.items():
-        yield compared(title, found[name])
+
+
+def beside(what: str, titles: Mapping[str, str], found: Mapping[str, Any]) -> Iterator[str]:
+    """The table of what is measured beside something written by hand; nothing if no row was measured."""
+    rows = {title: found[name] for name, title in titles.items() if name in found}
+    if rows:
+        yield from (f"{what}; {about(rows.values())}:", "", *HEAD)
+        yield from (compared(title, row) for title, row in rows.items())
 
 
 def lines_of_own(found: Mapping[str, Any]) -> Iterator[str]:
@@ -236,7 +238,7 @@ def lines_of_own(found: Mapping[str, Any]) -> Iterator[str]:
     rows = {name: title for name, (title, _, _) in OWN.items() if name in found}
     if not rows:
         return
-    yield f"Ours (ViT 256 x 8, patch 14, 224 px, batch 32, float32); {about(found[next(iter(rows))])}:"
+    yield f"Ours (ViT 256 x 8, patch 14, 224 px, batch 32, float32); {about([found[name] for name in rows])}:"
     yield ""
     yield "| | images/s | other | time over the other's | encoder tokens over the other's | peak MiB | other |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
@@ -259,28 +261,26 @@ def tokens(steps: Steps) -> int:
 
 def lines_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
     """Fine-tuning against transformers and peft."""
-    rows = {name: title for name, (title, _) in LORA.items() if name in found}
-    if not rows:
-        return
-    yield (
+    yield from beside(
         f"A step of fine-tuning (ViT-S/14, LoRA of rank 8 on q and v, `fpn`, cross-entropy + Dice, 224 px, batch "
-        f"{LORA_BATCH}) against a plain loop of transformers + peft with the same decoder and loss; "
-        f"{about(found[next(iter(rows))])}:"
+        f"{LORA_BATCH}) against a plain loop of transformers + peft with the same decoder and loss",
+        {name: title for name, (title, _) in LORA.items()},
+        found,
     )
-    yield ""
-    yield from HEAD
-    for name, title in rows.items():
-        yield compared(title, found[name])
 
 
-def about(row: Mapping[str, Any]) -> str:
-    """Rounds, machine and versions of a row."""
-    of, pairs = row["setting"], row["pairs"]
-    return (
-        f"{len(row['one']['cpu'])} steps of each in turn, by {pairs} pair{'s' * (pairs > 1)} of processes; "
-        f"{of['machine']}, Python {of['python']}, torch {of['torch']}, transformers {of['transformers']}, peft "
-        f"{of['peft']}"
-    )
+def about(rows: Collection[Mapping[str, Any]]) -> str:
+    """Rounds, machine and versions of the rows of a table; each that there is where rows differ."""
+    counts = sorted({(len(row["one"]["cpu"]), row["pairs"]) for row in rows})
+    told = [
+        f"{steps} steps of each in turn, by {pairs} pair{'s' * (pairs > 1)} of processes" for steps, pairs in counts
+    ]
+    of = [
+        f"{one['machine']}, Python {one['python']}, torch {one['torch']}, transformers {one['transformers']}, peft "
+        f"{one['peft']}"
+        for one in (row["setting"] for row in rows)
+    ]
+    return f"{' or '.join(told)}; {' or '.join(dict.fromkeys(of))}"
 
 
 def page() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +34,8 @@ from vfmseg.recipe import PretrainRecipe, Recipe, load_pretrain_recipe, load_rec
 if TYPE_CHECKING:
     from vfmseg.training.loop import RunState
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
 
 
 def write_raster(
@@ -232,6 +235,18 @@ def in_two_sittings(recipe: Any, after: int = 1, run: Callable[..., Any] | None 
         (run or finetune)(recipe, resume=True)
     # a run that began anew would end alike
     assert later == list(range(after + 1, recipe.train.epochs + 1))
+
+
+def on_two_processes(script: Path, *arguments: object) -> None:
+    """Run a script by torchrun on two processes of one thread, which find the package and what the tests share."""
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        + [str(one) for one in arguments],
+        capture_output=True, text=True, timeout=240, check=False, cwd=script.parent,
+        env=os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def image_and_heights(folder: Path) -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from makers import on_two_processes
 from torch import Tensor, nn
 
 from vfmseg.data.image import Image
@@ -23,7 +21,6 @@ from vfmseg.training.resume import Origin, load_run, save_run
 from vfmseg.training.schedule import Schedule
 from vfmseg.training.step import Objective, Step, Term
 
-ROOT = Path(__file__).resolve().parents[1]
 ORIGIN = Origin("a recipe", "a digest", {}, processes=1)
 
 
@@ -309,6 +306,7 @@ def test_a_tensor_of_an_objective_that_is_no_number_is_told() -> None:
 TOGETHER = """
 import os, sys
 import torch
+from makers import on_two_processes
 from test_loop import Notes, Numbers, both, made, weights
 
 loop = made(both(), {"first": Numbers(9, 1), "second": Numbers(4, 2)}, batch_size=2)
@@ -325,13 +323,7 @@ torch.save(found, os.path.join(sys.argv[1], os.environ["RANK"] + ".pt"))
 def test_two_processes_with_two_objectives_equal_one(tmp_path: Path) -> None:
     """One forward and one backward pass for all objectives; nine samples leave the second process with fillers."""
     (tmp_path / "together.py").write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [*command, str(tmp_path / "together.py"), str(tmp_path)],
-        capture_output=True, text=True, timeout=240, check=False, env=os.environ | {"PYTHONPATH": places},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    on_two_processes(tmp_path / "together.py", tmp_path)
     one, notes = made(both(), {"first": Numbers(9, 1), "second": Numbers(4, 2)}, batch_size=4), Notes()
     one.run(notes)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

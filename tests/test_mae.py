@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_models import DEPTH, SETTINGS, family, upstream
-from masked_models import Oracle, loss_of, objective_of, random_batch, seen_by_blocks, tiny
+from masked_models import Oracle, loss_of, objective_of, random_batch, require_close_in_half, seen_by_blocks, tiny
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -357,13 +357,7 @@ def test_images_of_one_value_give_numbers_and_disturb_no_others(normalise: Any, 
 def test_half_precision_gives_nearly_the_same_loss(kind: str, precision: torch.dtype) -> None:
     model = tiny(kind, bands=5)
     objective, batch = objective_of(model), random_batch(model)
-    exact = loss_of(objective, model, batch).item()
-    with torch.autocast("cpu", precision):
-        terms = objective.terms(model, batch)
-    assert terms["pixels"].sum.dtype == torch.float32
-    loss = total(terms, objective.counts(batch))
-    loss.backward()
-    assert loss.item() == pytest.approx(exact, rel=0.01)
+    require_close_in_half(objective, model, batch, precision)
 
 
 @pytest.mark.filterwarnings("ignore:var_mean")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from encoder_models import Encoder
 from grouped_models import GROUPS, group_of, grouped, hidden_values, masked, pictures
-from masked_models import as_fresh, loss_of, objective_of, seen_by_blocks
+from masked_models import as_fresh, loss_of, objective_of, require_close_in_half, seen_by_blocks
 from torch import Tensor
 
 from vfmseg.adapters.attach import attach_full
@@ -23,7 +23,6 @@ from vfmseg.model import Encoder as Plain
 from vfmseg.training.objectives.hidden import hidden_patches
 from vfmseg.training.objectives.mae import MaskedAutoencoder
 from vfmseg.training.objectives.patches import to_patches
-from vfmseg.training.step import total
 
 KINDS = ("dinov2", "registers", "clip-vision")
 STEPS = 400
@@ -274,13 +273,7 @@ def test_two_sensors_of_as_many_groups_learn_as_each_alone() -> None:
 def test_half_precision_gives_nearly_the_same_loss(precision: torch.dtype) -> None:
     model = grouped("dinov2")
     objective, batch = objective_of(model), masked(pictures(), 14, np.random.default_rng(0), 3)
-    exact = loss_of(objective, model, batch).item()
-    with torch.autocast("cpu", precision):
-        terms = objective.terms(model, batch)
-    assert terms["pixels"].sum.dtype == torch.float32
-    loss = total(terms, objective.counts(batch))
-    loss.backward()
-    assert loss.item() == pytest.approx(exact, rel=0.01)
+    require_close_in_half(objective, model, batch, precision)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

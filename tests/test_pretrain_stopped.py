@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from makers import MAE_DECODER, pretrain_recipe, save_encoder, toy_scene, write_raster
+from makers import MAE_DECODER, ROOT, on_two_processes, pretrain_recipe, save_encoder, toy_scene, write_raster
 from safetensors.torch import load_file
 
 from vfmseg.pretrain import pretrain
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.training.loop import Loop
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
 """Of an epoch: eight windows, two in a batch."""
 
@@ -132,14 +131,6 @@ def test_killed_twice_in_its_epochs_a_run_ends_with_the_same_bits(place: Path, t
     require_same(whole.output_dir, recipe.output_dir)
 
 
-TOGETHER = """
-import sys
-from vfmseg.pretrain import pretrain
-from vfmseg.recipe import load_pretrain_recipe
-pretrain(load_pretrain_recipe(sys.argv[1]))
-"""
-
-
 @pytest.mark.pitfall("P49", "P51", "K1", "K25")
 def test_two_processes_are_one_with_batches_twice_as_large(place: Path, tmp_path: Path) -> None:
     """The mean is over all hidden patches, or cells, that both have, not of two means: one has less nodata.
@@ -147,13 +138,7 @@ def test_two_processes_are_one_with_batches_twice_as_large(place: Path, tmp_path
     Ten windows: in the last step the second process has none, and shows a filler.
     """
     recipe_of(place, tmp_path / "two", "both", samples=10)
-    (tmp_path / "together.py").write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "together.py"), str(tmp_path / "two.yaml")],
-        capture_output=True, text=True, timeout=240, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(ROOT / "vfmseg" / "pretrain.py", tmp_path / "two.yaml")
     pretrain(recipe_of(place, tmp_path / "one", "both", batch_size=4, samples=10))
     losses = [[line["loss"] for line in steps_of(tmp_path / name)] for name in ("one", "two")]
     assert len(losses[0]) == 6

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from makers import MAE_DECODER, in_two_sittings, pretrain_recipe, toy_scene, write_raster
+from makers import MAE_DECODER, in_two_sittings, on_two_processes, pretrain_recipe, toy_scene, write_raster
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
@@ -22,7 +19,6 @@ from vfmseg.recipe import PretrainRecipe
 from vfmseg.training.loop import Loop, Score
 from vfmseg.training.probe import Probe, due, in_words
 
-ROOT = Path(__file__).resolve().parents[1]
 MAE = {"decoder": MAE_DECODER}
 CLASSES = {0: "ground", 1: "disc"}
 
@@ -206,12 +202,7 @@ def test_two_processes_choose_by_one_score(place: Path, tmp_path: Path) -> None:
     """The second process would find scores of its own: there every class is guessed at random."""
     recipe_of(place, tmp_path / "run", **probed(place), pictures=1)
     (tmp_path / "together.py").write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "together.py"), str(tmp_path / "run.yaml")],
-        capture_output=True, text=True, timeout=240, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    on_two_processes(tmp_path / "together.py", tmp_path / "run.yaml")
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one["validation"]["sets"]["discs"]["linear"] > 0.8
     assert (one["best_epoch"], one["validation"]) == (two["best_epoch"], two["validation"])

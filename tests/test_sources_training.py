@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from makers import in_two_sittings, save_encoder, sensor_recipe, two_sensors
+from makers import in_two_sittings, on_two_processes, save_encoder, sensor_recipe, two_sensors
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,7 +26,6 @@ from vfmseg.recipe import Recipe
 from vfmseg.training.loop import Batches, Loop, RunState, Watcher
 from vfmseg.training.step import Step, total
 
-ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = {
     "lora": {"name": "lora", "rank": 2},
     "mm_lora": {"name": "mm_lora", "rank": 2},
@@ -239,14 +235,7 @@ def test_two_processes_with_other_sensors_end_alike(place: Path, monkeypatch: py
     settings = {"model__adapter": ADAPTERS["mm_lora"], "train__gradient_checkpointing": True}
     recipe_of(place, "together", **settings)
     (place / "together.py").write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py"]
-    places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [*command, str(place / "recipe.yaml")],
-        capture_output=True, text=True, timeout=240, check=False, cwd=place,
-        env=os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(place / "together.py", place / "recipe.yaml")
     ranks = [torch.load(place / f"{rank}.pt") for rank in (0, 1)]
     steps = [{*one, *two} for one, two in zip(*(rank["absent"] for rank in ranks), strict=True)]
     assert {"rgb", "sar"} in steps

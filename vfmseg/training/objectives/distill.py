@@ -2,8 +2,8 @@
 
 Each pair of layers has a linear projection from the student's channels to the teacher's. The teacher's tokens are
 normed over their channels, and each channel is then brought to mean 0 and variance 1 over the cells: what all cells
-have in common is most of a token (the cosine to the mean is 0.76 in the last layer of a ViT-S/14), and a student that
-learns it knows nothing. The loss of a cell is (1 - cosine) + 0.5 * smooth L1.
+have in common is most of a token (docs/pretrain.md), and a student that learns it knows nothing. The loss of a cell is
+(1 - cosine) + 0.5 * smooth L1.
 """
 
 from __future__ import annotations

@@ -156,6 +156,12 @@ def test_a_probe_has_no_drawn_bands(place: Path, tmp_path: Path) -> None:
         recipe_of(place, tmp_path / "run", probe=probe)
 
 
+def test_a_teacher_is_not_shown_drawn_bands(place: Path, tmp_path: Path) -> None:
+    distill = {"teacher": {"name": "dinov2", "checkpoint": str(tmp_path)}}
+    with pytest.raises(RecipeError, match=r"objectives\.distill has a teacher .* any bands of cube; name three"):
+        recipe_of(place, tmp_path / "run", objectives={"distill": distill})
+
+
 def scenes(count: int) -> Tensor:
     """(count, BANDS, 16, 16): two rough fields, added or taken away, which the bands show more and less of."""
     fields = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(1))

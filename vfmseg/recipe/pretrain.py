@@ -117,6 +117,12 @@ class PretrainRecipe(Section):
                 f"= {encoder.patch} is larger than data.tile = {self.data.tile}; expected several patches in a window: "
                 "take a smaller patch or a larger tile",
             )
+        if self.objectives.distill is not None and self.data.draw:
+            yield Problem(
+                "objectives.distill",
+                "has a teacher that knows red, green and blue, and data.draw shows it any bands of "
+                f"{', '.join(self.data.draw)}; name three (data.modalities.NAME.bands), or use objectives.mae alone",
+            )
         for name in self.train.augment.radiometry:
             if name not in self.data.modalities:
                 place = f"train.augment.radiometry.{name}"

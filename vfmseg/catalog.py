@@ -105,7 +105,7 @@ _ROWS = (
 
 CATALOG: dict[str, Published] = {row.checkpoint: row for row in _ROWS}
 
-BUILTIN = Published("builtin", "", "Apache-2.0", *IMAGENET, 14, 384, 3, 5_652_096, "Dinov2Model")
+BUILTIN = Published("builtin", "", "Apache-2.0", *IMAGENET, 14, 384, 7, 6_551_808, "Dinov2Model")
 """The encoder in the package, as people read of it; what is built is what its own config.json says."""
 
 

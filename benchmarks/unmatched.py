@@ -4,7 +4,8 @@
 
 Constructed scenes: discs that an image and a radar backscatter both show, under noise, and with a brightness that
 differs from scene to scene, so that two scenes teach little of it. All rows draw the same number of windows; the test
-scenes have both sensors and are also labelled with each alone. Tables are kept in `benchmarks/results/`.
+scenes have both sensors and are also labelled with each alone. The encoder starts from random numbers and learns as a
+whole, so that it knows neither sensor before. Tables are kept in `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,18 @@ def write(folder: Path) -> None:
                     target.write(bands)
 
 
+def save_encoder(folder: Path, seed: int) -> None:
+    """A ViT of DINOv2's layout whose weights are random from the seed."""
+    import torch
+    from transformers.models.dinov2 import Dinov2Config, Dinov2Model
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(seed)
+    size = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "mlp_ratio": 4}
+    Dinov2Model(Dinov2Config(image_size=256, patch_size=16, **size)).save_pretrained(folder)
+
+
 def recipe_of(folder: Path, weights: dict[str, int], changes: dict[str, Any], seed: int) -> dict[str, Any]:
     """The recipe of a row."""
 
@@ -97,7 +110,7 @@ def recipe_of(folder: Path, weights: dict[str, int], changes: dict[str, Any], se
         "seed": seed,
         "data": data | {"tile": 48, "samples_per_epoch": 32},
         "model": {
-            "encoder": {"name": "builtin"},
+            "encoder": {"name": "dinov2", "checkpoint": f"{folder}/encoder-{seed}"},
             "adapter": {"name": "full"},
             "decoder": {"name": "linear"},
             **changes["model"],
@@ -119,6 +132,8 @@ def main() -> None:
     kept: dict[str, dict[str, list[dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory() as place:
         write(Path(place))
+        for seed in seeds:
+            save_encoder(Path(place) / f"encoder-{seed}", seed)
         for title, rows in TABLES.items():
             kept[title] = {}
             for row, (weights, changes) in rows.items():

@@ -21,7 +21,7 @@ data:
   val: {rgb: "val/images/*.png", labels: "val/labels/*.png"}
   tile: 64
   samples_per_epoch: 32
-model: {encoder: {name: builtin}, adapter: {name: full}, decoder: {name: linear}}
+model: {encoder: {name: builtin}, adapter: {name: lora}, decoder: {name: linear}}
 train: {epochs: 3, batch_size: 4, optimizer: {lr: 1.0e-3}}
 output_dir: run
 """

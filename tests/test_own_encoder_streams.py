@@ -372,7 +372,7 @@ def test_maps_are_as_many_as_the_shared_encoder_gives(place: Path, tmp_path: Pat
         ({"encoder": {"name": "conv"}, "adapter": {"name": "lora"}}, "adapter.*conv encoder learns as a whole"),
         ({"encoder": {"name": "clip", "checkpoint": "a/b"}, "adapter": {"name": "mm_lora"}}, "mm_lora"),
         ({"encoder": {"name": "clip", "checkpoint": "a/b"}, "adapter": {"name": "full"}}, "full"),
-        ({"encoder": {"name": "builtin"}}, "builtin"),
+        ({"encoder": {"name": "builtin"}, "adapter": {"name": "full"}}, "full"),
         ({"encoder": {"name": "clip"}}, "model.modalities.dem.encoder.checkpoint"),
         ({"adapter": {"name": "lora"}}, "model.modalities.dem.encoder"),
         ({"encoder": {"name": "clip", "checkpoint": "facebook/dinov2-small"}}, "model.modalities.dem.encoder.check"),

@@ -159,7 +159,6 @@ def test_wrong_key_or_value_is_one_line_that_names_the_override(tmp_path: Path, 
             ],
             ("model.encoder.input", "'widen'", "3 bands", "drop it"),
         ),
-        (["model.encoder={name: builtin}"], ("model.adapter", "'lora'", "builtin", "use {name: full}")),
     ],
 )
 def test_key_that_the_chosen_parts_do_not_use_is_an_error(

@@ -73,6 +73,18 @@ def encoder(folder: Path, family: str) -> Path:
     return folder
 
 
+def random_vit(folder: Path) -> Path:
+    """The ViT of random numbers that `builtin` was when the digests were made."""
+    from transformers.models.dinov2 import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, mlp_ratio=4, patch_size=16, image_size=256
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
 def scenes(folder: Path, modalities: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]]) -> Path:
     """Three scenes to learn from and one to choose by; a strip of the labels is unknown."""
     for split, count in (("train", 3), ("val", 1), ("test", 1)):
@@ -99,7 +111,8 @@ def content_of(folder: Path, data: Path, family: str | None, modalities: tuple[s
 def whole_encoder(folder: Path) -> dict[str, Any]:
     """8-bit RGB, every tensor learns, encoder and head at rates of their own, all augmentation."""
     content = content_of(folder, scenes(folder, {"rgb": lambda image, _: image}), None, ("rgb",))
-    content["model"]["decoder"] = {"name": "fpn", "channels": 16}
+    section = {"name": "dinov2", "checkpoint": str(random_vit(folder / "encoder"))}
+    content["model"] |= {"encoder": section, "decoder": {"name": "fpn", "channels": 16}}
     content["data"]["samples_per_epoch"] = 7
     content["train"]["optimizer"] = {"lr": 0.002, "encoder_lr": 0.0005, "warmup": 0.2}
     colours = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.1}

@@ -39,7 +39,7 @@ FAMILIES: dict[str, FamilyFacts] = {
     "sam": FamilyFacts("The image encoder of Segment Anything.", IMAGENET, ("sam", "sam_vision_model")),
     "dinov2": FamilyFacts("DINOv2, with or without registers.", IMAGENET, ("dinov2", "dinov2_with_registers")),
     "clip": FamilyFacts("The image tower of CLIP.", CLIP, ("clip", "clip_vision_model")),
-    "builtin": FamilyFacts("A small ViT of DINOv2's architecture.", IMAGENET, ("dinov2",), published=False),
+    "builtin": FamilyFacts("A small ViT in DINOv2's layout, in the package.", IMAGENET, ("dinov2",), published=False),
 }
 """Families by their name in recipes (`model.encoder.name`)."""
 
@@ -105,6 +105,9 @@ _ROWS = (
 
 CATALOG: dict[str, Published] = {row.checkpoint: row for row in _ROWS}
 
+BUILTIN = Published("builtin", "", "Apache-2.0", *IMAGENET, 14, 384, 3, 5_652_096, "Dinov2Model")
+"""The encoder in the package, as people read of it; what is built is what its own config.json says."""
+
 
 def published_statistics(family: str, checkpoint: str | None) -> RgbStatistics:
     """Mean and std (red, green, blue; images scaled to 0..1) that the weights of a checkpoint expect.
@@ -153,15 +156,15 @@ Published checkpoints that vfmseg is made for. This page is the output of `pytho
 Mean and std are those of red, green and blue in images scaled to 0..1; vfmseg applies them itself. Parameters are those
 of the image encoder alone, as the class of transformers in the last column counts them. Weights are downloaded from
 the Hugging Face hub on first use, under the licence of their publisher; any local folder that such a class has saved
-works too.
+works too. `builtin` comes with vfmseg and has no hub id.
 
 | encoder | hub id | licence | patch | width | blocks | parameters | mean | std | loads with |
 |---|---|---|---:|---:|---:|---:|---|---|---|
 """
 
 _BUILTIN = """
-`builtin` has no hub id: it is a small ViT of DINOv2's architecture (patch 16, about 5 million parameters, licence of
-vfmseg, normalised like DINOv2) that starts from random weights, so a recipe trains all of it (`adapter: {name: full}`).
+`{name: builtin}` is a small ViT in the layout of DINOv2 that has learned from aerial imagery to answer as a larger one
+does. Its weights lie in the package, in half precision; `vfmseg/assets/builtin/README.md` says what it was made from.
 """
 
 
@@ -169,7 +172,7 @@ def _row(row: Published) -> str:
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (row.mean, row.std))
     cells = (
         row.family,
-        f"`{row.checkpoint}`",
+        f"`{row.checkpoint}`" if row.checkpoint else "in the package",
         row.licence,
         str(row.patch),
         str(row.width),
@@ -184,7 +187,7 @@ def _row(row: Published) -> str:
 
 def checkpoints_markdown() -> str:
     """The page `checkpoints.md`: one line per row of the catalog."""
-    return _HEADER + "\n".join(_row(row) for row in CATALOG.values()) + "\n" + _BUILTIN
+    return _HEADER + "\n".join(_row(row) for row in (*CATALOG.values(), BUILTIN)) + "\n" + _BUILTIN
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
     """The content of `metrics.json`: scores on the unseen place, what training has told, minutes.
 
     Writes that file, `labels.tif` and `preview.png` into `output`, and the training run into `output/run`. `encoder`: a
-    folder or hub id of a SAM, DINOv2 or CLIP encoder, which stays frozen and learns through LoRA; None: the built-in
-    encoder, trained whole. RecipeError if `output` holds anything and `overwrite` is not said.
+    folder or hub id of a SAM, DINOv2 or CLIP encoder; None: the one in the package. It stays frozen and learns through
+    LoRA. RecipeError if `output` holds anything and `overwrite` is not said.
     """
     started = time.perf_counter()
     with held(output / LOCK, output, "the demo"):
@@ -37,8 +37,6 @@ def run_demo(output: Path, encoder: str | None = None, overwrite: bool = False) 
 def _run(output: Path, encoder: str | None, overwrite: bool, started: float) -> dict[str, Any]:
     """Train, measure, label, draw; see `run_demo`."""
     recipe = demo_recipe(output, encoder)
-    if encoder is None:
-        say("the built-in encoder has no pretrained weights yet: the demo trains all of it, from random numbers")
     from vfmseg.finetune import finetune
 
     trained = finetune(recipe, overwrite=overwrite)
@@ -61,7 +59,7 @@ def _run(output: Path, encoder: str | None, overwrite: bool, started: float) -> 
 
 
 def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
-    """The recipe of the demo, for another encoder with LoRA and a shorter schedule if one is named."""
+    """The recipe of the demo, for another encoder with a shorter schedule if one is named."""
     # changes are read as YAML, and JSON is YAML: in its quotes a path may hold a colon, a # or a quote
     changes = [f"output_dir={json.dumps(str((output / 'run').absolute()), ensure_ascii=False)}"]
     if encoder is not None:
@@ -71,7 +69,6 @@ def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
         section = {"name": encoder_family(encoder), "checkpoint": str(checkpoint), "upscale": 1.3125}
         changes += [
             f"model.encoder={json.dumps(section, ensure_ascii=False)}",
-            "model.adapter={name: lora, rank: 8, targets: [q, v]}",
             "train.epochs=2",
             "train.optimizer.lr=1.0e-3",
         ]

@@ -33,7 +33,6 @@ from vfmseg.fusion.refine import Refine
 from vfmseg.model import Network
 from vfmseg.recipe import Recipe
 from vfmseg.recipe.fusion import LARGEST_SHIFT, SideEncoderSection
-from vfmseg.recipe.model import BuiltinEncoder
 from vfmseg.terminal import say_once
 
 
@@ -68,7 +67,7 @@ def normalization(
 def published_in_image_units(recipe: Recipe, modality: str) -> BandStatistics:
     """Mean and std of red, green and blue that its encoder was published with, for values from 0 to 255."""
     section = recipe.model.own_encoders.get(modality, recipe.model.encoder)
-    mean, std = published_statistics(section.name, None if isinstance(section, BuiltinEncoder) else section.checkpoint)
+    mean, std = published_statistics(section.name, section.checkpoint)
     return tuple(255 * m for m in mean), tuple(255 * s for s in std)
 
 
@@ -130,11 +129,10 @@ def published_backbone(recipe: Recipe, instead: str | None = None) -> Backbone:
     section = recipe.model.encoder
     return build_backbone(
         section.name,
-        checkpoint=None if isinstance(section, BuiltinEncoder) else instead or section.checkpoint,
-        revision=None if isinstance(section, BuiltinEncoder) or instead else section.revision,
+        checkpoint=instead or section.checkpoint,
+        revision=None if instead else section.revision,
         layers=section.layers,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
-        seed=recipe.seed,
     )
 
 

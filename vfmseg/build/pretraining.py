@@ -20,7 +20,7 @@ from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem
 from vfmseg.errors import RecipeError
 from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
-from vfmseg.recipe.model import NewEncoder, PublishedEncoder
+from vfmseg.recipe.model import EncoderSection, NewEncoder
 from vfmseg.recipe.pretrain import DistillSection, MaeSection
 from vfmseg.training.loop import Stream
 from vfmseg.training.objectives.distill import Distillation
@@ -150,7 +150,7 @@ def masking_of(
     return found
 
 
-def _teacher(section: PublishedEncoder, inputs: Inputs, place: str) -> Encoder:
+def _teacher(section: EncoderSection, inputs: Inputs, place: str) -> Encoder:
     backbone = _published(section, place)
     stems = {}
     for one in inputs:
@@ -163,7 +163,7 @@ def _teacher(section: PublishedEncoder, inputs: Inputs, place: str) -> Encoder:
     return Encoder(backbone, stems, attach_none(backbone, tuple(stems)))
 
 
-def _published(section: PublishedEncoder, place: str, checkpointing: bool = False) -> Backbone:
+def _published(section: EncoderSection, place: str, checkpointing: bool = False) -> Backbone:
     return build_backbone(
         section.name, section.checkpoint, section.layers, checkpointing, section.revision, place=place
     )

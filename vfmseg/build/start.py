@@ -13,6 +13,7 @@ from typing import Any
 from vfmseg.adapters.attached import Attached
 from vfmseg.adapters.lora import start_lora
 from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.builtin import BUILTIN
 from vfmseg.encoders.pretrained import ADAPTER, MARK, Pretrained, kind_of, read_pretrained, require_whole, start_stem
 from vfmseg.encoders.stem import Stem
 from vfmseg.errors import RecipeError, show
@@ -107,7 +108,7 @@ def _start_adapter(
             f"{found.base['sha256'][:12]}...), but {place}.encoder is {backbone.base.id} "
             f"({backbone.base.sha256[:12]}...)"
             + (", into which it is merged already" if merged else "")
-            + f"; set {place}.encoder.checkpoint to {found.base['id']}"
+            + f"; {_same_again(found, backbone.base.id, place)}"
             + (f", or drop {key}.start" if merged else "")
         )
     for name, here, there in _differences(adapter, found.adapter):
@@ -119,6 +120,18 @@ def _start_adapter(
     start_lora(backbone, folder / ADAPTER, adapter.rank, attached.sites)
     say(f"{key} starts as it was pretrained in {folder}")
     return found
+
+
+def _same_again(found: Pretrained, here: str, place: str) -> str:
+    """How a recipe comes by the encoder that an adapter was trained on; `here`: the id of the one that it names."""
+    base = found.base["id"]
+    if base == here == BUILTIN.name:
+        return (
+            "that one came with another vfmseg: install the version that it was trained with (versions.vfmseg in "
+            f"{found.folder / MARK})"
+        )
+    section = "{name: builtin}" if base == BUILTIN.name else f"{{name: ..., checkpoint: {base}}}"
+    return f"set {place}.encoder to {section}"
 
 
 def _no_adapter(folder: Path, found: Pretrained | None) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vfmseg.build.own import own_backbone
+from vfmseg.checkpoint.folder import MARK
 from vfmseg.encoders.backbone import Backbone
+from vfmseg.encoders.builtin import BUILTIN
 from vfmseg.errors import CheckpointError, nearest
 from vfmseg.recipe import Recipe
 
@@ -55,7 +57,16 @@ def same_base(folder: Path, modality: str, stored: Mapping[str, Any], read: Call
     if backbone.base.sha256 != stored["sha256"]:
         raise CheckpointError(
             f"{folder}: the base encoder{whose} {backbone.base.id} has SHA-256 {backbone.base.sha256[:12]}..., but "
-            f"this checkpoint was trained on {stored['sha256'][:12]}...; use the encoder it was trained on "
-            f"({stored['id']})"
+            f"this checkpoint was trained on {stored['sha256'][:12]}...; {_same_again(folder, stored['id'], remedy)}"
         )
     return backbone
+
+
+def _same_again(folder: Path, base: str, elsewhere: str) -> str:
+    """How to come by the encoder that a segmenter was trained on; `elsewhere`: how another place of it is said."""
+    if base != BUILTIN.name:
+        return f"use the encoder it was trained on ({base})"
+    return (
+        "that one came with another vfmseg: install the version that it was trained with (versions.vfmseg in "
+        f"{folder / MARK}), or take vfmseg/assets/builtin from there and {elsewhere}"
+    )

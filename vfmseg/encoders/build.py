@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vfmseg.encoders.backbone import Backbone, BaseRecord, Family, quarter_points, sha256_of
-from vfmseg.encoders.builtin import BUILTIN, BUILTIN_CONFIG
+from vfmseg.encoders.builtin import BUILTIN, load_builtin
 from vfmseg.encoders.clip import CLIP
 from vfmseg.encoders.dinov2 import DINOV2
 from vfmseg.encoders.formats.format import Format
@@ -34,26 +34,22 @@ def build_backbone(
     layers: Sequence[int] | None = None,
     gradient_checkpointing: bool = False,
     revision: str | None = None,
-    seed: int = 0,
     place: str = "model.encoder",
     maps: int = 4,
 ) -> Backbone:
     """A frozen backbone with its published weights.
 
-    `checkpoint`: folder or hub id (None for builtin). `layers`: blocks whose tokens are asked for, 1-based and
-    increasing; None = the four quarter points, or so many parts as `maps` says. `seed`: of the random weights of
-    builtin. `place`: of the section in the recipe. RecipeError for settings that do not fit together, CheckpointError
-    for a checkpoint that is missing, damaged or of another family.
+    `checkpoint`: folder or hub id; None: for builtin, the one in the package. `layers`: blocks whose tokens are asked
+    for, 1-based and increasing; None = the four quarter points, or so many parts as `maps` says. `place`: of the
+    section in the recipe. RecipeError for settings that do not fit together, CheckpointError for a checkpoint that is
+    missing, damaged or of another family.
     """
     family = _family(name)
-    if family is BUILTIN:
-        if checkpoint is not None:
-            raise RecipeError(f"model.encoder: builtin reads no checkpoint, but {checkpoint} is given; leave it out")
-        network = TRANSFORMERS.random(family, BUILTIN_CONFIG, seed, "builtin", MOST_PARAMETERS, None)
-        base = BaseRecord("builtin", None, sha256_of(network.state_dict()))
+    if checkpoint is None and family is BUILTIN:
+        network, base = load_builtin()
+    elif checkpoint is None:
+        raise RecipeError(f"model.encoder.checkpoint: the encoder {name} needs a folder or hub id")
     else:
-        if checkpoint is None:
-            raise RecipeError(f"model.encoder.checkpoint: the encoder {name} needs a folder or hub id")
         # that of transformers is asked last: it says of a stranger what it is
         reader = next((one for one in FORMATS.values() if one.reads(checkpoint)), TRANSFORMERS)
         network, base = reader.load(family, checkpoint, revision)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, create_model
 
@@ -87,9 +87,11 @@ def _section_of(family: str) -> type[PublishedEncoder]:
 
 
 class BuiltinEncoder(_AnyEncoder):
-    """A small ViT that comes with the package; nothing is downloaded."""
+    """A small pretrained ViT that comes with the package; nothing is downloaded."""
 
     name: Literal["builtin"]
+    checkpoint: ClassVar[None] = None  # as of the others: None stands for the one in the package
+    revision: ClassVar[None] = None
 
 
 class NewEncoder(Section):
@@ -211,16 +213,15 @@ class UpernetDecoder(Section):
 
 if TYPE_CHECKING:
     EncoderSection = PublishedEncoder | BuiltinEncoder
-    OwnEncoderSection = PublishedEncoder | SideEncoderSection
-    PublishedSection = PublishedEncoder
-    PretrainedEncoder = PublishedEncoder | NewEncoder
+    OwnEncoderSection = EncoderSection | SideEncoderSection
+    PretrainedEncoder = EncoderSection | NewEncoder
 else:
     _sections = {section.__name__: section for section in map(_section_of, PUBLISHED_FAMILIES)}
     globals().update(_sections)  # pickle looks a class up by its name in the module
-    EncoderSection = Annotated[reduce(or_, (*_sections.values(), BuiltinEncoder)), Field(discriminator="name")]
-    OwnEncoderSection = Annotated[reduce(or_, (*_sections.values(), SideEncoderSection)), Field(discriminator="name")]
-    PublishedSection = Annotated[reduce(or_, _sections.values()), Field(discriminator="name")]
-    PretrainedEncoder = Annotated[reduce(or_, (*_sections.values(), NewEncoder)), Field(discriminator="name")]
+    _with_weights = (*_sections.values(), BuiltinEncoder)
+    EncoderSection = Annotated[reduce(or_, _with_weights), Field(discriminator="name")]
+    OwnEncoderSection = Annotated[reduce(or_, (*_with_weights, SideEncoderSection)), Field(discriminator="name")]
+    PretrainedEncoder = Annotated[reduce(or_, (*_with_weights, NewEncoder)), Field(discriminator="name")]
 AdapterSection = Annotated[
     NoAdapter | FullAdapter | LoraAdapter | BottleneckAdapter | MmLoraAdapter | MmAdapter, Field(discriminator="name")
 ]
@@ -264,10 +265,10 @@ class ModelSection(Section):
         return None if isinstance(self.fusion, StackFusion) else self.fusion
 
     @property
-    def own_encoders(self) -> dict[str, PublishedEncoder]:
-        """{modality: its section}, of those with a published encoder of their own."""
+    def own_encoders(self) -> dict[str, EncoderSection]:
+        """{modality: its section}, of those with a pretrained encoder of their own."""
         found = {name: own.encoder for name, own in self.modalities.items()}
-        return {name: one for name, one in found.items() if isinstance(one, PublishedEncoder)}
+        return {name: one for name, one in found.items() if not isinstance(one, SideEncoderSection)}
 
     def adapter_of(self, modality: str) -> NoAdapter | LoraAdapter | BottleneckAdapter:
         """What of a published encoder of its own learns; the adapters of the shared encoder alone pass to none."""
@@ -275,11 +276,3 @@ class ModelSection(Section):
         if said is self.adapter and isinstance(said, LoraAdapter):
             said = said.model_copy(update={"start": None})  # which was trained in the shared encoder
         return said if isinstance(said, NoAdapter | LoraAdapter | BottleneckAdapter) else NoAdapter()
-
-    def _problems(self) -> Iterator[Problem]:
-        if self.encoder.name == "builtin" and self.adapter.name != "full":
-            yield Problem(
-                "adapter",
-                f"= '{self.adapter.name}' does not fit the builtin encoder, which has no pretrained weights yet and "
-                "must learn as a whole; use {name: full}",
-            )

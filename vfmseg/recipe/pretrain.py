@@ -10,7 +10,7 @@ from pydantic import Field
 from vfmseg.errors import nearest
 from vfmseg.recipe.base import LARGEST_WIDTH, MOST_BLOCKS, Flag, Name, Number, Problem, RecipePath, Section, Whole
 from vfmseg.recipe.data import ModalitySection
-from vfmseg.recipe.model import FullAdapter, LoraAdapter, NewEncoder, PretrainedEncoder, PublishedSection
+from vfmseg.recipe.model import EncoderSection, FullAdapter, LoraAdapter, NewEncoder, PretrainedEncoder
 from vfmseg.recipe.probe import ProbeSection
 from vfmseg.recipe.run import RunSection
 from vfmseg.recipe.unlabelled import UnlabelledSection
@@ -22,7 +22,7 @@ class PretrainedSection(Section):
     """What is trained."""
 
     encoder: Annotated[PretrainedEncoder, Field(examples=[{"name": "new"}])]
-    """A new one, or published weights to go on from."""
+    """A new one, or pretrained weights to go on from."""
     adapter: Annotated[FullAdapter | LoraAdapter, Field(discriminator="name")] = FullAdapter(name="full")
     """full: all of the encoder learns; lora: the weights stay, and low-rank updates are merged into what is written."""
 
@@ -71,7 +71,7 @@ class DistillSection(Section):
     """The tokens follow those of a frozen teacher."""
 
     weight: Weight = 1.0
-    teacher: PublishedSection
+    teacher: EncoderSection
     """Its `layers` are the ones to follow, as many as those of the encoder."""
     masked: Flag = False
     """The student does not see what `mae` hides, and follows the teacher there all the same."""

@@ -36,11 +36,11 @@ if __name__ == "__main__" and __package__ is None:  # started as a script, from 
 
 from benchmarks import table  # noqa: E402
 from benchmarks.pages import with_tables  # noqa: E402
+from vfmseg.encoders.builtin import FOLDER as BUILTIN  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "pretrain.md"
 BELOW = "<!-- tables: python benchmarks/few_labels.py write -->"
-BUILTIN = ROOT / "vfmseg" / "assets" / "builtin"
 
 SETS = ("oam_buildings", "aerial_multiclass")
 FRACTIONS = (0.05, 0.25, 1.0)
@@ -80,8 +80,8 @@ ROWS = {
     "vit-lora": Row("ViT-S/14, LoRA, `fpn`", "vit", LORA, FPN),
 }
 TITLES = {FOREST: table.TITLES["forest"], **{name: row.title for name, row in ROWS.items()}}
-SHOWN = {"random": "RANDOM", "builtin": "BUILTIN", "continual": "CONTINUAL", "vit": "VIT"}
-"""What folders are called in the results, which lie elsewhere on each machine."""
+SHOWN = {"random": "RANDOM", "continual": "CONTINUAL", "vit": "VIT"}
+"""What folders are called in the results; each machine has them elsewhere."""
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes
@@ -107,10 +107,8 @@ def changes_of(name: str, row: str, fraction: float, seed: int, folders: Mapping
 
 def encoder_of(weights: str, folders: Mapping[str, str]) -> dict[str, Any]:
     """Family and weights of a row's encoder, as recipes say it."""
-    if weights == "builtin":
+    if weights in ("builtin", "continual"):  # a LoRA starts on the weights that it was trained on
         return {"name": "builtin"}
-    if weights == "continual":  # a LoRA starts on the weights that it was trained on, named as they were then
-        return {"name": "dinov2", "checkpoint": folders["builtin"]}
     layers = {"layers": VIT_LAYERS} if weights == "vit" else {}
     return {"name": "dinov2", "checkpoint": folders[weights], **layers}
 
@@ -124,7 +122,7 @@ def continual_recipe(name: str, seed: int, data: Path, output: Path) -> dict[str
     return {
         "name": f"continual-{name}", "seed": seed,
         "data": {"modalities": {"rgb": {"bands": [1, 2, 3]}}, "scenes": {"rgb": images}, **taken},
-        "model": {"encoder": {"name": "dinov2", "checkpoint": str(BUILTIN)}, "adapter": LORA},
+        "model": {"encoder": {"name": "builtin"}, "adapter": LORA},
         "objectives": {"mae": {"ratio": 0.75}},
         "train": {"epochs": CONTINUAL["epochs"], "batch_size": CONTINUAL["batch"], "precision": PRECISION,
                   "optimizer": {"lr": CONTINUAL["lr"]}},
@@ -160,6 +158,7 @@ def continual(name: str, seed: int, data: Path, work: Path) -> tuple[Path, float
     if minutes.is_file() and (known := json.loads(minutes.read_text(encoding="utf-8")))["of"] == made_of:
         return place / "run" / "best", known["minutes"]
     place.mkdir(parents=True, exist_ok=True)
+    minutes.unlink(missing_ok=True)  # of a run that is replaced
     recipe.write_text(said, encoding="utf-8")
     started = table.children_minutes()
     table.vfmseg("pretrain", str(recipe), "--overwrite")
@@ -212,7 +211,7 @@ def measure(row: str, fraction: float, seed: int, options: argparse.Namespace) -
     name, data, pretraining = options.set, options.data, {}
     if row == FOREST:
         return table.run_baseline(name, row, seed, data, changes_of(name, row, fraction, seed))
-    folders = {"builtin": str(BUILTIN), "vit": str(Path(options.encoder).resolve())}
+    folders = {"vit": str(Path(options.encoder).resolve())}
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:
         if ROWS[row].encoder == "random":
             folders["random"] = str(random_vit(Path(scratch).resolve() / "random", seed))

@@ -19,7 +19,6 @@ from vfmseg.encoders.build import build_backbone
 from vfmseg.recipe import Recipe, load_recipe
 
 SET = "oam_buildings"
-SHIPPED = (few_labels.BUILTIN / "config.json").is_file()
 VERSIONS = ("torch", "transformers", "peft")
 
 
@@ -90,8 +89,6 @@ def recipe_for(place: Path, name: str, row: str, fraction: float, seed: int = 0)
 @pytest.mark.parametrize("row", few_labels.ROWS)
 @pytest.mark.parametrize("name", few_labels.SETS)
 def test_rows_and_shares_of_labels_have_one_schedule(place: Path, name: str, row: str) -> None:
-    if row.startswith("builtin") and not SHIPPED:
-        pytest.skip("the built-in encoder has no pretrained weights yet, and recipes let it only learn as a whole")
     first = recipe_for(place, name, "random-linear", 1.0)
     for fraction in few_labels.FRACTIONS:
         one = recipe_for(place, name, row, fraction)
@@ -104,7 +101,6 @@ def test_rows_and_shares_of_labels_have_one_schedule(place: Path, name: str, row
         assert one.train.optimizer.lr == (2e-3 if row.endswith("linear") else 1e-3)
 
 
-@pytest.mark.pitfall("C1")
 def test_the_forest_learns_from_the_tiles_that_the_other_rows_learn_from(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

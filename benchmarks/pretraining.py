@@ -37,6 +37,8 @@ for place in (HERE, ROOT):
 from pretraining_inpaint import EPOCHS, SAMPLES, lines_of_inpaint, score, train  # noqa: E402
 from pretraining_steps import LORA_BATCH, SIDE, SIZES  # noqa: E402
 
+from benchmarks.pages import with_tables  # noqa: E402
+
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "pretrain.md"
 BELOW = "<!-- tables: python benchmarks/pretraining.py write -->"
@@ -285,12 +287,7 @@ def about(rows: Collection[Mapping[str, Any]]) -> str:
 
 def page() -> str:
     """The page with the tables as they are now; what stands above the line and from the next heading on stays."""
-    written = PAGE.read_text(encoding="utf-8")
-    before, found, after = written.partition(BELOW)
-    if not found:
-        raise SystemExit(f"{PAGE.name}: has no line {BELOW}")
-    _, heading, rest = after.partition("\n## ")
-    return f"{before}{BELOW}\n\n{tables()}\n{heading}{rest}"
+    return with_tables(PAGE, BELOW, tables())
 
 
 # -------------------------------------------------------------------------------------------------------- command line

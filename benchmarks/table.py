@@ -23,11 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__" and __package__ is None:  # started as a script, from anywhere
+    sys.path.insert(0, str(ROOT))
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BELOW = "<!-- tables: python benchmarks/table.py write -->"
@@ -83,10 +86,10 @@ SETS = {
 }
 
 
-def train_and_measure(name: str, row: str, seed: int, data: Path, vit: str) -> dict[str, Any]:
-    """One run of a recipe: its test scores, trainable parameters, minutes and chosen epoch."""
+def train_and_measure(name: str, changes: Sequence[str], data: Path) -> dict[str, Any]:
+    """One run of a recipe with overrides: its test scores, trainable parameters, minutes and chosen epoch."""
     with tempfile.TemporaryDirectory() as scratch:
-        changes = [*row_changes(name, row, vit), *places(name, data), f"seed={seed}"]
+        changes = [*changes, *places(name, data)]
         started = children_minutes()
         vfmseg("finetune", str(recipe_of(name)), *changes, f"output_dir={scratch}/run")
         minutes = round(children_minutes() - started, 2)
@@ -98,7 +101,6 @@ def train_and_measure(name: str, row: str, seed: int, data: Path, vit: str) -> d
         "best_epoch": training["best_epoch"],
         "trainable": training["trainable_parameters"],
         "minutes": minutes,
-        "changes": [*row_changes(name, row, "VIT"), f"seed={seed}"],
         "versions": training["versions"],
     }
 
@@ -127,13 +129,12 @@ def places(name: str, data: Path) -> list[str]:
     return [f"data.{split}.table={data.resolve() / name / 'split.csv'}" for split in ("train", "val", "test")]
 
 
-def run_baseline(name: str, row: str, seed: int, data: Path) -> dict[str, Any]:
-    """Majority, forest or U-Net on the same tiles, bands and split."""
-    sys.path.insert(0, str(ROOT))
+def run_baseline(name: str, row: str, seed: int, data: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Majority, forest or U-Net on the tiles, bands and split of a recipe with overrides."""
     from benchmarks.baselines import measure
 
     started = time.process_time()
-    scores, trainable = measure(row, recipe_of(name), places(name, data), seed, UNET_SECONDS[name])
+    scores, trainable = measure(row, recipe_of(name), [*changes, *places(name, data)], seed, UNET_SECONDS[name])
     return {"test": scores, "trainable": trainable, "minutes": round((time.process_time() - started) / 60, 2)}
 
 
@@ -155,7 +156,6 @@ def vfmseg(*arguments: str) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Fill `benchmarks/results/`."""
-    RESULTS.mkdir(exist_ok=True)
     for name in options.sets:
         for row in options.rows:
             for seed in options.seeds:
@@ -168,11 +168,23 @@ def run(options: argparse.Namespace) -> None:
                 if row in BASELINES:
                     result = run_baseline(name, row, seed, options.data)
                 else:
-                    result = train_and_measure(name, row, seed, options.data, options.encoder)
-                result["machine"] = f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
-                aside = target.with_suffix(".partial")
-                aside.write_text(json.dumps(result, indent=1) + "\n")
-                shutil.move(aside, target)
+                    changes = [*row_changes(name, row, options.encoder), f"seed={seed}"]
+                    result = train_and_measure(name, changes, options.data)
+                    result["changes"] = [*row_changes(name, row, "VIT"), f"seed={seed}"]
+                keep(target, {**result, "machine": machine()})
+
+
+def machine() -> str:
+    """What a run has had."""
+    return f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
+
+
+def keep(target: Path, content: Mapping[str, Any]) -> None:
+    """Write a result aside and give it its name, so that no stopped run leaves half of one."""
+    target.parent.mkdir(exist_ok=True)
+    aside = target.with_suffix(".partial")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    shutil.move(aside, target)
 
 
 def show() -> str:

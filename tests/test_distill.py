@@ -21,11 +21,16 @@ SIDE, PATCH = 32, 8
 
 
 def encoder(
-    seed: int, width: int = 16, layers: tuple[int, ...] = (1, 2), learns: bool = True, patch: int = PATCH
+    seed: int,
+    width: int = 16,
+    layers: tuple[int, ...] = (1, 2),
+    learns: bool = True,
+    patch: int = PATCH,
+    upscale: float = 1.0,
 ) -> Encoder:
     backbone = build_new_backbone(patch, width, 2, 2, SIDE, layers, seed)
     attached = (attach_full if learns else attach_none)(backbone, ("rgb",))
-    return Encoder(backbone, {"rgb": build_stem(backbone, {"rgb": 3}, [0.0] * 3, [1.0] * 3)}, attached)
+    return Encoder(backbone, {"rgb": build_stem(backbone, {"rgb": 3}, [0.0] * 3, [1.0] * 3, upscale)}, attached)
 
 
 def batch(seed: int = 0, count: int = 2) -> Batch:
@@ -192,6 +197,24 @@ def test_what_does_not_fit_is_told() -> None:
         Distillation(encoder(0), encoder(1, layers=(2,)))
     with pytest.raises(RecipeError, match=r"4 px wide, those of the student 8 px; .*upscale = 0.5"):
         Distillation(encoder(0), encoder(1, patch=4))
+
+
+@pytest.mark.parametrize("patches", [(14, 16), (16, 14), (14, 8), (12, 14)])
+@pytest.mark.pitfall("F19")
+def test_the_factor_that_is_told_to_a_teacher_of_other_patches_is_taken_as_it_is_written(
+    patches: tuple[int, int],
+) -> None:
+    """16 / 14 has no end, and is written with six digits."""
+    student, side = encoder(0, patch=patches[0]), 4 * patches[0]
+    with pytest.raises(RecipeError) as caught:
+        Distillation(student, encoder(1, patch=patches[1]))
+    factor = float(str(caught.value).partition("upscale = ")[2].partition(",")[0])
+    objective = Distillation(student, encoder(1, patch=patches[1], upscale=factor))
+    valid = torch.ones(1, side, side, dtype=torch.bool)
+    valid[0, -1, -1] = False
+    one = Batch({"rgb": Image(torch.randn(1, 3, side, side), valid)}, None)
+    assert objective.counts(one)["cells"] == 15
+    assert torch.isfinite(loss_of(objective, student, one))
 
 
 def test_what_all_cells_have_in_common_is_not_learned() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -237,6 +239,21 @@ def test_what_all_cells_have_in_common_is_not_learned() -> None:
             layer.bias.copy_(mean)  # type: ignore[arg-type, operator]
         assert loss_of(objective, student, batch(9)).item() > 1.0
     assert {name for name in objective.state_dict() if "mean" in name} == {"mean0", "mean1"}  # a run goes on with them
+
+
+def test_windows_are_measured_one_after_another_and_none_is_kept() -> None:
+    objective = Distillation(encoder(0), encoder(1))
+    alive: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for number in range(6):
+            one = batch(number)
+            sizes = [tensor.numel() for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
+            alive.append(sum(sizes))
+            yield one
+
+    objective.measure(batches())
+    assert max(alive[2:]) <= alive[1] + 100
 
 
 @pytest.mark.pitfall("P64")

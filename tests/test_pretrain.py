@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from vfmseg.build.pretraining import build_encoder, statistics_of
 from vfmseg.build.unlabelled import open_unlabelled
 from vfmseg.checkpoint.encoder import encoder_epoch
 from vfmseg.cli import app
+from vfmseg.data.sample import Batch
 from vfmseg.encoders.backbone import sha256_of
 from vfmseg.encoders.build import build_backbone
 from vfmseg.errors import CheckpointError, RecipeError
@@ -35,6 +38,7 @@ from vfmseg.finetune import finetune
 from vfmseg.pretrain import pretrain
 from vfmseg.recipe import PretrainRecipe, load_recipe
 from vfmseg.training.loop import Loop
+from vfmseg.training.objectives.distill import Distillation
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +231,34 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
         pretrain(pretrain_recipe(place, tmp_path / "run", **json.loads(text)))
     assert message in str(caught.value)
     assert [path.name for path in (tmp_path / "run").rglob("*") if path.name != ".lock"] == []
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(640, [24, 24, 16]), (8, [24, 24, 16])])
+def test_a_teacher_is_measured_on_windows_of_all_scenes_in_their_shares(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int, expected: list[int]
+) -> None:
+    """A lap lists one scene after the other, so that its first windows are all of one place."""
+    for value in (10, 20, 30):
+        write_raster(tmp_path / f"{value}.tif", np.full((3, 160, 160), value, np.uint8))
+    data = {
+        "modalities": {"rgb": {}},
+        "scenes": [
+            {"rgb": [f"{tmp_path}/10.tif", f"{tmp_path}/20.tif"], "weight": 3},
+            {"rgb": f"{tmp_path}/30.tif", "weight": 1},
+        ],
+        "tile": 32,
+        "samples_per_epoch": samples,
+    }
+    shown: list[int] = []
+
+    def measure(self: Distillation, batches: Iterable[Batch]) -> None:
+        shown.extend(round(batch.images["rgb"].pixels.mean().item()) for batch in batches)
+
+    monkeypatch.setattr(Distillation, "measure", measure)
+    pretrain(pretrain_recipe(place, tmp_path / "run", 1, data=data, **KINDS["distill"](place)))
+    found = Counter(shown)
+    assert [found[value] for value in (10, 20, 30)] == pytest.approx(expected, abs=5)
+    assert sum(found.values()) == 64
 
 
 def test_other_scenes_than_it_was_started_with_are_refused(place: Path, tmp_path: Path) -> None:

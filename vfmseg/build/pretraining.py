@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -12,7 +12,7 @@ from vfmseg.build.start import start
 from vfmseg.catalog import published_statistics
 from vfmseg.data.inputs import Inputs, bands_in
 from vfmseg.data.masks import Masking
-from vfmseg.data.sample import collate
+from vfmseg.data.sample import Batch, collate
 from vfmseg.data.statistics import BandStatistics
 from vfmseg.data.windows import Draw
 from vfmseg.encoders.backbone import Backbone
@@ -127,7 +127,15 @@ def measure_targets(objectives: Mapping[str, Objective], windows: Stream) -> Non
     """Tell a distillation what its teacher says of windows to be learned from; the same ones whenever it is asked."""
     distill = objectives.get("distill")
     if isinstance(distill, Distillation):
-        distill.measure(collate([windows[Draw(0, index)]]) for index in range(min(MEASURED, len(windows))))
+        distill.measure(_some_of(windows))
+
+
+def _some_of(windows: Stream) -> Iterator[Batch]:
+    """MEASURED windows one by one, of all scenes and sources, which follow each other in a lap; or of several laps."""
+    length = len(windows)
+    for number in range(MEASURED):
+        draw = Draw(0, number * length // MEASURED) if length >= MEASURED else Draw(*divmod(number, length))
+        yield collate([windows[draw]])
 
 
 HIDES: dict[str, Hides] = {"random": "patches", "block": "patches", "incomplete": "pixels", "spectral": "bands"}

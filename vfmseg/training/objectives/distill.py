@@ -90,19 +90,24 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
-        """Take mean and std of the teacher's channels from the whole cells of these batches; kept with the run."""
-        cells: list[list[Tensor]] = [[] for _ in self.projections]
+        """Take mean and std of the teacher's channels from the whole cells of these batches; kept with the run.
+
+        One batch after another, as all their tokens may be gigabytes.
+        """
+        count, sums = 0, [torch.zeros(2, channels, dtype=torch.float64) for channels in self.teacher.backbone.channels]
         for batch in batches:
             images = batch.present()
             for name, target in self._on(batch).encode(images).items():
                 whole = self._whole(name, images) > 0
-                for found, one in zip(cells, target.maps, strict=True):
-                    found.append(plain_norm(one.movedim(1, -1).float())[whole])
-        for level, found in enumerate(cells):
-            every = torch.cat(found)
-            if len(every) > 1:
-                self.get_buffer(f"mean{level}").copy_(every.mean(dim=0))
-                self.get_buffer(f"std{level}").copy_(every.std(dim=0).clamp(min=SMALLEST_STD))
+                count += int(whole.sum())
+                for found, one in zip(sums, target.maps, strict=True):
+                    tokens = plain_norm(one.movedim(1, -1).float())[whole].double()
+                    found += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)]).cpu()
+        for level, (total, squares) in enumerate(sums):
+            if count > 1:
+                self.get_buffer(f"mean{level}").copy_(total / count)
+                variance = (squares - total.square() / count) / (count - 1)
+                self.get_buffer(f"std{level}").copy_(variance.clamp(min=SMALLEST_STD**2).sqrt())
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """`cells`: cells that are wholly valid, of all streams."""

@@ -358,6 +358,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"mae": MAE, "scenes": {"rgb": "HERE/none/*.tif"}}, {}, "train.unlabelled.scenes.rgb"),
     ({"mae": MAE, "scenes": {"rgb": "HERE/two/*.tif"}}, {}, "train.unlabelled.scenes: 0 has bands {'rgb': 2}"),
     ({"mae": MAE, "scenes": {"rgb": "HERE/blank/*.tif"}}, {}, "train.unlabelled.scenes: rgb is invalid"),
+    ({"mae": MAE, "scenes": {"rgb": "HERE/striped/*.tif"}}, {}, "train.unlabelled.mae: no patch of which something"),
     ({"mae": MAE | {"ratio": 0.01}}, {}, "train.unlabelled.mae.ratio = 0.01 hides 0 of the 9 patches"),
     (
         {"distill": {"teacher": {"name": "clip", "checkpoint": "HERE/clip", "layers": [1, 3]}}},
@@ -380,6 +381,9 @@ def test_what_does_not_fit_is_told(
         image, _ = toy_scene(0, 64, 64)
         write_raster(place / "two" / "0.tif", image[:2])
         write_raster(place / "blank" / "0.tif", np.zeros_like(image), nodata=0)
+        striped = np.maximum(image, 1)
+        striped[:, :, ::3] = 0
+        write_raster(place / "striped" / "0.tif", striped, nodata=0)
     section, model = (json.loads(json.dumps(one).replace("HERE", str(place))) for one in (section, model))
     with pytest.raises((RecipeError, DataError)) as caught:
         finetune(recipe_of(place, tmp_path / "run", section, **model))

@@ -41,6 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_raster(folder / "blank" / f"{number}.tif", np.zeros_like(image), nodata=0)
         write_raster(folder / "thumbnails" / f"{number}.tif", image[:, :10, :12])
         write_raster(folder / "cut" / f"{number}.tif", image)
+        striped = np.maximum(image, 1)
+        striped[:, :, ::3] = 0  # a third is nodata, so that every window is valid enough, and no patch is whole
+        write_raster(folder / "striped" / f"{number}.tif", striped, nodata=0)
     (folder / "empty").mkdir()
     (folder / "cut" / "1.tif").write_bytes((folder / "cut" / "1.tif").read_bytes()[:6000])
     (folder / "list.txt").write_text(f"{folder}/rgb/0.tif\n")
@@ -78,6 +81,14 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         "data.scenes: 0_mask has bands {'rgb': 1}, but 0 has {'rgb': 3}; choose",
     ),
     "all nodata": (lambda p: scenes(p, "blank"), "data.scenes: rgb is invalid (nodata, NaN, alpha or mask) wherever"),
+    "no whole patch": (
+        lambda p: scenes(p, "striped"),
+        "objectives.mae: no patch of which something is hidden is wholly valid in any of 64 windows, so nothing would",
+    ),
+    "no whole cell": (
+        lambda p: scenes(p, "striped") | distill(p, upscale=2),
+        "objectives.distill: no cell is wholly valid in any of 64 windows, so nothing would be learned; expected",
+    ),
     "cut short": (lambda p: scenes(p, "cut"), "HERE/cut/1.tif: rows 0 to 79, columns 0 to 95 cannot be read: the file"),
     "a list": (lambda p: scenes(p, "list.txt"), "a list of files is written into the recipe itself: [a.tif, b.tif]"),
     "thumbnails": (

@@ -64,7 +64,7 @@ def joint_of(
     )
     hides = None if masking is None else HIDES[masking.kind]
     objectives = objectives_from(mae, distill, hides, mine, model, recipe.seed, PLACE)
-    measure_targets(objectives, windows)
+    measure_targets(objectives, windows, PLACE)
     say(f"{PLACE}: {' and '.join(objectives)} beside segmentation, on windows of {len(scenes)} scenes without labels")
     return {STREAM: windows}, objectives
 

@@ -17,7 +17,7 @@ from vfmseg.data.statistics import BandStatistics
 from vfmseg.data.windows import Draw
 from vfmseg.encoders.backbone import Backbone
 from vfmseg.encoders.build import build_backbone, build_new_backbone, build_stem, whole_network
-from vfmseg.errors import RecipeError
+from vfmseg.errors import DataError, RecipeError
 from vfmseg.model import Encoder
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.recipe.model import EncoderSection, NewEncoder
@@ -123,11 +123,27 @@ MEASURED = 64
 """Windows from which the mean and std of a teacher's channels are taken: 4,000 cells of windows of 112 px."""
 
 
-def measure_targets(objectives: Mapping[str, Objective], windows: Stream) -> None:
-    """Tell a distillation what its teacher says of windows to be learned from; the same ones whenever it is asked."""
+def measure_targets(objectives: Mapping[str, Objective], windows: Stream, place: str = "objectives") -> None:
+    """Tell a distillation what its teacher says of windows to be learned from; the same ones whenever it is asked.
+
+    `place`: of the objectives in the recipe. DataError for one to which nothing counts, so that its loss would be 0.
+    """
+    _require_learnable(objectives, windows, place)
     distill = objectives.get("distill")
     if isinstance(distill, Distillation):
         distill.measure(_some_of(windows))
+
+
+def _require_learnable(objectives: Mapping[str, Objective], windows: Stream, place: str) -> None:
+    """Reads as many windows as it takes to find something that counts: mostly one."""
+    for name, objective in objectives.items():
+        if not any(count > 0 for batch in _some_of(windows) for count in objective.counts(batch).values()):
+            what = {"mae": "no patch of which something is hidden", "distill": "no cell"}[name]
+            raise DataError(
+                f"{place}.{name}: {what} is wholly valid in any of {MEASURED} windows, so nothing would be learned; "
+                "expected patches without nodata: check data.modalities.NAME.nodata against the files, or take scenes "
+                "with larger valid areas, or a smaller patch"
+            )
 
 
 def _some_of(windows: Stream) -> Iterator[Batch]:

@@ -352,6 +352,14 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"encoder": {"name": "dinov2", "checkpoint": "HERE/dinov2", "upscale": 2}},
         "train.unlabelled.mae needs model.encoder.upscale = 1 instead of 2",
     ),
+    (
+        {
+            "mae": MAE | {"weight": 0},
+            "distill": {"masked": True, "teacher": {"name": "dinov2", "checkpoint": "HERE/dinov2", "upscale": 2}},
+        },
+        {"encoder": {"name": "dinov2", "checkpoint": "HERE/dinov2", "upscale": 2}},
+        "train.unlabelled.distill.masked = true needs model.encoder.upscale = 1 instead of 2",
+    ),
     ({"mae": MAE, "scale": [2.0, 0.5]}, {}, "train.unlabelled.scale = [2.0, 0.5] must be [smallest, largest]"),
     ({"mae": MAE, "scale": [0.5, 80.0]}, {}, "train.unlabelled.scale = [0.5, 80] of data.tile = 32 makes windows"),
     ({"mae": MAE, "scenes": {"sar": "HERE/more/*.tif"}}, {}, "train.unlabelled.scenes.sar is not one of data.modal"),

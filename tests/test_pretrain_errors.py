@@ -105,6 +105,11 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda p: mae(ratio=0.99),
         "objectives.mae.ratio = 0.99 hides 16 of the 16 patches of a window; expected",
     ),
+    "one patch": (
+        lambda p: {"model": {"encoder": NEW_ENCODER | {"patch": 32}}},
+        "objectives.mae.ratio = 0.75 hides 1 of the 1 patches of a window; expected at least one hidden and one "
+        "visible, which takes two or more: set data.tile to 64 or more",
+    ),
     "bands": (
         lambda p: mae(mask="spectral", ratio=0.9),
         "objectives.mae.ratio = 0.9 hides 3 of the 3 bands of rgb; expected at least one hidden and one visible, try "

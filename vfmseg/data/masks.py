@@ -79,7 +79,8 @@ class Masking:
             for name, count in bands.items():
                 hidden_count(self.ratio, count, f"bands of {name}", place)
         else:
-            hidden_count(self.ratio, (-(-tile // self.patch)) ** 2, "patches of a window", place)
+            total = (-(-tile // self.patch)) ** 2
+            hidden_count(self.ratio, total, "patches of a window", place, f"set data.tile to {2 * self.patch} or more")
 
     def _bands(self, name: str, image: Image, draws: np.random.Generator) -> torch.Tensor:
         """Bool (C,), of a modality."""
@@ -88,14 +89,17 @@ class Masking:
         return torch.from_numpy(random_mask(1, bands, count, draws)[0])
 
 
-def hidden_count(ratio: float, total: int, what: str, place: str = "mask ratio") -> int:
+def hidden_count(
+    ratio: float, total: int, what: str, place: str = "mask ratio", alone: str = "hide something else"
+) -> int:
     """round(ratio * total), half to even, as Python does; RecipeError where that hides nothing or leaves nothing.
 
-    `what` there is a total of, and `place` where the ratio was given, as messages say it.
+    `what` there is a total of, `place` where the ratio was given, and what to do where there is but one, as messages
+    say it.
     """
     count = round(ratio * total) if math.isfinite(ratio) else -1
     if not 0 < count < total:
-        remedy = f"try {0.5 if total == 2 else 0.75}" if total > 1 else "which takes two or more: hide something else"
+        remedy = f"try {0.5 if total == 2 else 0.75}" if total > 1 else f"which takes two or more: {alone}"
         raise RecipeError(
             f"{place} = {ratio} hides {min(max(count, 0), total)} of the {total} {what}; expected at least one hidden "
             f"and one visible, {remedy}"

@@ -26,8 +26,9 @@ from makers import (
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from vfmseg.build.pretraining import build_encoder, statistics_of
+from vfmseg.build.pretraining import build_encoder, objectives_of, statistics_of
 from vfmseg.build.unlabelled import open_unlabelled
+from vfmseg.catalog import published_statistics
 from vfmseg.checkpoint.encoder import encoder_epoch
 from vfmseg.cli import app
 from vfmseg.data.sample import Batch
@@ -231,6 +232,23 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
         pretrain(pretrain_recipe(place, tmp_path / "run", **json.loads(text)))
     assert message in str(caught.value)
     assert [path.name for path in (tmp_path / "run").rglob("*") if path.name != ".lock"] == []
+
+
+@pytest.mark.pitfall("P21")
+def test_a_teacher_sees_images_as_it_was_published_with_whatever_the_student_takes(place: Path, tmp_path: Path) -> None:
+    teacher = {"distill": {"teacher": published(place, "clip", layers=[1, 3], upscale=2)}}
+    data = {"scenes": {"rgb": f"{place}/rgb/*.tif"}, "tile": 32}
+    for normalize, family in (("encoder", "clip"), ("dataset", None)):
+        modality = {"rgb": {"normalize": normalize}}
+        recipe = pretrain_recipe(place, tmp_path / "run", objectives=teacher, data=data | {"modalities": modality})
+        inputs = open_unlabelled(recipe.data, statistics_of(recipe)).inputs
+        objective = objectives_of(recipe, inputs, build_encoder(recipe, inputs))["distill"]
+        assert isinstance(objective, Distillation)
+        mean, std = [inputs[0].mean, inputs[0].std]
+        if family is not None:  # those of dinov2, which a new encoder takes, are others
+            mean, std = (tuple(255 * value for value in of) for of in published_statistics(family, None))
+        stem = objective.teacher.reference
+        torch.testing.assert_close([stem.mean, stem.std], [torch.tensor(mean), torch.tensor(std)])
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(640, [24, 24, 16]), (8, [24, 24, 16])])

@@ -77,11 +77,14 @@ def statistics_of(recipe: PretrainRecipe) -> Callable[[str], BandStatistics]:
     A new encoder takes those of DINOv2, as whoever uses it will.
     """
     section = recipe.model.encoder
-    if isinstance(section, NewEncoder):
-        mean, std = published_statistics("dinov2", None)
-    else:
-        mean, std = published_statistics(section.name, section.checkpoint)
-    return lambda modality: (tuple(255 * value for value in mean), tuple(255 * value for value in std))
+    name, checkpoint = ("dinov2", None) if isinstance(section, NewEncoder) else (section.name, section.checkpoint)
+    found = _in_image_units(name, checkpoint)
+    return lambda modality: found
+
+
+def _in_image_units(name: str, checkpoint: str | None) -> BandStatistics:
+    mean, std = published_statistics(name, checkpoint)
+    return tuple(255 * value for value in mean), tuple(255 * value for value in std)
 
 
 def objectives_of(recipe: PretrainRecipe, inputs: Inputs, model: Encoder) -> dict[str, Objective]:
@@ -183,7 +186,10 @@ def _teacher(section: EncoderSection, inputs: Inputs, place: str) -> Encoder:
                 f"{place}: it knows red, green and blue, and {one.name} has {one.count} bands; name three of them "
                 f"(data.modalities.{one.name}.bands), or leave that modality to {place.partition('.distill')[0]}.mae"
             )
-        stems[one.name] = build_stem(backbone, {one.name: 3}, one.mean, one.std, section.upscale, None, place)
+        # the images that the student takes, each of the two in the numbers that it was published with
+        own = one.normalize == "encoder"
+        mean, std = _in_image_units(section.name, section.checkpoint) if own else (one.mean, one.std)
+        stems[one.name] = build_stem(backbone, {one.name: 3}, mean, std, section.upscale, None, place)
     return Encoder(backbone, stems, attach_none(backbone, tuple(stems)))
 
 

@@ -87,8 +87,8 @@ def joint_problems(
     elif distill is not None and distill.masked and upscale != 1:
         yield Problem(
             f"{PLACE}.distill.masked",
-            f"= true needs model.encoder.upscale = 1 instead of {upscale:g}, as masks are of patches of the window; set "
-            "it so, or masked: false",
+            f"= true needs model.encoder.upscale = 1 instead of {upscale:g}, as masks are of patches of the window; "
+            "set it so, or masked: false",
         )
     if distill is not None and stacked and len(modalities) > 1:
         yield Problem(

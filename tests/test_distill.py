@@ -219,6 +219,18 @@ def test_the_factor_that_is_told_to_a_teacher_of_other_patches_is_taken_as_it_is
     assert torch.isfinite(loss_of(objective, student, one))
 
 
+@pytest.mark.pitfall("C37", "P62")
+def test_of_windows_that_fill_no_cells_the_cells_of_both_are_learned() -> None:
+    """Of 33 px a student of patch 16 makes three cells, and a teacher that sees 8 of its own makes two of 16 px."""
+    student, teacher = encoder(0, patch=16), encoder(1, patch=4, upscale=0.25)
+    one = Batch({"rgb": Image(torch.randn(2, 3, 33, 33), torch.ones(2, 33, 33, dtype=torch.bool))}, None)
+    with torch.no_grad():
+        assert [each.encode(one.images)["rgb"].maps[0].shape[-1] for each in (student, teacher)] == [3, 2]
+    objective = Distillation(student, teacher)
+    assert objective.counts(one)["cells"] == 2 * 2 * 2
+    assert 0.1 < loss_of(objective, student, one).item() < 10
+
+
 def test_what_all_cells_have_in_common_is_not_learned() -> None:
     """A teacher most of whose tokens is one constant: the mean answer costs as much as it says nothing."""
     student, teacher = encoder(0), encoder(1)

@@ -135,9 +135,12 @@ class Distillation(nn.Module):
         return {name: image for stem in stems for name, image in hidden.covered(images, stem).items()}
 
     def _loss(self, found: Features, target: Features, whole: Tensor) -> Tensor:
-        losses = []
+        # a last row or column of cells that one of them has more holds less than a pixel of what the other sees
+        grids = zip(found.maps[0].shape[-2:], target.maps[0].shape[-2:], strict=True)
+        rows, columns = (slice(min(counts)) for counts in grids)
+        whole, losses = whole[:, rows, columns], []
         for level, layer in enumerate(self.projections):
-            ours, theirs = found.maps[level].movedim(1, -1).float(), target.maps[level].movedim(1, -1).float()
+            ours, theirs = (one.maps[level][..., rows, columns].movedim(1, -1).float() for one in (found, target))
             guess = layer(plain_norm(ours)).float()
             wanted = (plain_norm(theirs) - self.get_buffer(f"mean{level}")) / self.get_buffer(f"std{level}")
             away = 1 - F.cosine_similarity(guess, wanted, dim=-1)

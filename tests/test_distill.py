@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +62,52 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     identity(objective)
     assert loss_of(objective, student, batch()).item() == pytest.approx(0.0, abs=1e-5)
     assert loss_of(objective, encoder(1), batch()).item() > 0.1
+
+
+def test_the_loss_is_that_of_the_page() -> None:
+    """1 - cosine and half the smooth L1 distance of normed tokens, in the mean of whole cells and of both layers."""
+    student, teacher, one = encoder(0), encoder(1, width=24), batch()
+    one.images["rgb"].valid[1, -1, -1] = False
+    with torch.no_grad():
+        for of in (student, teacher):  # fresh ones give tokens that are normed already
+            of.backbone.network.get_parameter("layernorm.weight").normal_(1.0, 0.5)
+    objective = Distillation(student, teacher)
+    objective.measure([batch(5)])
+    with torch.no_grad():
+        loss = loss_of(objective, student, one).item()
+        shown = batch(5).images
+        found, wanted, measured = (
+            [map_.movedim(1, -1).flatten(0, 2).double().numpy() for map_ in of.encode(images)["rgb"].maps]
+            for of, images in ((student, one.images), (teacher, one.images), (teacher, shown))
+        )
+    each = []
+    for level, layer in enumerate(objective.projections):
+        weight, bias = (tensor.detach().double().numpy() for tensor in layer.parameters())
+        guess = _normed(found[level]) @ weight.T + bias
+        mean, std = _normed(measured[level]).mean(axis=0), _normed(measured[level]).std(axis=0, ddof=1)
+        target = (_normed(wanted[level]) - mean) / std
+        cosine = (guess * target).sum(axis=1) / np.linalg.norm(guess, axis=1) / np.linalg.norm(target, axis=1)
+        away = np.abs(guess - target)
+        smooth = np.where(away < 1, away**2 / 2, away - 0.5).mean(axis=1)
+        each.append((1 - cosine + 0.5 * smooth)[:-1].mean())
+    assert loss == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def _normed(tokens: np.ndarray) -> np.ndarray:
+    away: np.ndarray = tokens - tokens.mean(axis=1, keepdims=True)
+    return away / np.sqrt(tokens.var(axis=1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.pitfall("K26")
+def test_a_channel_that_says_the_same_of_all_is_not_blown_up() -> None:
+    objective = Distillation(encoder(0), encoder(1))
+    answer = objective.teacher.encode(batch().images)["rgb"]
+    same = tuple(torch.arange(16.0)[:, None, None].expand_as(map_) for map_ in answer.maps)
+    objective._teacher[0] = _Deaf(objective.teacher)  # type: ignore[assignment]
+    objective.teacher.answer = {"rgb": replace(answer, maps=same)}  # type: ignore[assignment]
+    objective.measure([batch()])
+    torch.testing.assert_close(objective.get_buffer("std1"), torch.full((16,), 0.01))
+    assert loss_of(objective, encoder(0), batch()).item() < 2
 
 
 @pytest.mark.pitfall("C6", "K20")
@@ -180,6 +228,7 @@ class _Deaf:
 
     def __init__(self, teacher: Encoder, shown: Batch | None = None) -> None:
         self.teacher, self.answer = teacher, teacher.encode((shown or batch(9)).images)
+        self.backbone = teacher.backbone
         self.streams, self.stem, self.strides, self.reference = (
             teacher.streams,
             teacher.stem,

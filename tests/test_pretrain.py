@@ -40,6 +40,7 @@ from vfmseg.pretrain import pretrain
 from vfmseg.recipe import PretrainRecipe, load_recipe
 from vfmseg.training.loop import Loop
 from vfmseg.training.objectives.distill import Distillation
+from vfmseg.training.step import Step
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,40 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
         pretrain(pretrain_recipe(place, tmp_path / "run", **json.loads(text)))
     assert message in str(caught.value)
     assert [path.name for path in (tmp_path / "run").rglob("*") if path.name != ".lock"] == []
+
+
+@pytest.mark.pitfall("P57")
+def test_what_is_random_at_the_start_is_of_the_seed_alone(place: Path, tmp_path: Path) -> None:
+    """The encoder or its LoRA, decoder and projections: whatever else has drawn random numbers before."""
+    for kind in ("both", "continual", "sam", "groups"):
+        found = []
+        for before, seed in ((0, 3), (1, 3), (1, 4)):
+            recipe = pretrain_recipe(place, tmp_path / "run", seed=seed, **KINDS[kind](place))
+            torch.manual_seed(before)
+            inputs = open_unlabelled(recipe.data, statistics_of(recipe)).inputs
+            model = build_encoder(recipe, inputs)
+            state = torch.get_rng_state()
+            objectives = objectives_of(recipe, inputs, model)
+            assert torch.equal(torch.get_rng_state(), state)
+            found.append(Step(model, objectives).kept())
+        one, again, other = found
+        assert [name for name in one if not torch.equal(one[name], again[name])] == []
+        assert any(not torch.equal(one[name], other[name]) for name in one if name.startswith("objectives"))
+        assert kind == "sam" or any(not torch.equal(one[name], other[name]) for name in one if "model." in name)
+
+
+@pytest.mark.parametrize(("mask", "hides"), [("block", "patches"), ("incomplete", "pixels"), ("spectral", "bands")])
+@pytest.mark.pitfall("P64")
+def test_a_masked_student_does_not_see_what_the_masks_of_mae_are_of(
+    place: Path, tmp_path: Path, mask: str, hides: str
+) -> None:
+    teacher = published(place, "clip", layers=[1, 3], upscale=2)
+    both = {"mae": {"mask": mask, "decoder": MAE_DECODER}, "distill": {"teacher": teacher, "masked": True}}
+    recipe = pretrain_recipe(place, tmp_path / "run", objectives=both)
+    inputs = open_unlabelled(recipe.data, statistics_of(recipe)).inputs
+    objective = objectives_of(recipe, inputs, build_encoder(recipe, inputs))["distill"]
+    assert isinstance(objective, Distillation)
+    assert objective.hides == hides
 
 
 @pytest.mark.pitfall("P21")

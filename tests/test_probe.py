@@ -13,7 +13,10 @@ from makers import MAE_DECODER, in_two_sittings, on_two_processes, pretrain_reci
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
+from vfmseg.data.labelled_cells import Cells
+from vfmseg.data.sample import collate
 from vfmseg.errors import CheckpointError, DataError, RecipeError
+from vfmseg.model import Encoder
 from vfmseg.pretrain import pretrain
 from vfmseg.recipe import PretrainRecipe
 from vfmseg.training.loop import Loop, Score
@@ -92,6 +95,30 @@ def test_the_score_is_of_the_cells_of_val_and_is_noted(place: Path, tmp_path: Pa
         assert 1 < one["rank"] < 16
     values = {"linear": 0.6, "knn": 0.5, "sets": {"towns": {"linear": 0.612, "knn": 0.5833, "rank": 44.8}}}
     assert in_words(values) == "probe towns 0.612 linear, 0.583 kNN, rank 45"
+
+
+def test_what_is_scored_are_the_cells_of_the_last_map(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vfmseg.training import probe
+
+    seen: list[tuple[Encoder, Cells, torch.Tensor]] = []
+    original = probe.features_of
+
+    def noted(accelerator: Any, model: Encoder, cells: Cells, batch_size: int) -> torch.Tensor:
+        found = original(accelerator, model, cells, batch_size)
+        seen.append((model, cells, found))
+        return found
+
+    monkeypatch.setattr(probe, "features_of", noted)
+    pretrain(recipe_of(place, tmp_path / "run", **probed(place)))
+    model, cells, found = seen[-1]
+    assert len(model.backbone.layers) > 1
+    tile = next(reversed(cells.numbers))
+    with torch.no_grad():
+        maps = model.encode(collate([cells.windows[tile]]).images)["rgb"].maps
+    expected = maps[-1][0].flatten(1).T[cells.numbers[tile]]
+    torch.testing.assert_close(found[-len(expected) :], expected)
 
 
 @pytest.mark.parametrize("names", [("ms",), ("ms", "rgb")])

@@ -235,6 +235,17 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
     assert [path.name for path in (tmp_path / "run").rglob("*") if path.name != ".lock"] == []
 
 
+@pytest.mark.parametrize("kind", ["mae", "continual"])
+@pytest.mark.parametrize("again", [True, False])
+def test_blocks_are_run_again_for_their_gradients_where_the_recipe_says_so(
+    place: Path, tmp_path: Path, kind: str, again: bool
+) -> None:
+    train = {"gradient_checkpointing": again}
+    recipe = pretrain_recipe(place, tmp_path / "run", **{"train": train, **KINDS[kind](place)})
+    inputs = open_unlabelled(recipe.data, statistics_of(recipe)).inputs
+    assert build_encoder(recipe, inputs).backbone.gradient_checkpointing == again
+
+
 @pytest.mark.pitfall("P57")
 def test_what_is_random_at_the_start_is_of_the_seed_alone(place: Path, tmp_path: Path) -> None:
     """The encoder or its LoRA, decoder and projections: whatever else has drawn random numbers before."""

@@ -35,13 +35,15 @@ def build_encoder(recipe: PretrainRecipe, inputs: Inputs) -> Encoder:
     All that is random comes from the recipe's seed. RecipeError, AdapterError or CheckpointError if parts do not fit.
     """
     section, adapter = recipe.model.encoder, recipe.model.adapter
+    again = recipe.train.gradient_checkpointing
     backbone = (
         build_new_backbone(
-            section.patch, section.width, section.depth, section.heads, recipe.data.tile, section.layers, recipe.seed
+            section.patch, section.width, section.depth, section.heads, recipe.data.tile, section.layers, recipe.seed,
+            again,
         )
         if isinstance(section, NewEncoder)
-        else _published(section, "model.encoder", recipe.train.gradient_checkpointing)
-    )
+        else _published(section, "model.encoder", again)
+    )  # fmt: skip
     _require_whole(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

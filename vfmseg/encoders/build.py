@@ -91,7 +91,14 @@ def whole_network(backbone: Backbone) -> nn.Module:
 
 
 def build_new_backbone(
-    patch: int, width: int, depth: int, heads: int, image_size: int, layers: Sequence[int] | None, seed: int
+    patch: int,
+    width: int,
+    depth: int,
+    heads: int,
+    image_size: int,
+    layers: Sequence[int] | None,
+    seed: int,
+    gradient_checkpointing: bool = False,
 ) -> Backbone:
     """A frozen ViT in DINOv2's layout, random from the seed: `depth` blocks, positions for images of `image_size`.
 
@@ -108,7 +115,7 @@ def build_new_backbone(
     }
     network = TRANSFORMERS.random(DINOV2, config, seed, "model.encoder", MOST_PARAMETERS, None)
     base = BaseRecord("new", None, sha256_of(network.state_dict()))
-    return Backbone(DINOV2, network, _layers(DINOV2, network, layers, base), False, base)
+    return Backbone(DINOV2, network, _layers(DINOV2, network, layers, base), gradient_checkpointing, base)
 
 
 def build_stem(

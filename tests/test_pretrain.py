@@ -128,6 +128,19 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained: tuple[str, Pre
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.pitfall("P21")
+def test_what_is_written_says_how_images_were_normalised(trained: tuple[str, PretrainRecipe]) -> None:
+    """Those whose mean and std are the encoder's: whoever goes on from it, with us or elsewhere, takes the same."""
+    kind, recipe = trained
+    best, section = recipe.output_dir / "best", recipe.model.encoder
+    of_rgb = "rgb" in recipe.data.modalities
+    assert (best / "preprocessor_config.json").is_file() == of_rgb, kind
+    if of_rgb:
+        family = "dinov2" if section.name == "new" else section.name
+        first, again = published_statistics(family, None), published_statistics(family, str(best))
+        assert np.array(again) == pytest.approx(np.array(first))
+
+
 @pytest.mark.pitfall("P14", "K19", "K21")
 def test_what_is_written_answers_as_what_was_trained(trained: tuple[str, PretrainRecipe]) -> None:
     """As a published checkpoint: LoRA is merged, and parts that features do not need are there again."""

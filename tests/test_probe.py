@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from makers import MAE_DECODER, in_two_sittings, on_two_processes, pretrain_recipe, toy_scene, write_raster
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
+from vfmseg.build.probe import probe_of
 from vfmseg.data.labelled_cells import Cells
 from vfmseg.data.sample import collate
 from vfmseg.errors import CheckpointError, DataError, RecipeError
@@ -119,6 +121,40 @@ def test_what_is_scored_are_the_cells_of_the_last_map(
         maps = model.encode(collate([cells.windows[tile]]).images)["rgb"].maps
     expected = maps[-1][0].flatten(1).T[cells.numbers[tile]]
     torch.testing.assert_close(found[-len(expected) :], expected)
+
+
+@pytest.mark.pitfall("C22", "F16")
+def test_bands_of_a_set_are_found_as_in_the_scenes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set whose files hold blue, green and red, and say so, is read as red, green and blue."""
+    plant(monkeypatch, {1: 0.5, 2: 0.5, 3: 0.5})
+    names = ("red", "green", "blue")
+    image = toy_scene(0, 80, 96)[0]
+    shown = {"scenes": (image, names)} | {
+        split: (toy_scene(number, 72, 64)[0][::-1], names[::-1]) for split, number in (("train", 20), ("val", 30))
+    }
+    for number, (split, (pixels, said)) in enumerate(shown.items()):
+        path = write_raster(tmp_path / split / "a.tif", pixels, origin=(500000 + 5000 * number, 0))
+        with rasterio.open(path, "r+") as file:
+            file.descriptions = said
+        write_raster(
+            tmp_path / f"{split}_labels" / "a.tif", toy_scene(20, 72, 64)[1], origin=(500000 + 5000 * number, 0)
+        )
+    splits = {s: {"rgb": f"{tmp_path}/{s}", "labels": f"{tmp_path}/{s}_labels"} for s in ("train", "val")}
+    data = {"modalities": {"rgb": {}}, "scenes": {"rgb": f"{tmp_path}/scenes"}, "tile": 32, "samples_per_epoch": 4}
+    recipe = recipe_of(place, tmp_path / "run", data=data, probe={"sets": {"a": {"classes": CLASSES, **splits}}})
+    found: list[Probe | None] = []
+
+    def noted(*arguments: Any) -> Probe | None:
+        found.append(probe_of(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr("vfmseg.build.probe.probe_of", noted)
+    pretrain(recipe)
+    assert found[0] is not None
+    tile = found[0].sets["a"].train.windows[0].images["rgb"].pixels.numpy()
+    np.testing.assert_array_equal(tile, shown["train"][0][::-1, :32, :32])
 
 
 @pytest.mark.parametrize("names", [("ms",), ("ms", "rgb")])

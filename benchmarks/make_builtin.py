@@ -185,6 +185,7 @@ def ship(data: Path, teacher: Path, runs: Path) -> None:
     config = {key: value for key, value in config.items() if not key.startswith("_")} | {"dtype": "float16"}
     BOX.mkdir(parents=True, exist_ok=True)
     save_file(half, BOX / "model.safetensors", {"format": "pt"})
+    (BOX / "model.safetensors").chmod(0o644)
     (BOX / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (BOX / "NOTICE").write_text(NOTICE, encoding="utf-8")
     recipe = yaml.safe_dump(recipe_of(Path("DATA"), Path("TEACHER"), Path("RUNS")), sort_keys=False)

@@ -69,6 +69,7 @@ def demo_recipe(output: Path, encoder: str | None = None) -> Recipe:
         section = {"name": encoder_family(encoder), "checkpoint": str(checkpoint), "upscale": 1.3125}
         changes += [
             f"model.encoder={json.dumps(section, ensure_ascii=False)}",
+            "model.decoder={name: fpn, channels: 64}",
             "train.epochs=2",
             "train.optimizer.lr=1.0e-3",
         ]

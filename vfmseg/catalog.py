@@ -163,8 +163,8 @@ works too. `builtin` comes with vfmseg and has no hub id.
 """
 
 _BUILTIN = """
-`{name: builtin}` is a small ViT in the layout of DINOv2, cut out of a larger one and trained on overhead imagery to answer
-as that does. Its weights lie in the package, in half precision, and are under Apache-2.0 with the notices in
+`{name: builtin}` is a small ViT in the layout of DINOv2, cut out of a larger one and trained on overhead imagery to
+answer as that does. Its weights lie in the package, in half precision, and are under Apache-2.0 with the notices in
 `vfmseg/assets/builtin/NOTICE`; `vfmseg/assets/builtin/README.md` says what they were made from.
 """
 

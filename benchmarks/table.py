@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and __package__ is None:  # started as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.pages import with_tables  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BELOW = "<!-- tables: python benchmarks/table.py write -->"
@@ -202,8 +204,7 @@ def show() -> str:
 
 def page() -> str:
     """The page of the documentation with the tables as they are now."""
-    written = PAGE.read_text(encoding="utf-8")
-    return f"{written[: written.index(BELOW)]}{BELOW}\n{show()}\n"
+    return with_tables(PAGE, BELOW, show().strip())
 
 
 def _row(name: str, row: str) -> str:

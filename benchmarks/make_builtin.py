@@ -136,17 +136,6 @@ def write_recipe(data: Path, teacher: Path, runs: Path) -> Path:
     return path
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=list(VERBS))
-    parser.add_argument("data", type=Path)
-    parser.add_argument("teacher", type=Path)
-    parser.add_argument("runs", type=Path)
-    options = parser.parse_args()
-    VERBS[options.verb](options.data.resolve(), options.teacher.resolve(), options.runs.resolve())
-
-
 def train(data: Path, teacher: Path, runs: Path) -> None:
     """`vfmseg pretrain`, from the start or from where it was stopped."""
     begun = ["--resume"] if (runs / "run").is_dir() else []
@@ -156,8 +145,11 @@ def train(data: Path, teacher: Path, runs: Path) -> None:
 
 def score(data: Path, teacher: Path, runs: Path) -> None:
     """Score candidates and references into `runs/scores.json`, and print them."""
+    import torch
+
     from benchmarks.builtin_score import Candidate, as_table, scores
 
+    torch.set_num_threads(1)
     best = runs / "run" / "best"
     candidates = [
         Candidate("random numbers", runs / "random"),
@@ -197,6 +189,18 @@ def ship(data: Path, teacher: Path, runs: Path) -> None:
 
 
 VERBS = {"cut": cut_teacher, "train": train, "score": score, "ship": ship}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=list(VERBS))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("runs", type=Path)
+    options = parser.parse_args()
+    VERBS[options.verb](options.data.resolve(), options.teacher.resolve(), options.runs.resolve())
+
 
 if __name__ == "__main__":
     main()

@@ -117,6 +117,9 @@ oam_buildings. Training tiles of oam_buildings and scenes of the training part o
 {imagery}
 
 ## Limits
+- The cut was solved, and mean and std of the teacher's channels were measured, on windows of the first source of the
+  recipe alone (drone mosaics of Zanzibar, Nairobi and Manila). `vfmseg pretrain` has since measured them on all
+  sources, so a new run gives other weights than these.
 - The teacher was fine-tuned for saliency by its author, on data that he does not name; that it descends from DINOv2-S
   is inferred. What it is biased to, this encoder is biased to as well.
 - Few places, mostly of 0.05 to 1 m; towns of Africa, Asia and the Emirates weigh more than Europe's. Sentinel-2 and
